@@ -1,0 +1,19 @@
+"""COMI context compression for language models, in JAX: what a user imports."""
+
+from pathlib import Path as _Path
+
+_ROOT = _Path(__file__).resolve().parent.parent
+if (_ROOT / "setup.cfg").is_file():
+    # A source checkout: kernels/ and configs/ stand beside this package and are imported as its subpackages.
+    __path__.append(str(_ROOT))
+
+from comi_jax.version import __version__ as __version__  # noqa: E402
+
+
+def __getattr__(name: str):
+    """Import ``Comi`` when it is asked for, so that importing a part of the package does not import all of it."""
+    if name == "Comi":
+        from comi_jax.answer import Comi
+
+        return Comi
+    raise AttributeError(f"module 'comi_jax' has no attribute {name!r}")

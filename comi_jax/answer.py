@@ -1,0 +1,210 @@
+"""The object a user holds: text in, text out. Also ``python -m comi_jax.answer --checkpoint=DIR --context=FILE --question=TEXT``.
+
+    memory = align(compress(encode(context, question)));   answer = greedy(decoder, [memory; embed(question)])
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from comi_jax import comi, generate, hf
+from comi_jax.checkpoint import CheckpointError, Run, load_params
+from comi_jax.config import ConfigError, Generation
+from comi_jax.data import loader
+from comi_jax.data.records import Record
+
+
+@dataclass(frozen=True)
+class CompressedContext:
+    """A context as the decoder reads it."""
+
+    vectors: np.ndarray  # [memory vectors, hidden size], after the LSA, float32
+    context_tokens: int
+    truncated: bool  # the context was cut at data.max_context
+
+    @property
+    def ratio(self) -> float:
+        """Context tokens per memory vector: the compression ratio that was achieved."""
+        return self.context_tokens / max(len(self.vectors), 1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the decoder said, and what it had read."""
+
+    text: str
+    tokens: tuple[int, ...]  # generated ids, the end-of-sequence token included where it came
+    context_tokens: int
+    memory_vectors: int
+    truncated: bool
+
+    @property
+    def ratio(self) -> float:
+        """Context tokens per memory vector; 0 without a context."""
+        return self.context_tokens / max(self.memory_vectors, 1)
+
+
+class Comi:
+    """A trained compressor. An example's result is the same alone, padded, or in any batch."""
+
+    def __init__(self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16):
+        self.run, self.params, self.tokenizer, self.batch_size = run, params, tokenizer, batch_size
+        runtime = run.architecture.runtime.replace(remat=False)
+        self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, batch_size: int = 16) -> "Comi":
+        """The model of a run's folder after its newest checkpoint. Raises CheckpointError if there is none."""
+        return cls(*load_params(folder), hf.load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size)
+
+    def compress(
+        self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None
+    ) -> CompressedContext | list[CompressedContext]:
+        """The memory of ``context`` for ``question``, at ``rate`` tokens a vector (None: the first the model was
+        trained for). Lists give a list: element i of one goes with element i of the other."""
+        examples, cut = self._examples(context, question)
+        results: list[Any] = [None] * len(examples)
+        for rows, batch, rate_now in self._batches(examples, rate, 1):
+            memory = _remember(self.params, batch, self.architecture, rate_now)
+            vectors, lengths = np.asarray(memory.vectors, np.float32), np.asarray(memory.length)
+            for i, row in enumerate(rows):
+                kept = vectors[i, : lengths[i]]
+                results[row] = CompressedContext(kept, len(examples[row].context), cut[row])
+        return results[0] if isinstance(question, str) else results
+
+    def answer(
+        self,
+        context: str | Sequence[str],
+        question: str | Sequence[str],
+        *,
+        rate: int | None = None,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Answer | list[Answer]:
+        """The greedy answer to ``question`` from the compressed ``context``; lists as in ``compress``."""
+        examples, cut = self._examples(context, question)
+        options = self._generation(max_new_tokens, repetition_penalty)
+        results = [dataclasses.replace(a, truncated=c) for a, c in zip(self.generate(examples, rate, options), cut)]
+        return results[0] if isinstance(question, str) else results
+
+    def generate(self, examples: Sequence[loader.Example], rate: int | None, options: Generation) -> list[Answer]:
+        """Answers to tokenised examples; one with an empty context is answered closed book."""
+        results: list[Any] = [None] * len(examples)
+        for rows, batch, rate_now in self._batches(examples, rate, options.max_new_tokens):
+            memory = _remember(self.params, batch, self.architecture, rate_now)
+            out = _answer(self.params, memory, batch, self.architecture, options, self.run.stop)
+            ids, lengths, vectors = (np.asarray(x) for x in (out.ids, out.length, memory.length))
+            for i, row in enumerate(rows):
+                tokens = tuple(int(t) for t in ids[i, : lengths[i]])
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                results[row] = Answer(text, tokens, len(examples[row].context), int(vectors[i]), False)
+        return results
+
+    def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
+        given = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self.run.config.generation, **changes)
+
+    def _examples(
+        self, context: str | Sequence[str], question: str | Sequence[str]
+    ) -> tuple[list[loader.Example], list[bool]]:
+        contexts = [context] if isinstance(context, str) else list(context)
+        questions = [question] if isinstance(question, str) else list(question)
+        if isinstance(context, str) != isinstance(question, str) or len(contexts) != len(questions):
+            raise ValueError(
+                f"context and question must be two texts or two lists of equal length, not {len(contexts)} and "
+                f"{len(questions)}; repeat a context to ask it several questions"
+            )
+        if not questions:
+            return [], []
+        data = self.run.config.data
+        records = [Record((c,), q, ("",)) for c, q in zip(contexts, questions, strict=True)]
+        examples, _ = loader.encode(records, self.tokenizer, data, targets=False)
+        return examples, [len(e.context) == data.max_context for e in examples]
+
+    def _batches(self, examples: Sequence[loader.Example], rate: int | None, new_tokens: int):
+        """Rows, padded batch and rate, contexts of like length together."""
+        rate = self.run.config.compression.rates[0] if rate is None else rate
+        if rate < 1:
+            raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
+        if not examples:
+            return
+        shapes = loader.Shapes.of(examples, self.run.config.data, self.run.config.compression)
+        shapes.check(self.run.backbone, rate, new_tokens)
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
+        for first in range(0, len(order), self.batch_size):
+            rows = order[first : first + self.batch_size]
+            full = rows + rows[:1] * (min(self.batch_size, len(order)) - len(rows))  # one batch shape, one compilation
+            batch = loader.collate([dataclasses.replace(examples[i], rate=rate) for i in full], shapes)
+            yield rows, jax.tree.map(jnp.asarray, batch), rate
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "rate"))
+def _remember(params: Any, batch: comi.Batch, arch: comi.Architecture, rate: int) -> comi.Memory:
+    return comi.remember(params, arch, batch, rate)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
+def _answer(
+    params: Any,
+    memory: comi.Memory,
+    batch: comi.Batch,
+    arch: comi.Architecture,
+    options: Generation,
+    stop: tuple[int, ...],
+) -> generate.Generated:
+    rows, lengths = comi.prompt(params, arch, memory, batch)
+    return generate.greedy(params, arch, rows, lengths, options, stop)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Answer one question about one text file."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.answer", description="Ask a compressed text a question.")
+    parser.add_argument("--checkpoint", required=True, help="folder of a training run")
+    parser.add_argument("--context", required=True, help="text file (UTF-8), or - for standard input")
+    parser.add_argument("--question", required=True, help="given to the model as it is, e.g. 'Question: ... Answer:'")
+    parser.add_argument("--rate", type=int, help="context tokens per memory vector")
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--repetition-penalty", type=float, help="over generated tokens; 1 is none, the release used 1.3")
+    options = parser.parse_args(arguments)
+    try:
+        context = _read_text(options.context)
+        model = Comi.load(options.checkpoint)
+        answer = model.answer(
+            context,
+            options.question,
+            rate=options.rate,
+            max_new_tokens=options.max_new_tokens,
+            repetition_penalty=options.repetition_penalty,
+        )
+    except (CheckpointError, ConfigError, loader.LengthError) as error:
+        sys.exit(f"error: {error}")
+    print(answer.text)
+    print(
+        f"[{answer.context_tokens} context tokens{' (cut)' if answer.truncated else ''} in {answer.memory_vectors} memory "
+        f"vectors: ratio {answer.ratio:.1f}]",
+        file=sys.stderr,
+    )
+
+
+def _read_text(path: str) -> str:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--context={path} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"--context={path} is empty; there is nothing to compress")
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The causal transformer of LLaMA-2, LLaMA-3, Qwen2 and Qwen3: one block, scanned over layers, used by all of COMI.
+
+    block(x) = y + W_down (silu(W_gate n₂(y)) * W_up n₂(y)),   y = x + W_O attention(rope(W_Q n₁(x)), rope(W_K n₁(x)), W_V n₁(x))
+
+Projections are stored as they are applied, input axes first; the parameters of all layers are stacked along a leading axis L.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from comi_jax import lora as lora_module
+from comi_jax.attention import attention
+from comi_jax.config import Backbone
+from comi_jax.params import ParamSpec, Tree
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far; a row's token at position p stands at index p."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+
+@struct.dataclass
+class Runtime:
+    """How to run a block, as opposed to what it computes."""
+
+    attention: str | None = struct.field(pytree_node=False, default=None)  # implementation name
+    remat: bool = struct.field(pytree_node=False, default=False)
+
+
+def specs(backbone: Backbone, layers: int, *, embed: bool, head: bool) -> dict[str, Any]:
+    """The spec tree of ``layers`` blocks and the final norm, with an embedding table and an output head if asked for."""
+    d, n, k, h = backbone.hidden_size, backbone.num_attention_heads, backbone.num_key_value_heads, backbone.head_dim
+    f, v = backbone.intermediate_size, backbone.vocab_size
+
+    def weight(shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> ParamSpec:
+        return ParamSpec((layers, *shape), ("layers", *axes), "normal", fan_in)
+
+    def vector(shape: tuple[int, ...], axes: tuple[str, ...], fill: float) -> ParamSpec:
+        return ParamSpec((layers, *shape), ("layers", *axes), fill)
+
+    block = {
+        "attention_norm": vector((d,), ("norm",), 1.0),
+        "q": weight((d, n, h), ("embed", "heads", "head"), d),
+        "k": weight((d, k, h), ("embed", "kv_heads", "head"), d),
+        "v": weight((d, k, h), ("embed", "kv_heads", "head"), d),
+        "o": weight((n, h, d), ("heads", "head", "embed"), n * h),
+        "mlp_norm": vector((d,), ("norm",), 1.0),
+        "gate": weight((d, f), ("embed", "mlp"), d),
+        "up": weight((d, f), ("embed", "mlp"), d),
+        "down": weight((f, d), ("mlp", "embed"), f),
+    }
+    if backbone.qkv_bias:
+        block["q_bias"] = vector((n, h), ("heads", "head"), 0.0)
+        block["k_bias"] = vector((k, h), ("kv_heads", "head"), 0.0)
+        block["v_bias"] = vector((k, h), ("kv_heads", "head"), 0.0)
+    if backbone.qk_norm:
+        block["q_norm"] = vector((h,), ("head",), 1.0)
+        block["k_norm"] = vector((h,), ("head",), 1.0)
+    tree: dict[str, Any] = {"layers": block, "norm": ParamSpec((d,), ("norm",), 1.0)}
+    if embed:
+        tree["embed"] = ParamSpec((v, d), ("vocab", "embed"), "normal", d)
+    if head and not backbone.tie_word_embeddings:
+        tree["head"] = ParamSpec((d, v), ("embed", "vocab"), "normal", d)
+    return tree
+
+
+def first_layers(params: Tree, layers: int) -> dict[str, Any]:
+    """``params`` cut to its first ``layers`` blocks; everything else is kept."""
+    return {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x²) + eps) * scale, the mean in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
+
+
+def rope_frequencies(backbone: Backbone) -> Float[Array, " half"]:
+    """Radians per position of each pair of head dimensions, LLaMA-3's long-context scaling included."""
+    exponent = jnp.arange(0, backbone.head_dim, 2, dtype=jnp.float32) / backbone.head_dim
+    frequency = 1.0 / backbone.rope_theta**exponent
+    scaling = backbone.rope_scaling
+    if scaling is None:
+        return frequency
+    rotations = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    blend = jnp.clip((rotations - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequency * (blend + (1.0 - blend) / scaling.factor)
+
+
+def rotation(backbone: Backbone, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T 1 half"], ...]:
+    """Cosine and sine of every position's rotation, float32."""
+    angle = positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(backbone)[None, None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T heads H"], rope: tuple[Float[Array, "B T 1 half"], ...]) -> Float[Array, "B T heads H"]:
+    """Rotary position embedding; dimension i is paired with i + H/2, as in Hugging Face's layout."""
+    cos, sin = (r.astype(jnp.promote_types(x.dtype, jnp.float32)) for r in rope)
+    a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def embed_tokens(params: Tree, ids: Int[Array, "*shape"], dtype: Any) -> Float[Array, "*shape D"]:
+    """Rows of the embedding table, in ``dtype``."""
+    return params["embed"][ids].astype(dtype)
+
+
+def logits(params: Tree, states: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
+    """Scores of the next token in float32 at least. Call it on the few positions that need it, never on a context."""
+    dtype = jnp.promote_types(states.dtype, jnp.float32)
+    with jax.named_scope("logits"):
+        if "head" in params:
+            head = params["head"].astype(states.dtype)
+            return jnp.einsum("...d,dv->...v", states, head, preferred_element_type=dtype)
+        table = params["embed"].astype(states.dtype)
+        return jnp.einsum("...d,vd->...v", states, table, preferred_element_type=dtype)
+
+
+def forward(
+    params: Tree,
+    x: Float[Array, "B T D"],
+    backbone: Backbone,
+    *,
+    cache: KVCache | None = None,
+    start: Int[Array, " B"] | None = None,
+    lora: lora_module.Adapters | None = None,
+    runtime: Runtime = Runtime(),
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """All blocks of ``params`` and the final norm over the embedded tokens ``x``.
+
+    Rows are right-padded: causality alone keeps real tokens from seeing padding, and what stands at padded positions of
+    the result means nothing. With a ``cache``, keys and values are written into it; with ``start`` too, row b's tokens
+    stand at positions start[b], start[b] + 1, ... and see all that the cache holds before them. Returns the states and
+    the updated cache.
+    """
+    batch, length, _ = x.shape
+    first = jnp.zeros((batch,), jnp.int32) if start is None else start
+    rope = rotation(backbone, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :])
+
+    def body(carry, layer):
+        x, cache = carry
+        index, weights, adapters = layer
+        x, cache = block(weights, x, rope, backbone, index=index, cache=cache, start=start, lora=adapters, runtime=runtime)
+        return (x, cache), None
+
+    if runtime.remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    layers = params["layers"]["q"].shape[0]
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora))
+    return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
+
+
+def block(
+    weights: Tree,
+    x: Float[Array, "B T D"],
+    rope: tuple[Float[Array, "B T 1 half"], ...],
+    backbone: Backbone,
+    *,
+    index: Int[Array, ""],
+    cache: KVCache | None,
+    start: Int[Array, " B"] | None,
+    lora: lora_module.Adapters | None,
+    runtime: Runtime,
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """One transformer block; ``index`` is its layer in the cache."""
+    w = {name: value.astype(x.dtype) for name, value in weights.items()}
+    with jax.named_scope("attention_block"):
+        n = rms_norm(x, w["attention_norm"], backbone.rms_norm_eps)
+        q, k, v = (_project(w, lora, name, n) for name in ("q", "k", "v"))
+        if backbone.qk_norm:
+            q = rms_norm(q, w["q_norm"], backbone.rms_norm_eps)
+            k = rms_norm(k, w["k_norm"], backbone.rms_norm_eps)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            cache = _write(cache, index, start, k, v)
+            if start is not None:  # a fresh cache holds nothing but k and v
+                k, v = cache.k[index], cache.v[index]
+        out = attention(q, k, v, start=start, implementation=runtime.attention)
+        x = x + _project_out(w, lora, out)
+    with jax.named_scope("mlp"):
+        n = rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps)
+        hidden = jax.nn.silu(jnp.einsum("btd,df->btf", n, w["gate"])) * jnp.einsum("btd,df->btf", n, w["up"])
+        x = x + jnp.einsum("btf,fd->btd", hidden, w["down"])
+    return x, cache
+
+
+def _project(w: Tree, lora: lora_module.Adapters | None, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+    out = jnp.einsum("btd,dnh->btnh", x, w[name])
+    if f"{name}_bias" in w:
+        out = out + w[f"{name}_bias"][None, None]
+    if lora is not None:
+        out = out + lora_module.apply(lora, name, x).reshape(out.shape)
+    return out
+
+
+def _project_out(w: Tree, lora: lora_module.Adapters | None, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    out = jnp.einsum("btnh,nhd->btd", x, w["o"])
+    if lora is not None:
+        out = out + lora_module.apply(lora, "o", x.reshape(*x.shape[:2], -1))
+    return out
+
+
+def _write(cache: KVCache, layer: Int[Array, ""], start: Int[Array, " B"] | None, k: Array, v: Array) -> KVCache:
+    """``cache`` with the keys and values of row b's new tokens at positions start[b], start[b] + 1, ... (None: 0)."""
+    batch, length = k.shape[:2]
+    if start is None:
+        at = (layer, 0, 0, 0, 0)
+        return KVCache(
+            k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
+            v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
+        )
+    rows = jnp.arange(batch)[:, None]
+    positions = start[:, None] + jnp.arange(length, dtype=start.dtype)[None, :]
+    put = {"mode": "drop", "unique_indices": True}
+    return KVCache(
+        k=cache.k.at[layer, rows, positions].set(k.astype(cache.k.dtype), **put),
+        v=cache.v.at[layer, rows, positions].set(v.astype(cache.v.dtype), **put),
+    )
+
+
+def empty_cache(backbone: Backbone, layers: int, batch: int, length: int, dtype: Any) -> KVCache:
+    """A cache for ``length`` positions of ``layers`` blocks."""
+    shape = (layers, batch, length, backbone.num_key_value_heads, backbone.head_dim)
+    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))

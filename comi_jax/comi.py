@@ -1,0 +1,269 @@
+"""The model: encode -> compress -> align -> decode, as separate functions over one parameter tree.
+
+    [X; Q] -> encoder -> H, q̄ = mean(Hq) (3) -> compress (4)-(8) -> LSA -> decoder over [memory; embed(Q); embed(answer)] (9)
+
+The tree has the parts "encoder", "lsa", "decoder", "mig" (the four scalars) and, with adapters, "lora".
+A context is cut into G segments of at most S tokens, which are encoded, compressed and aligned each on its own.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from comi_jax import backbone as lm
+from comi_jax import lora as lora_module
+from comi_jax.compress import Aux, compress, max_groups
+from comi_jax.config import Backbone, Compression, Config, Lora
+from comi_jax.params import ParamSpec, Tree
+
+SCALARS = ("alpha_coarse", "beta_coarse", "alpha_fine", "beta_fine")
+ATTENTION_WEIGHTS = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """All that is static about a model: its shapes, the switches of COMI and how blocks are run."""
+
+    backbone: Backbone
+    compression: Compression
+    lora: Lora = Lora()
+    dtype: str = "float32"  # of activations
+    runtime: lm.Runtime = lm.Runtime()
+
+    def __post_init__(self):
+        self.compression.check(self.backbone)
+
+    @classmethod
+    def of(cls, backbone: Backbone, config: Config) -> "Architecture":
+        runtime = lm.Runtime(attention=config.model.attention or None, remat=config.model.remat)
+        return cls(backbone, config.compression, config.lora, config.model.dtype, runtime)
+
+
+@struct.dataclass
+class Batch:
+    """Token ids, right-padded, and how many of them are real. An empty segment has length 0."""
+
+    context: Int[Array, "B G S"]
+    context_length: Int[Array, "B G"]
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, " B"]
+    answer: Int[Array, "B A"]  # end-of-sequence token included
+    answer_length: Int[Array, " B"]
+    rate: Int[Array, " B"]
+
+
+@struct.dataclass
+class Memory:
+    """Aligned memory vectors of all segments, in order; each row's first ``length`` are real."""
+
+    vectors: Float[Array, "B M D"]
+    length: Int[Array, " B"]
+    aux: Aux  # of the segments, rows in the order of reshape(B * G)
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over answer tokens, to be divided by ``tokens`` once every micro-batch and device has added its own."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+    tokens: Float[Array, ""]
+
+
+def specs(arch: Architecture) -> dict[str, Any]:
+    """The spec tree of the whole model."""
+    tree = {
+        "encoder": lm.specs(arch.backbone, arch.compression.encoder_layers, embed=True, head=False),
+        "lsa": lm.specs(arch.backbone, arch.compression.lsa_layers, embed=False, head=False),
+        "decoder": lm.specs(arch.backbone, arch.backbone.num_hidden_layers, embed=True, head=True),
+        "mig": {name: ParamSpec((), (), getattr(arch.compression, name)) for name in SCALARS},
+    }
+    if arch.lora.rank:
+        tree["lora"] = lora_module.specs(arch.backbone, arch.lora)
+    return tree
+
+
+def from_backbone(weights: Tree, arch: Architecture) -> dict[str, Any]:
+    """A fresh model from one causal LM: encoder its first blocks, LSA its first ones, decoder all. Adapters are added by
+    the caller, who has the random key."""
+    body = {name: weights[name] for name in ("layers", "norm")}
+    return {
+        "encoder": {**lm.first_layers(body, arch.compression.encoder_layers), "embed": weights["embed"]},
+        "lsa": lm.first_layers(body, arch.compression.lsa_layers),
+        "decoder": dict(weights),
+        "mig": {name: jnp.float32(getattr(arch.compression, name)) for name in SCALARS},
+    }
+
+
+def is_trained(path: str, arch: Architecture) -> bool:
+    """Whether the parameter at ``path`` ("encoder/layers/q") is trained: encoder and LSA whole; of the decoder W_Q, W_K,
+    W_V, W_O with their biases, or the adapters in their place; the four scalars if asked for."""
+    part, _, rest = path.partition("/")
+    if part == "decoder":
+        return not arch.lora.rank and rest.removeprefix("layers/") in ATTENTION_WEIGHTS
+    return {"encoder": True, "lsa": arch.compression.lsa, "lora": True, "mig": arch.compression.learn_mig}[part]
+
+
+def join_rows(
+    first: Array, first_length: Int[Array, " B"], second: Array, second_length: Int[Array, " B"]
+) -> tuple[Array, Int[Array, " B"]]:
+    """Rows [first | second | padding] without a gap, from two right-padded arrays [B, X, ...] and [B, Y, ...]."""
+    x, y = first.shape[1], second.shape[1]
+    position = jnp.arange(x + y, dtype=jnp.int32)[None, :]
+    behind = position - first_length[:, None]
+    source = jnp.where(behind < 0, position, x + jnp.minimum(behind, y - 1))
+    source = source.reshape(source.shape + (1,) * (first.ndim - 2))
+    return jnp.take_along_axis(jnp.concatenate([first, second], axis=1), source, axis=1), first_length + second_length
+
+
+def masked_mean(
+    states: Float[Array, "B T D"], first: Int[Array, " B"], count: Int[Array, " B"]
+) -> Float[Array, "B D"]:
+    """(3): the mean of states[first : first + count] of each row, in float32 at least."""
+    position = jnp.arange(states.shape[1])[None, :]
+    inside = (position >= first[:, None]) & (position < (first + count)[:, None])
+    wide = jnp.where(inside[:, :, None], states.astype(jnp.promote_types(states.dtype, jnp.float32)), 0.0)
+    return jnp.sum(wide, axis=1) / jnp.maximum(count, 1).astype(wide.dtype)[:, None]
+
+
+def encode(
+    params: Tree,
+    arch: Architecture,
+    context: Int[Array, "B S"],
+    context_length: Int[Array, " B"],
+    query: Int[Array, "B Q"],
+    query_length: Int[Array, " B"],
+) -> tuple[Float[Array, "B S D"], Float[Array, "B D"]]:
+    """The encoder over [context; query] in one causal pass: states of the context, H, and the query vector q̄ (3)."""
+    encoder = params["encoder"]
+    with jax.named_scope("encode"):
+        rows, _ = join_rows(context, context_length, query, query_length)
+        states, _ = lm.forward(encoder, lm.embed_tokens(encoder, rows, arch.dtype), arch.backbone, runtime=arch.runtime)
+        return states[:, : context.shape[1]], masked_mean(states, context_length, query_length)
+
+
+def encode_context(
+    params: Tree, arch: Architecture, context: Int[Array, "B S"], room: int
+) -> tuple[Float[Array, "B S D"], lm.KVCache]:
+    """The context alone: its states, which no query changes, and a cache with ``room`` more positions for queries."""
+    encoder = params["encoder"]
+    with jax.named_scope("encode"):
+        batch, length = context.shape
+        layers = arch.compression.encoder_layers
+        cache = lm.empty_cache(arch.backbone, layers, batch, length + room, arch.dtype)
+        x = lm.embed_tokens(encoder, context, arch.dtype)
+        states, cache = lm.forward(encoder, x, arch.backbone, cache=cache, runtime=arch.runtime)
+        return states, cache
+
+
+def encode_query(
+    params: Tree,
+    arch: Architecture,
+    cache: lm.KVCache,
+    context_length: Int[Array, " B"],
+    query: Int[Array, "B Q"],
+    query_length: Int[Array, " B"],
+) -> Float[Array, "B D"]:
+    """The query vector q̄ (3) of a query that follows an already encoded context; equal to what ``encode`` gives."""
+    encoder = params["encoder"]
+    with jax.named_scope("encode"):
+        x = lm.embed_tokens(encoder, query, arch.dtype)
+        states, _ = lm.forward(encoder, x, arch.backbone, cache=cache, start=context_length, runtime=arch.runtime)
+        return masked_mean(states, jnp.zeros_like(query_length), query_length)
+
+
+def align(params: Tree, arch: Architecture, memory: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+    """The LSA over merged vectors; with the switch off, the vectors themselves, in the model's dtype."""
+    memory = memory.astype(arch.dtype)
+    if not arch.compression.lsa:
+        return memory
+    with jax.named_scope("align"):
+        return lm.forward(params["lsa"], memory, arch.backbone, runtime=arch.runtime)[0]
+
+
+def join_segments(
+    memory: Float[Array, "B G M D"], count: Int[Array, "B G"]
+) -> tuple[Float[Array, "B GM D"], Int[Array, " B"]]:
+    """The first count[b, g] vectors of every segment, one after another without gaps."""
+    batch, segments, slots, width = memory.shape
+    ends = jnp.cumsum(count, axis=1)
+    position = jnp.arange(segments * slots, dtype=jnp.int32)
+    segment = jax.vmap(lambda e: jnp.searchsorted(e, position, side="right"))(ends)
+    segment = jnp.minimum(segment, segments - 1)
+    within = position[None, :] - jnp.take_along_axis(ends - count, segment, axis=1)
+    source = segment * slots + jnp.clip(within, 0, slots - 1)
+    flat = memory.reshape(batch, segments * slots, width)
+    return jnp.take_along_axis(flat, source[:, :, None], axis=1), ends[:, -1]
+
+
+def remember(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> Memory:
+    """From token ids to the memory the decoder reads: encode, compress and align every segment, then join them.
+
+    ``min_rate`` is the static lower bound of the rates in the batch; it sets how many slots a segment has.
+    """
+    b, g, s = batch.context.shape
+
+    def each_segment(x: Array) -> Array:
+        return jnp.repeat(x, g, axis=0)
+
+    lengths = batch.context_length.reshape(b * g)
+    query, query_length, rate = map(each_segment, (batch.query, batch.query_length, batch.rate))
+    states, query_vector = encode(params, arch, batch.context.reshape(b * g, s), lengths, query, query_length)
+    with jax.named_scope("compress"):
+        slots = max_groups(s, min_rate)
+        out = compress(states, query_vector, lengths, rate, params["mig"], arch.compression, slots)
+    aligned = align(params, arch, out.memory)
+    count = jnp.sum(out.mask, axis=1, dtype=jnp.int32)
+    vectors, length = join_segments(aligned.reshape(b, g, slots, -1), count.reshape(b, g))
+    return Memory(vectors, length, out.aux)
+
+
+def prompt(params: Tree, arch: Architecture, memory: Memory, batch: Batch) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
+    """What the decoder reads before it answers: [memory; embed(Q)], and its length."""
+    query = lm.embed_tokens(params["decoder"], batch.query, arch.dtype)
+    return join_rows(memory.vectors.astype(arch.dtype), memory.length, query, batch.query_length)
+
+
+def adapters(params: Tree, arch: Architecture, dropout_key: Array | None = None) -> lora_module.Adapters | None:
+    """The decoder's adapters, if the model has any."""
+    return lora_module.adapters(params["lora"], arch.lora, dropout_key) if arch.lora.rank else None
+
+
+def answer_logits(
+    params: Tree, arch: Architecture, memory: Memory, batch: Batch, dropout_key: Array | None = None
+) -> Float[Array, "B A V"]:
+    """Logits that predict each answer token, from memory, query and the answer tokens before it; nowhere else."""
+    with jax.named_scope("decode"):
+        before, length = prompt(params, arch, memory, batch)
+        answer = lm.embed_tokens(params["decoder"], batch.answer, arch.dtype)
+        rows, _ = join_rows(before, length, answer, batch.answer_length)
+        lora = adapters(params, arch, dropout_key)
+        states, _ = lm.forward(params["decoder"], rows, arch.backbone, lora=lora, runtime=arch.runtime)
+        predicts = length[:, None] - 1 + jnp.arange(batch.answer.shape[1], dtype=jnp.int32)[None, :]
+        states = jnp.take_along_axis(states, predicts[:, :, None], axis=1)
+        return lm.logits(params["decoder"], states)
+
+
+def loss(params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_key: Array | None = None) -> LossSums:
+    """(9): next-token cross-entropy on the answer tokens only, summed; also how many were predicted right."""
+    scores = answer_logits(params, arch, remember(params, arch, batch, min_rate), batch, dropout_key)
+    return sum_loss(scores, batch.answer, batch.answer_length)
+
+
+def sum_loss(scores: Float[Array, "B A V"], answer: Int[Array, "B A"], length: Int[Array, " B"]) -> LossSums:
+    """Cross-entropy of ``answer`` under ``scores``, over each row's first ``length`` tokens."""
+    real: Bool[Array, "B A"] = jnp.arange(answer.shape[1])[None, :] < length[:, None]
+    log_probability = jax.nn.log_softmax(scores, axis=-1)
+    nll = -jnp.take_along_axis(log_probability, answer[:, :, None], axis=2)[:, :, 0]
+    right = jnp.argmax(scores, axis=-1).astype(answer.dtype) == answer
+    return LossSums(
+        loss=jnp.sum(jnp.where(real, nll, 0.0)),
+        correct=jnp.sum((real & right).astype(scores.dtype)),
+        tokens=jnp.sum(real.astype(scores.dtype)),
+    )
+
+

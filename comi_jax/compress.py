@@ -1,0 +1,182 @@
+"""COMI's compression, section 4 of the paper: coarse group sizes by MIG, equations (4) to (6), fine merging, (7) and (8).
+
+Everything has a static shape: group sizes are data, carried as one group id per token. All of it is computed in float32
+at least. Arrays here have S tokens of a context (or of a segment), right-padded, and up to M groups.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from comi_jax import mig
+from comi_jax.config import Compression
+from comi_jax.params import Tree
+
+
+@struct.dataclass
+class Aux:
+    """What led to a memory. Under jit, what nobody reads is not computed."""
+
+    group_sizes: Int[Array, "B M"]  # of the m groups in order, zeros among them; zeros behind the m-th
+    group: Int[Array, "B S"]  # memory slot of every token, -1 for padding
+    relevance: Float[Array, "B S"]  # cos to the query vector
+    redundancy: Float[Array, "B S"]  # largest cos to another token of the group
+    mig: Float[Array, "B S"]  # (1) within the group
+    weights: Float[Array, "B S"]  # of the merge; they sum to 1 over each group
+    representative: Int[Array, "B M"] | None  # (4), token index; None with coarse off, as is the next
+    coarse_mig: Float[Array, "B M"] | None  # (1) among the representatives
+
+
+@struct.dataclass
+class Compressed:
+    """Memory vectors: the first mask.sum() slots of each row are real, the rest zero."""
+
+    memory: Float[Array, "B M D"]
+    mask: Bool[Array, "B M"]
+    aux: Aux
+
+
+def max_groups(length: int, rate: int) -> int:
+    """The static number of memory slots that ``length`` tokens need at ``rate`` or any higher rate."""
+    return -(-length // rate)
+
+
+def compress(
+    states: Float[Array, "B S D"],
+    query: Float[Array, "B D"],
+    lengths: Int[Array, " B"],
+    rates: Int[Array, " B"],
+    scalars: Tree,
+    settings: Compression,
+    slots: int,
+) -> Compressed:
+    """Merge each row's first ``lengths`` states into about lengths / rates memory vectors.
+
+    ``query`` is the query vector (3), ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine, ``slots`` is
+    M, at least max_groups(S, smallest rate). Rates may differ from row to row. A row of length 0 gives no memory.
+    """
+    dtype = jnp.promote_types(states.dtype, jnp.float32)
+    tokens = mig.unit(states)
+    relevance = mig.relevance(tokens, mig.unit(query))
+    representative = coarse_mig = None
+    with jax.named_scope("coarse"):
+        if settings.coarse:
+            sizes, representative, coarse_mig = coarse_sizes(
+                *jax.lax.stop_gradient((tokens, relevance)), lengths, rates, scalars, settings, slots
+            )
+        else:
+            sizes = equal_sizes(lengths, rates, slots)
+        group, mask = assign(sizes, lengths, states.shape[1])
+    with jax.named_scope("fine"):
+        redundancy = mig.redundancy(tokens, group) if settings.fine_redundancy else jnp.zeros_like(relevance)
+        gain = mig.gain(relevance, redundancy, scalars["alpha_fine"], scalars["beta_fine"])
+        weights = group_softmax(gain if settings.fine else jnp.zeros_like(gain), group, slots)
+        memory = merge(states.astype(dtype), weights, group, slots)
+    aux = Aux(sizes, group, relevance, redundancy, gain, weights, representative, coarse_mig)
+    return Compressed(memory, mask, aux)
+
+
+def coarse_sizes(
+    tokens: Float[Array, "B S D"],
+    relevance: Float[Array, "B S"],
+    lengths: Int[Array, " B"],
+    rates: Int[Array, " B"],
+    scalars: Tree,
+    settings: Compression,
+    slots: int,
+) -> tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
+    """Group sizes by the MIG of one representative per group of ``rates`` consecutive tokens, (4) to (6)."""
+    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    group = jnp.where(position < lengths[:, None], position // rates[:, None], -1)
+    representative, exists = most_relevant(relevance, group, slots)
+    chosen = jnp.take_along_axis(tokens, representative[:, :, None], axis=1)
+    redundancy = jnp.zeros(representative.shape, relevance.dtype)
+    if settings.coarse_redundancy:
+        redundancy = mig.redundancy(chosen, jnp.where(exists, 0, -1))
+    chosen_relevance = jnp.take_along_axis(relevance, representative, axis=1)
+    gain = mig.gain(chosen_relevance, redundancy, scalars["alpha_coarse"], scalars["beta_coarse"])
+    return reallocate(gain, exists, lengths), representative, gain
+
+
+def most_relevant(
+    relevance: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
+) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
+    """(4): the index of each group's token of largest relevance (ties: the first), and whether the group exists."""
+    length = relevance.shape[1]
+    position = jnp.arange(length, dtype=jnp.int32)
+
+    def row(relevance, group):
+        best = jax.ops.segment_max(relevance, group, slots)
+        is_best = (group >= 0) & (relevance == best[group])
+        return jax.ops.segment_min(jnp.where(is_best, position, length), group, slots)
+
+    index = jax.vmap(row)(relevance, group)
+    exists = index < length
+    return jnp.where(exists, index, 0), exists
+
+
+def reallocate(
+    gain: Float[Array, "B M"], exists: Bool[Array, "B M"], lengths: Int[Array, " B"]
+) -> Int[Array, "B M"]:
+    """(5), (6): size_i = floor(n · softmax(−G)_i), the rest one each to the largest fractions (ties: the first).
+
+    The sizes of a row sum to its length exactly.
+    """
+    share = jax.nn.softmax(jnp.where(exists, -gain, jnp.finfo(gain.dtype).min), axis=1)  # (5)
+    quota = jnp.where(exists, lengths.astype(gain.dtype)[:, None] * share, 0.0)  # (6)
+    size = jnp.floor(quota).astype(jnp.int32)
+    left = lengths - jnp.sum(size, axis=1)
+    fraction = jnp.where(exists, quota - size.astype(quota.dtype), -1.0)
+    rank = jnp.argsort(jnp.argsort(-fraction, axis=1, stable=True), axis=1, stable=True)
+    return size + (rank < left[:, None]).astype(jnp.int32)
+
+
+def equal_sizes(lengths: Int[Array, " B"], rates: Int[Array, " B"], slots: int) -> Int[Array, "B M"]:
+    """Sizes with coarse off: max(1, round(n / r)) groups, halves to even, the first n mod m one larger."""
+    whole, rest = lengths // rates, lengths % rates
+    up = (2 * rest > rates) | ((2 * rest == rates) & (whole % 2 == 1))
+    groups = jnp.maximum(1, whole + up.astype(lengths.dtype))[:, None]
+    slot = jnp.arange(slots, dtype=lengths.dtype)[None, :]
+    size = lengths[:, None] // groups + (slot < lengths[:, None] % groups).astype(lengths.dtype)
+    return jnp.where(slot < groups, size, 0)
+
+
+def assign(
+    sizes: Int[Array, "B M"], lengths: Int[Array, " B"], length: int
+) -> tuple[Int[Array, "B S"], Bool[Array, "B M"]]:
+    """Cut tokens left to right into groups of ``sizes``; empty groups take no slot. Returns slots and which are filled."""
+    position = jnp.arange(length, dtype=jnp.int32)
+    group = jax.vmap(lambda ends: jnp.searchsorted(ends, position, side="right"))(jnp.cumsum(sizes, axis=1))
+    slot = jnp.cumsum((sizes > 0).astype(jnp.int32), axis=1) - 1
+    group = jnp.take_along_axis(slot, jnp.minimum(group, sizes.shape[1] - 1), axis=1)
+    filled = jnp.arange(sizes.shape[1])[None, :] < jnp.sum(sizes > 0, axis=1)[:, None]
+    return jnp.where(position[None, :] < lengths[:, None], group, -1), filled
+
+
+def group_softmax(gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int) -> Float[Array, "B S"]:
+    """(7): softmax of ``gain`` over the tokens of each group; 0 for tokens of no group."""
+
+    def row(gain, group):
+        inside = group >= 0
+        top = jax.lax.stop_gradient(jax.ops.segment_max(gain, group, slots))
+        power = jnp.where(inside, jnp.exp(jnp.where(inside, gain - top[group], 0.0)), 0.0)
+        total = jax.ops.segment_sum(power, group, slots)
+        return power / jnp.where(inside, total[group], 1.0)
+
+    return jax.vmap(row)(gain, group)
+
+
+def merge(
+    states: Float[Array, "B S D"], weights: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
+) -> Float[Array, "B M D"]:
+    """(7), (8): h̃_g = Σ_{k in g} w_k h_k, one vector per slot; empty slots are zero."""
+
+    def row(states: Any, weights: Any, group: Any) -> Any:
+        return jax.ops.segment_sum(weights[:, None] * states, group, slots)
+
+    # Padding may hold anything, so it is dropped rather than multiplied by its weight of zero.
+    states = jnp.where((group >= 0)[:, :, None], states, 0.0)
+    return jax.vmap(row)(states, weights, group)

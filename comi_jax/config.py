@@ -1,0 +1,332 @@
+"""Every setting of a run, as frozen dataclasses that refuse numbers which cannot work.
+
+The letters of array shapes, in annotations, einsums and name suffixes:
+
+    B batch           G segments of a context   S context tokens    Q query tokens   A answer tokens
+    M groups, which are the memory slots        T tokens of a row   L layers         V vocabulary
+    D model width     N query heads             K key/value heads   H head width     F feed-forward width
+    R rank of a low-rank adapter
+
+A config file (``configs/<name>.py``) has one function, ``get_config() -> Config``. ``load("qwen2", ["train.steps=10"])``
+imports it and applies typed overrides.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import pkgutil
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or cannot work; the message says which and what would."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    _require(value in choices, f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """LLaMA-3.1's frequency scaling of rotary embeddings (Hugging Face's ``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The shape of a causal language model, under Hugging Face's names. ``comi_jax.hf`` reads it from a config.json."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Rope | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            _require(getattr(self, name) > 0, f"the backbone's {name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"the backbone has {self.num_attention_heads} attention heads over {self.num_key_value_heads} key/value "
+            "heads; the first must be a multiple of the second",
+        )
+        _require(self.head_dim % 2 == 0, f"the backbone's head_dim is {self.head_dim}; rotary embeddings need it even")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """COMI's own settings (SPEC: paper section 4, and the switches of its Table 2)."""
+
+    rates: tuple[int, ...] = (16, 32)  # training draws one per example; answering uses the first unless told
+    encoder_layers: int = 8
+    lsa_layers: int = 1
+    segment_size: int = 32_768  # context tokens that are encoded and compressed together
+    coarse: bool = True  # re-allocate group sizes by MIG; off: near-equal groups
+    fine: bool = True  # merge a group's tokens by softmax(MIG); off: plain mean
+    coarse_redundancy: bool = True
+    fine_redundancy: bool = True
+    lsa: bool = True
+    alpha_coarse: float = 1.0
+    beta_coarse: float = 1.0
+    alpha_fine: float = 1.0
+    beta_fine: float = 1.0
+    learn_mig: bool = False  # train the four scalars above (the coarse two have no gradient: sizes are integers)
+
+    def __post_init__(self):
+        _require(bool(self.rates), "compression.rates is empty; give at least one rate, e.g. 16,32")
+        for rate in self.rates:
+            _require(rate >= 1, f"compression.rates holds {rate}; a rate is a whole number of at least 1")
+        _require(self.encoder_layers >= 1, f"compression.encoder_layers is {self.encoder_layers}; at least 1 is needed")
+        _require(self.lsa_layers >= 1, f"compression.lsa_layers is {self.lsa_layers}; at least 1 (or compression.lsa=false)")
+        _require(
+            self.segment_size >= max(self.rates),
+            f"compression.segment_size is {self.segment_size}, below the largest rate {max(self.rates)}: "
+            "a segment would be less than one group",
+        )
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse layer counts that ``backbone`` does not have."""
+        for name in ("encoder_layers", "lsa_layers"):
+            _require(
+                getattr(self, name) <= backbone.num_hidden_layers,
+                f"compression.{name} is {getattr(self, name)}, but the backbone has {backbone.num_hidden_layers} layers",
+            )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the decoder's W_Q W_K W_V W_O. Rank 0 trains those matrices themselves, as the paper does."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.05
+
+    def __post_init__(self):
+        _require(self.rank >= 0, f"lora.rank is {self.rank}; it is 0 (off) or positive")
+        _require(0.0 <= self.dropout < 1.0, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = ""  # Hugging Face folder of the pretrained backbone, or "tiny" for the one the package carries
+    hub: str = ""  # where that folder is published, for the message when it is missing
+    tokenizer: str = ""  # folder of the tokenizer; empty: the same
+    attention: str = ""  # implementation by name; empty: chosen for the device
+    dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are kept in float32
+    remat: bool = True  # recompute each block's activations in the backward pass
+
+    def __post_init__(self):
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("model.attention", self.attention, ("", "dense", "blocked", "cudnn", "splash"))
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[str, ...] = ()  # JSON Lines files (plain or .gz), or "synthetic"
+    eval: tuple[str, ...] = ()
+    eval_examples: int = 0  # the first so many of data.eval; 0: all
+    synthetic_examples: int = 0  # how many records "synthetic" makes for training
+    max_context: int = 32_768  # tokens
+    max_query: int = 256
+    max_answer: int = 64  # end-of-sequence token included
+    on_long: str = "refuse"  # a context, query or answer above its maximum: "refuse" or "truncate" (counted, reported)
+    skip_bad_records: bool = False
+    buckets: tuple[int, ...] = ()  # context lengths that batches are padded to; empty: powers of two and their halves
+
+    def __post_init__(self):
+        _one_of("data.on_long", self.on_long, ("refuse", "truncate"))
+        for name in ("max_context", "max_query", "max_answer"):
+            _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            tuple(sorted(set(self.buckets))) == self.buckets and all(b > 0 for b in self.buckets),
+            f"data.buckets is {self.buckets}; give rising positive lengths",
+        )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 1e-5
+    schedule: str = "linear"  # decay after warm-up: "linear", "cosine" or "constant"
+    warmup: float = 0.1  # share of all steps
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # 0: no clipping
+    beta1: float = 0.9
+    beta2: float = 0.999
+    accumulate: int = 1  # micro-batches per update
+
+    def __post_init__(self):
+        _one_of("optimizer.schedule", self.schedule, ("linear", "cosine", "constant"))
+        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        _require(0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
+        _require(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; data = 0 takes all that are left."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        _require(self.data >= 0 and self.fsdp >= 1 and self.tensor >= 1, f"mesh sizes must be positive: {self}")
+
+
+@dataclass(frozen=True)
+class Train:
+    output: str = ""  # folder of the run; empty: runs/<config name>
+    steps: int = 1000
+    batch_size: int = 64  # examples per update, over all devices and micro-batches
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0  # 0: only at the end
+    checkpoint_every: int = 0  # 0: only at the end
+    keep_checkpoints: int = 2
+    compare_mean_pooling: bool = False  # also train group mean-pooling on the same data, for the closing table
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are decoded. ``repetition_penalty`` acts on generated tokens only; the release used 1.3 and 20 tokens."""
+
+    max_new_tokens: int = 20
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        _require(self.max_new_tokens >= 1, f"generation.max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
+        _require(self.repetition_penalty > 0, f"generation.repetition_penalty is {self.repetition_penalty}; 1 means none")
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = ""
+    model: Model = field(default_factory=Model)
+    compression: Compression = field(default_factory=Compression)
+    lora: Lora = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: Mesh = field(default_factory=Mesh)
+    train: Train = field(default_factory=Train)
+    generation: Generation = field(default_factory=Generation)
+
+    def __post_init__(self):
+        _require(
+            self.train.batch_size % self.optimizer.accumulate == 0,
+            f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate {self.optimizer.accumulate}",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """The inverse of ``to_dict``; unknown or wrongly typed entries are refused by name."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    _require(not unknown, f"{where} has unknown entries {unknown}; known are {sorted(hints)}")
+    return cls(**{name: _coerce(value, hints[name], f"{where}.{name}") for name, value in values.items()})
+
+
+def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config ``configs/<name>.py`` with ``path=value`` overrides applied, e.g. ``train.steps=100``.
+
+    Raises ConfigError for an unknown config, an unknown path or a value of the wrong type, with the nearest valid names.
+    """
+    import comi_jax.configs
+
+    names = sorted(module.name for module in pkgutil.iter_modules(comi_jax.configs.__path__))
+    _require(name in names, f"there is no config {name!r}{_nearest(name, names)}; there are: {', '.join(names)}")
+    config = importlib.import_module(f"comi_jax.configs.{name}").get_config()
+    return override(dataclasses.replace(config, name=name), overrides)
+
+
+def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """``config`` with each ``path=value`` applied. All at once, so that two that need each other can be changed together."""
+    values = to_dict(config)
+    for word in overrides:
+        path, equals, text = word.partition("=")
+        _require(bool(equals), f"{word!r} is not an override; write path=value, e.g. train.steps=100")
+        section, _, leaf = path.partition(".")
+        valid = [f"{s}.{leaf}" for s, entry in values.items() if isinstance(entry, dict) for leaf in entry]
+        _require(path in valid, f"there is no setting {path!r}{_nearest(path, valid)}")
+        hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[leaf]
+        values[section][leaf] = _parse(text, hint, path)
+    return from_dict(Config, values)
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.4)
+    if not close:  # a bare leaf such as "steps", or a path of the right section
+        close = [v for v in valid if v.split(".")[-1] == name or v.split(".")[0] == name.split(".")[0]][:8]
+    return f"; the nearest are {', '.join(close)}" if close else ""
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    """The text of an override as a JSON value that ``_coerce`` accepts for ``hint``."""
+    if hint is str:
+        return text
+    if hint is bool:
+        _one_of(path, text.lower(), ("true", "false"))
+        return text.lower() == "true"
+    if typing.get_origin(hint) is tuple:
+        return [_parse(part, typing.get_args(hint)[0], path) for part in text.split(",") if part]
+    try:
+        return int(text.replace("_", "")) if hint is int else float(text)
+    except ValueError:
+        raise ConfigError(f"{path}={text} is not {_type_name(hint)}") from None
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        _require(isinstance(value, dict), f"{where} is {value!r}; an object is expected")
+        return from_dict(hint, value, where)
+    if isinstance(hint, types.UnionType):
+        inner = [h for h in typing.get_args(hint) if h is not type(None)]
+        return None if value is None else _coerce(value, inner[0], where)
+    if typing.get_origin(hint) is tuple:
+        _require(isinstance(value, list | tuple), f"{where} is {value!r}; a list is expected")
+        return tuple(_coerce(v, typing.get_args(hint)[0], where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(type(value) is hint, f"{where} is {value!r}, not {_type_name(hint)}")
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(hint, str(hint))

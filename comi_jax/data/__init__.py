@@ -1,0 +1,1 @@
+"""Records in, batches out: everything between a file of examples and the model."""

@@ -1,0 +1,187 @@
+"""From records to batches: tokenise once, then a Grain pipeline whose order is a pure function of seed and step.
+
+Context, query and answer are tokenised raw and apart: no chat template, no separators, no BOS. The target is the first
+answer and the end-of-sequence token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from comi_jax.comi import Batch
+from comi_jax.compress import max_groups
+from comi_jax.config import Backbone, Compression, Data
+from comi_jax.data.records import Record
+
+CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
+
+
+class LengthError(ValueError):
+    """Records longer than the settings allow; the message says how many, which first, and which settings decide."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one record, int32. Without a target (for answering), ``answer`` is empty."""
+
+    context: np.ndarray
+    query: np.ndarray
+    answer: np.ndarray
+    rate: int = 0
+
+
+@dataclass
+class LengthReport:
+    """How many examples there are, how many tokens they have, and how many were cut to fit."""
+
+    examples: int = 0
+    context_tokens: int = 0
+    truncated_contexts: int = 0
+    truncated_queries: int = 0
+    truncated_answers: int = 0
+
+    def __str__(self) -> str:
+        cut = f"{self.truncated_contexts} contexts, {self.truncated_queries} queries, {self.truncated_answers} answers"
+        return f"{self.examples} examples, {self.context_tokens} context tokens; cut to fit: {cut}"
+
+
+def encode(
+    records: Sequence[Record], tokenizer: Any, data: Data, *, targets: bool = True
+) -> tuple[list[Example], LengthReport]:
+    """Tokenise ``records``; with ``targets`` their first answers too.
+
+    What is longer than data.max_context, max_query or max_answer tokens is cut (context and query at the end, the answer
+    before its end-of-sequence token) and counted if data.on_long is "truncate"; else LengthError is raised.
+    """
+    report, examples, long = LengthReport(), [], []
+    limits = (data.max_context, data.max_query, data.max_answer)
+    for first in range(0, len(records), CHUNK):
+        chunk = records[first : first + CHUNK]
+        contexts = _ids(tokenizer, [record.context_text() for record in chunk])
+        queries = _ids(tokenizer, [record.prompt for record in chunk])
+        answers = _ids(tokenizer, [record.answers[0] for record in chunk]) if targets else [[]] * len(chunk)
+        for number, parts in enumerate(zip(contexts, queries, answers, strict=True), start=first):
+            spare = (0, 0, 1 if targets else 0)  # room for the end-of-sequence token
+            over = [len(ids) + room > limit for ids, limit, room in zip(parts, limits, spare, strict=True)]
+            if any(over):
+                long.append((number, [len(ids) for ids in parts]))
+            context, query, answer = (i[: limit - room] for i, limit, room in zip(parts, limits, spare, strict=True))
+            answer = [*answer, tokenizer.eos_token_id] if targets else answer
+            examples.append(Example(*(np.asarray(ids, np.int32) for ids in (context, query, answer))))
+            report.examples += 1
+            report.context_tokens += len(context)
+            report.truncated_contexts += over[0]
+            report.truncated_queries += over[1]
+            report.truncated_answers += over[2]
+    if long and data.on_long == "refuse":
+        number, lengths = long[0]
+        raise LengthError(
+            f"{len(long)} of {len(records)} records are too long, the first is record {number + 1} with "
+            f"{lengths[0]}, {lengths[1]} and {lengths[2]} tokens of context, query and answer; raise data.max_context "
+            f"({limits[0]}), data.max_query ({limits[1]}) or data.max_answer ({limits[2]}, end of sequence included), "
+            "or set data.on_long=truncate"
+        )
+    for number, example in enumerate(examples):
+        if not len(example.query) or not len(example.context):
+            raise LengthError(f"record {number + 1} has a context or a query of no tokens: {records[number].prompt!r}")
+    return examples, report
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The few static shapes that batches are padded to: one compilation for each context bucket and segment count."""
+
+    buckets: tuple[int, ...]  # rising; the last is the longest segment
+    query: int
+    answer: int
+    segment_size: int
+    segments: int  # the largest number of segments of a context
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
+        """Buckets from ``data`` or, if it has none, powers of two and their halves; queries and answers are padded to
+        the longest of ``examples``, in steps of 8."""
+        longest = max(len(example.context) for example in examples)
+        segment = compression.segment_size
+        top = min(longest, segment)
+        steps = data.buckets or tuple(sorted({base * 2**k for k in range(40) for base in (32, 48)}))
+        buckets = [b for b in steps if b < top]
+        buckets.append(min([b for b in steps if b >= top], default=top))
+        query, answer = (max(len(getattr(e, name)) for e in examples) for name in ("query", "answer"))
+        return cls(
+            buckets=tuple(sorted({min(b, segment) for b in buckets})),
+            query=-(-query // 8) * 8,
+            answer=max(-(-answer // 8) * 8, 1),
+            segment_size=segment,
+            segments=max(-(-longest // segment), 1),
+        )
+
+    def check(self, backbone: Backbone, min_rate: int, answer: int) -> None:
+        """Refuse rows of the encoder or, with answers of ``answer`` tokens, of the decoder that are longer than the
+        language model's positions."""
+        limit, segment = backbone.max_position_embeddings, self.buckets[-1]
+        if segment + self.query > limit:
+            raise LengthError(
+                f"a segment of {segment} tokens and a query of {self.query} make {segment + self.query}, but the model "
+                f"has {limit} positions; lower compression.segment_size to {max(limit - self.query, 1)}"
+            )
+        memory = self.segments * max_groups(segment, min_rate)
+        if memory + self.query + answer > limit:
+            raise LengthError(
+                f"{memory} memory vectors, a query of {self.query} and an answer of {answer} tokens are more than the "
+                f"{limit} positions of the model; lower data.max_context or raise the rate {min_rate}"
+            )
+
+    def bucket(self, length: int) -> int:
+        """The smallest bucket that holds ``length`` tokens."""
+        return next(b for b in self.buckets if b >= length)
+
+
+def collate(examples: Sequence[Example], shapes: Shapes) -> Batch:
+    """Right-padded numpy arrays of ``examples``, contexts cut into segments of ``shapes.segment_size``."""
+    size = shapes.segment_size
+    segments = [[e.context[i : i + size] for i in range(0, len(e.context), size)] for e in examples]
+    longest = max((len(s) for row in segments for s in row), default=1)
+    count, length = max(max(map(len, segments)), 1), shapes.bucket(longest)
+    context = np.zeros((len(examples), count, length), np.int32)
+    lengths = np.zeros((len(examples), count), np.int32)
+    for i, row in enumerate(segments):
+        for j, segment in enumerate(row):
+            context[i, j, : len(segment)], lengths[i, j] = segment, len(segment)
+    query, query_length = _pad([e.query for e in examples], shapes.query)
+    answer, answer_length = _pad([e.answer for e in examples], shapes.answer)
+    rate = np.array([e.rate for e in examples], np.int32)
+    return Batch(context, lengths, query, query_length, answer, answer_length, rate)
+
+
+def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    padded = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, np.array([len(row) for row in rows], np.int32)
+
+
+def training_batches(
+    examples: Sequence[Example], shapes: Shapes, rates: tuple[int, ...], batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """Endless shuffled batches, every epoch in another order, each example with a rate drawn from ``rates``.
+
+    Element i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step.
+    """
+
+    def draw_rate(example: Example, rng: np.random.Generator) -> Example:
+        return dataclasses.replace(example, rate=int(rng.choice(rates)))
+
+    def to_batch(rows: Sequence[Example]) -> Batch:
+        return collate(rows, shapes)
+
+    data = grain.MapDataset.source(examples).seed(seed).shuffle().repeat().random_map(draw_rate)
+    return iter(data.batch(batch_size, batch_fn=to_batch).to_iter_dataset(grain.ReadOptions(1, 4)))

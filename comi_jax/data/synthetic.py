@@ -1,0 +1,261 @@
+"""Question answering in plain English made from a seed: facts about people, hard near-duplicates, unseen people to test on.
+
+A context is `facts` sentences over a small grid of people x relations, so that every fact has several others about the same
+person and several others about the same relation; people share first or last names. A person belongs to one split for good:
+`split = "eval" if crc32(name) % 8 == 0 else "train"`, and a context speaks of people of one split only.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from comi_jax.data.records import Record
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+EVAL_SHARE = 8  # one person in EVAL_SHARE is kept for evaluation
+
+FIRST = (
+    "Mara Anna Boris Carla David Elena Felix Greta Hugo Irene Jonas Karen Laura Martin Nadia Oscar Paula Quentin Rosa Simon "
+    "Tanya Victor Wanda Xavier Yusuf Zelda Bruno Clara Dora Emil Frida Gustav Hanna Ivan Julia Kurt Lena Milo Nora Otto "
+    "Petra Ralf Sonia Theo Ursula Vera Walter Zoe"
+).split()
+LAST = (
+    "Quell Adler Bauer Costa Duval Engel Fabre Garner Holt Ibsen Jensen Keller Lund Moreau Novak Olsen Parker Quinn Reyes Santos "
+    "Torres Ullman Vogel Weber Yates Zeller Berg Conti Dahl Eklund Ferrer Grant Hansen Ivory Joyce Klein Lopez Marsh Nolan Orlov "
+    "Pratt Rossi Silva Tanner Usher Varga Walsh Zorn"
+).split()
+
+
+class Relation(NamedTuple):
+    """What can be said about a person: values, sentences that state one, questions that ask for it."""
+
+    values: tuple[str, ...]
+    facts: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+def _relation(values: str, facts: Sequence[str], questions: Sequence[str]) -> Relation:
+    return Relation(tuple(values.split()), tuple(facts), tuple(questions))
+
+
+RELATIONS = {
+    "town": _relation(
+        "Lisbon Paris London Berlin Madrid Vienna Prague Dublin Athens Warsaw Oslo Rome Zurich Geneva Boston Chicago Denver Cairo "
+        "Tokyo Delhi Lima Quito Havana Sydney",
+        (
+            "The town where {p} was born and grew up is {v}.",
+            "As a child {p} lived in the town of {v}.",
+            "The home town of {p} has always been {v}.",
+        ),
+        ("What is the home town of {p}?", "In which town did {p} grow up?"),
+    ),
+    "job": _relation(
+        "baker doctor farmer lawyer nurse pilot plumber sailor soldier tailor teacher waiter writer painter dentist butcher barber "
+        "chemist judge miner printer banker gardener carpenter",
+        (
+            "To earn a living, {p} works as a {v}.",
+            "The job that {p} has now is that of {v}.",
+            "People say that {p} is a very good {v}.",
+        ),
+        ("What is the job of {p}?", "As what does {p} work?"),
+    ),
+    "colour": _relation(
+        "red blue green yellow orange purple black white brown grey pink golden silver violet crimson scarlet amber olive ivory "
+        "turquoise beige indigo maroon navy",
+        (
+            "The colour that {p} likes best of all is {v}.",
+            "Most of the clothes of {p} are coloured {v}.",
+            "The favourite colour of {p} has always been {v}.",
+        ),
+        ("What is the favourite colour of {p}?", "Which colour does {p} like best?"),
+    ),
+    "pet": _relation(
+        "cat dog horse rabbit parrot hamster turtle goat pony lizard snake spider canary goose duck sheep donkey ferret mouse "
+        "pigeon frog rat pig hen",
+        (
+            "At home {p} takes good care of a pet {v}.",
+            "The pet that {p} keeps at home is a {v}.",
+            "The animal that {p} owns is a {v}.",
+        ),
+        ("What is the pet of {p}?", "Which animal does {p} own?"),
+    ),
+    "instrument": _relation(
+        "piano violin guitar flute trumpet drum harp cello organ banjo clarinet oboe tuba lute bassoon trombone viola fiddle horn "
+        "bugle zither mandolin accordion saxophone",
+        (
+            "In the evening {p} plays music on the {v}.",
+            "The instrument that {p} plays is the {v}.",
+            "For many years {p} has practised the {v}.",
+        ),
+        ("What is the instrument of {p}?", "Which instrument does {p} play?"),
+    ),
+    "employer": _relation(
+        "Siemens Philips Nokia Toyota Sony Boeing Shell Bayer Pfizer Google Intel Oracle Amazon Nestle Danone Lego Adidas Volvo "
+        "Fiat Renault Honda Canon Xerox Kodak",
+        (
+            "The company that pays {p} every month is {v}.",
+            "Since last spring {p} has been employed by {v}.",
+            "The employer of {p} is a company called {v}.",
+        ),
+        ("What is the employer of {p}?", "Which company employs {p}?"),
+    ),
+    "sport": _relation(
+        "tennis football rugby golf hockey cricket boxing rowing sailing skiing judo karate chess polo squash cycling running "
+        "swimming fencing archery climbing diving surfing wrestling",
+        (
+            "The sport that {p} trains for is {v}.",
+            "On the weekend {p} goes out for some {v}.",
+            "When it comes to sport {p} prefers {v}.",
+        ),
+        ("What is the sport of {p}?", "Which sport does {p} prefer?"),
+    ),
+    "food": _relation(
+        "bread cheese soup pasta rice pizza salad fish chicken beef honey butter apples cherries grapes lemons onions carrots beans "
+        "potatoes mushrooms chocolate pancakes noodles",
+        (
+            "For dinner {p} likes to eat a lot of {v}.",
+            "The dish that {p} cooks for guests is {v}.",
+            "The favourite food of {p} is still {v}.",
+        ),
+        ("What is the favourite food of {p}?", "Which food does {p} like best?"),
+    ),
+    "language": _relation(
+        "English French German Spanish Italian Russian Polish Czech Dutch Danish Swedish Greek Turkish Arabic Hebrew Hindi Chinese "
+        "Japanese Korean Latin Finnish Irish Welsh Persian",
+        (
+            "At school {p} is learning to speak {v}.",
+            "The language that {p} speaks at home is {v}.",
+            "The mother tongue of {p} is known to be {v}.",
+        ),
+        ("What is the language of {p}?", "Which language does {p} speak?"),
+    ),
+    "vehicle": _relation(
+        "car van truck bus tractor bicycle scooter motorbike boat canoe ferry yacht tram taxi jeep wagon sledge glider balloon "
+        "helicopter submarine rocket train limousine",
+        (
+            "To get to work {p} always takes a {v}.",
+            "The vehicle that {p} bought last year is a {v}.",
+            "On most days {p} travels by {v}.",
+        ),
+        ("What is the vehicle of {p}?", "In which vehicle does {p} travel?"),
+    ),
+}
+
+
+class Example(NamedTuple):
+    """One context and a (question, answer) for each of its facts, in the order of the facts."""
+
+    context: str
+    pairs: tuple[tuple[str, str], ...]
+    facts: tuple[tuple[str, str, str], ...]  # (person, relation, value)
+
+
+def split_of(person: str) -> str:
+    """The split a person belongs to, "train" or "eval"; a fixed function of the name."""
+    return "eval" if zlib.crc32(person.encode()) % EVAL_SHARE == 0 else "train"
+
+
+def _people(split: str) -> tuple[tuple[str, str], ...]:
+    return tuple((f, s) for f in FIRST for s in LAST if split_of(f"{f} {s}") == split)
+
+
+def _cast(rng: np.random.Generator, pool: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """`count` people of the pool; each after the first shares, three times in four, a name with an earlier one."""
+    chosen = [pool[rng.integers(len(pool))]]
+    while len(chosen) < count:
+        near = chosen[rng.integers(len(chosen))]
+        place = int(rng.integers(2))
+        similar = [p for p in pool if p[place] == near[place] and p not in chosen]
+        candidates = similar if similar and rng.random() < 0.75 else [p for p in pool if p not in chosen]
+        chosen.append(candidates[rng.integers(len(candidates))])
+    return chosen
+
+
+def examples(split: str, seed: int, *, facts: int = 16, people: int = 5, relations: int = 4) -> Iterator[Example]:
+    """An endless stream of contexts, a pure function of its arguments.
+
+    Each context states `facts` of the `people` x `relations` pairs, in random order; within a relation all values differ, so
+    each question has one right answer and a guess from the relation alone is right once in its number of values (24).
+
+    Raises:
+        ValueError: an unknown split, or more facts than people x relations can carry.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"synthetic split {split!r} is unknown: use 'train' or 'eval'")
+    if not 1 <= relations <= len(RELATIONS):
+        raise ValueError(f"synthetic data: relations={relations} must lie between 1 and {len(RELATIONS)}")
+    if not 1 <= facts <= people * relations or people > 24:
+        raise ValueError(
+            f"synthetic data: facts={facts} needs 1 <= facts <= people x relations = {people} x {relations}, people <= 24"
+        )
+    pool = _people(split)
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
+    while True:
+        cast = [" ".join(p) for p in _cast(rng, pool, people)]
+        kinds = [list(RELATIONS)[i] for i in rng.permutation(len(RELATIONS))[:relations]]
+        values = {k: rng.permutation(len(RELATIONS[k].values))[:people] for k in kinds}
+        sentences, pairs, triples = [], [], []
+        for cell in rng.permutation(people * relations)[:facts]:
+            who, kind = int(cell) // relations, kinds[int(cell) % relations]
+            relation, person = RELATIONS[kind], cast[who]
+            value = relation.values[values[kind][who]]
+            sentences.append(relation.facts[rng.integers(len(relation.facts))].format(p=person, v=value))
+            pairs.append((relation.questions[rng.integers(len(relation.questions))].format(p=person), value))
+            triples.append((person, kind, value))
+        yield Example(" ".join(sentences), tuple(pairs), tuple(triples))
+
+
+def records(split: str, count: int, seed: int, *, questions: int = 16, **difficulty: int) -> list[Record]:
+    """`count` records of a split; up to `questions` consecutive ones, in random order of the facts, share a context.
+
+    `difficulty`: facts, people, relations, as in `examples`, which also documents the errors.
+    """
+    if count < 1 or questions < 1:
+        raise ValueError(f"synthetic data: count={count} and questions={questions} must be at least 1")
+    order = np.random.default_rng([seed, count])
+    out: list[Record] = []
+    for example in examples(split, seed, **difficulty):
+        for i in order.permutation(len(example.pairs))[:questions]:
+            question, answer = example.pairs[i]
+            out.append(Record(context=(example.context,), prompt=question, answers=(answer,)))
+            if len(out) == count:
+                return out
+    raise AssertionError("examples() is endless")
+
+
+def corpus(seed: int, count: int, **difficulty: int) -> list[str]:
+    """`count` texts for a language model: a context of the training split, then every fact of it asked and answered.
+
+    An end-of-sequence token closes each answer, as in question answering itself.
+    """
+    texts = []
+    order = np.random.default_rng([seed, count, 1])
+    for example in examples("train", seed, **difficulty):
+        if len(texts) == count:
+            break
+        asked = (example.pairs[i] for i in order.permutation(len(example.pairs)))
+        texts.append(example.context + "".join(f" {q} {a}{EOS}" for q, a in asked))
+    return texts
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` entries with end-of-sequence and padding tokens; any text can be encoded.
+
+    Every piece of text is read as if a space stood before it, so that a word is the same token at the start of an answer as
+    within a sentence: context, question and answer are tokenised separately.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        (t.replace(EOS, "") for t in texts),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=2048)

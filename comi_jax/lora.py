@@ -1,0 +1,69 @@
+"""Low-rank adapters on the attention projections, as a second small tree beside the weights they adapt.
+
+    y = x W + (alpha / R) dropout(x) A B      with A [D_in, R], B [R, D_out], B zero at the start
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from comi_jax.config import Backbone, Lora
+from comi_jax.params import ParamSpec, Tree
+
+TARGETS = ("q", "k", "v", "o")
+
+
+@struct.dataclass
+class Adapters:
+    """The adapters of a stack of layers (or of one layer, inside a scan) and how to apply them."""
+
+    weights: dict[str, Any]  # {"q": {"a": [L, D_in, R], "b": [L, R, D_out]}, ...}
+    keys: Array | None  # one random key a layer for dropout; None: no dropout
+    scale: float = struct.field(pytree_node=False)
+    dropout: float = struct.field(pytree_node=False, default=0.0)
+
+
+def specs(backbone: Backbone, lora: Lora) -> dict[str, Any]:
+    """The spec tree of the adapters of all of ``backbone``'s layers."""
+    d, h = backbone.hidden_size, backbone.head_dim
+    q, kv = backbone.num_attention_heads * h, backbone.num_key_value_heads * h
+    sizes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d)}
+    axes = {"q": ("embed", "heads"), "k": ("embed", "kv_heads"), "v": ("embed", "kv_heads"), "o": ("heads", "embed")}
+    layers, rank = backbone.num_hidden_layers, lora.rank
+    return {
+        name: {
+            "a": ParamSpec((layers, sizes[name][0], rank), ("layers", axes[name][0], None), "normal", sizes[name][0]),
+            "b": ParamSpec((layers, rank, sizes[name][1]), ("layers", None, axes[name][1]), 0.0),
+        }
+        for name in TARGETS
+    }
+
+
+def adapters(weights: Tree, lora: Lora, dropout_key: Array | None = None) -> Adapters:
+    """``weights`` ready for ``backbone.forward``; with a key, their inputs are dropped out (training)."""
+    layers = weights["q"]["a"].shape[0]
+    keys = None if dropout_key is None or lora.dropout == 0 else jax.random.split(dropout_key, layers)
+    return Adapters(dict(weights), keys, lora.scale, lora.dropout)
+
+
+def apply(adapters: Adapters, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T out"]:
+    """The low-rank term that is added to projection ``name`` of one layer's input ``x``."""
+    a, b = (adapters.weights[name][part].astype(x.dtype) for part in ("a", "b"))
+    if adapters.keys is not None:
+        key = jax.random.fold_in(adapters.keys, TARGETS.index(name))
+        kept = jax.random.bernoulli(key, 1.0 - adapters.dropout, x.shape)
+        x = jnp.where(kept, x / (1.0 - adapters.dropout), 0.0)
+    return jnp.einsum("btr,re->bte", jnp.einsum("btd,dr->btr", x, a), b) * adapters.scale
+
+
+def merge(layers: Tree, weights: Tree, lora: Lora) -> dict[str, Any]:
+    """The stacked ``layers`` with every adapted projection W replaced by W + scale · A B, computed in float32."""
+    merged = dict(layers)
+    for name in TARGETS:
+        a, b = (weights[name][part].astype(jnp.float32) for part in ("a", "b"))
+        delta = lora.scale * jnp.einsum("lir,lro->lio", a, b)
+        merged[name] = (layers[name].astype(jnp.float32) + delta.reshape(layers[name].shape)).astype(layers[name].dtype)
+    return merged

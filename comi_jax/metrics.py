@@ -1,0 +1,141 @@
+"""Measures of a predicted answer against its references, each under its own name, and their bootstrap intervals.
+
+    F1 = 2 |common| / (|prediction| + |reference|),  common = the shared tokens (F1) or their LCS (ROUGE-L)
+
+All but ROUGE-L, which has tokens of its own, compare strings under SQuAD's normalisation. There is no plain "EM" or
+"F1": published tables mean different ones of these by the same word (a strict `em` can exceed `f1_first`).
+"""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ROUGE_TOKENS = re.compile(r"[a-z0-9]+")
+_YES_NO = frozenset({"yes", "no", "noanswer"})
+
+
+def normalize(text: str) -> str:
+    """SQuAD's normalisation, in its order: lower case, ASCII punctuation deleted, a / an / the dropped, spaces single.
+
+    Source: the SQuAD v1.1 evaluation script. Other scripts' punctuation stays, and accents are not folded.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """Every measure of MEASURES for one prediction, each in [0, 1].
+
+    - `em`: the prediction equals any reference, both normalised.
+    - `f1_max`: token F1 (SQuAD), the best over the references.
+    - `f1_first`: token F1 with the first reference only; 0 if either is yes / no / noanswer and they differ (HotpotQA).
+    - `acc_subspan`: any normalised reference is a substring of the normalised prediction (lost-in-the-middle).
+    - `acc_subspan_firstline`: the same on the prediction up to its first newline, as that work's evaluation does, so
+      copying the context earns nothing; leading white space is not stripped first: a first line left empty is empty.
+    - `rougeL`: ROUGE-L F-measure, the best over the references, as rouge_score has it without stemming: tokens are runs
+      of a-z and 0-9 in the lower-cased text, hence 0 where a script has none.
+
+    A reference that normalises to nothing ("The", "?") counts as equal to, and contained in, only a prediction that
+    does so too; as the empty substring it would otherwise make every prediction right.
+
+    Raises:
+        ValueError: no reference, or one text in place of a list of them.
+    """
+    if isinstance(references, str):
+        raise ValueError(f"references is one text ({references[:40]!r}); give a list of texts")
+    if not references:
+        raise ValueError("the list of references is empty; a prediction is scored against at least one")
+    predicted = normalize(prediction)
+    expected = [normalize(reference) for reference in references]
+    first_line = normalize(prediction.split("\n", 1)[0])
+    first = expected[0]
+    yes_no_differs = predicted != first and (predicted in _YES_NO or first in _YES_NO)
+    rouge_tokens = _ROUGE_TOKENS.findall(prediction.lower())
+    return {
+        "em": float(predicted in expected),
+        "f1_max": max(_token_f1(predicted, reference) for reference in expected),
+        "f1_first": 0.0 if yes_no_differs else _token_f1(predicted, first),
+        "acc_subspan": float(any(_contains(predicted, reference) for reference in expected)),
+        "acc_subspan_firstline": float(any(_contains(first_line, reference) for reference in expected)),
+        "rougeL": max(_rouge_l(rouge_tokens, _ROUGE_TOKENS.findall(text.lower())) for text in references),
+    }
+
+
+def _contains(predicted: str, reference: str) -> bool:
+    return reference in predicted if reference else not predicted
+
+
+def _token_f1(predicted: str, reference: str) -> float:
+    """Token F1 of two normalised texts; where one is empty, whether both are (the SQuAD 2.0 rule)."""
+    a, b = predicted.split(), reference.split()
+    if not a or not b:
+        return float(a == b)
+    return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
+
+
+def _rouge_l(predicted: list[str], reference: list[str]) -> float:
+    if not predicted or not reference:
+        return 0.0
+    return 2 * _lcs_length(predicted, reference) / (len(predicted) + len(reference))
+
+
+def _lcs_length(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence: the usual table, a row at a time, its steps the bits of one integer.
+
+    Bit j of `row` is 0 where the table rises at b[j]; an addition carries a whole row forward (Hyyro 2004).
+    """
+    places: dict[str, int] = {}
+    for j, token in enumerate(b):
+        places[token] = places.get(token, 0) | 1 << j
+    full = (1 << len(b)) - 1
+    row = full
+    for token in a:
+        matches = row & places.get(token, 0)
+        row = ((row + matches) | (row - matches)) & full
+    return len(b) - row.bit_count()
+
+
+def summarize(
+    per_example: Sequence[Mapping[str, float | int]], *, seed: int = 0, resamples: int = 1000
+) -> dict[str, dict[str, float | int]]:
+    """Mean of each measure over the examples with its 95 % percentile bootstrap interval, and the number of examples.
+
+    Args:
+        per_example: one mapping per example, all with the same names: `score`'s, or any other finite quantity.
+        seed: of the resampling; the same seed, values and number of resamples give the same intervals.
+        resamples: bootstrap samples, each of as many examples as there are; all measures share them.
+
+    Returns:
+        name -> {"mean", "low", "high", "n"}.
+
+    Raises:
+        ValueError: no example, examples with different names, a value that is not finite, fewer than 1 resample.
+    """
+    if not per_example:
+        raise ValueError("there are no examples to summarize")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; expected at least 1")
+    names = list(per_example[0])
+    for i, example in enumerate(per_example):
+        if set(example) != set(names):
+            raise ValueError(f"example {i} has the measures {sorted(example)}, example 0 has {sorted(names)}")
+        for name in names:
+            if not math.isfinite(example[name]):
+                raise ValueError(f'example {i}: measure "{name}" is {example[name]}; expected a finite number')
+    values = np.array([[example[name] for name in names] for example in per_example], dtype=np.float64)
+    n = len(values)
+    rng = np.random.default_rng(seed)
+    # One resample at a time: all at once would hold resamples x n x measures numbers (gigabytes for a large set).
+    means = np.stack([values[rng.integers(0, n, size=n)].mean(axis=0) for _ in range(resamples)])
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return {
+        name: {"mean": float(mean), "low": float(lo), "high": float(hi), "n": n}
+        for name, mean, lo, hi in zip(names, values.mean(axis=0), low, high, strict=True)
+    }

@@ -1,0 +1,281 @@
+"""Train a compressor: ``python -m comi_jax.train --config=NAME [path=value ...]``.
+
+    loss (9) = mean over the answer tokens of a batch of -log p(token | memory, query, answer tokens before it)
+
+The order of a run: settings, data, weights, folder, loop, closing table. The same command goes on where it stopped.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+
+from comi_jax import comi, evaluate, hf, optim, sharding
+from comi_jax import lora as lora_module
+from comi_jax.answer import Comi
+from comi_jax.checkpoint import Checkpoints, CheckpointError, Run, load_params, open_run, save_frozen
+from comi_jax.config import Config, ConfigError, load
+from comi_jax.data import loader, synthetic
+from comi_jax.data.records import DataError, Record, read_records
+from comi_jax.logs import RunLog
+from comi_jax.params import combine, count, initialize, partition
+
+# --- the step ----------------------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class TrainState:
+    """All that an update changes. ``trained`` is flat ("encoder/layers/q") and float32."""
+
+    step: Int[Array, ""]
+    trained: dict[str, Array]
+    optimizer: Any
+
+
+def train_step(
+    state: TrainState,
+    frozen: dict[str, Array],
+    batch: comi.Batch,
+    key: Array,
+    *,
+    arch: comi.Architecture,
+    update: optax.GradientTransformation,
+    accumulate: int,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update from ``batch``, whose rows are taken in ``accumulate`` micro-batches; equal to one big batch."""
+    micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
+
+    def loss_sum(trained, rows, dropout_key):
+        sums = comi.loss(combine(trained, frozen), arch, rows, min(arch.compression.rates), dropout_key)
+        return sums.loss, sums
+
+    def add_micro(total, rows_and_key):
+        (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.trained, *rows_and_key)
+        return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    nothing = (jax.tree.map(jnp.zeros_like, state.trained), comi.LossSums(zero, zero, zero))
+    (grads, sums), _ = jax.lax.scan(add_micro, nothing, (micro, keys))
+    grads = jax.tree.map(lambda g: g / sums.tokens, grads)
+    with jax.named_scope("update"):
+        updates, optimizer = update.update(grads, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+    metrics = {
+        "loss": sums.loss / sums.tokens,
+        "accuracy": sums.correct / sums.tokens,
+        "gradient_norm": optax.global_norm(grads),
+    }
+    return TrainState(state.step + 1, trained, optimizer), metrics
+
+
+# --- what a run starts from --------------------------------------------------------------------------------------------
+
+
+def backbone_folder(config: Config) -> Path:
+    """The folder of the pretrained language model, or ConfigError saying what to download."""
+    if config.model.path == "tiny":
+        return Path(__file__).parent / "tiny_lm"
+    if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
+        what = f"{config.model.path} is not one" if config.model.path else "model.path is not set"
+        name = config.model.hub or "a LLaMA-2, LLaMA-3, Qwen2 or Qwen3 model"
+        fetch = f": hf download {name} --local-dir=DIR" if config.model.hub else ""
+        raise ConfigError(
+            f"config {config.name!r} starts from the folder of a pretrained language model and {what}; download "
+            f"{name}{fetch}, then pass model.path=DIR"
+        )
+    return Path(config.model.path)
+
+
+def read_data(names: tuple[str, ...], split: str, config: Config, console: Console) -> list[Record]:
+    """The records of JSON Lines files, or generated ones for the name "synthetic"."""
+    if names == ("synthetic",):
+        made = config.data.synthetic_examples if split == "train" else config.data.eval_examples
+        return synthetic.records(split, made, seed=config.train.seed)
+    records, report = read_records(names, skip_bad=config.data.skip_bad_records)
+    if report.skipped:
+        console.print(f"left out {len(report.skipped)} bad records:", *map(str, report.skipped[:20]), sep="\n  ")
+    return records if split == "train" or not config.data.eval_examples else records[: config.data.eval_examples]
+
+
+def initial_params(config: Config, run: Run, folder: Path) -> dict[str, Any]:
+    """A fresh model around the pretrained language model in ``folder``; adapters, if any, at random."""
+    arch = run.architecture
+    params = comi.from_backbone(hf.load_backbone(folder, run.backbone), arch)
+    if arch.lora.rank:
+        params["lora"] = initialize(lora_module.specs(run.backbone, arch.lora), jax.random.key(config.train.seed))
+    return params
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Example], title: str, console: Console):
+    """Train ``params`` until the run's last step, from its newest checkpoint if it has one; leaves a checkpoint."""
+    config, arch = run.config, run.architecture
+    settings = config.train
+    mesh = sharding.make_mesh(config.mesh)
+    placed = sharding.parameters(comi.specs(arch), mesh)
+    trained, frozen = partition(params, lambda path: comi.is_trained(path, arch))
+    trained = {p: jax.device_put(np.asarray(x, np.float32), placed[p]) for p, x in trained.items()}
+    frozen = {p: jax.device_put(jnp.asarray(x, frozen_dtype(p, arch)), placed[p]) for p, x in frozen.items()}
+    if not (output / "frozen").is_dir():
+        save_frozen(output, frozen)
+    update = optim.optimizer(config.optimizer, settings.steps)
+    state = TrainState(jnp.int32(0), trained, jax.jit(update.init)(trained))
+    shapes = loader.Shapes.of(examples, config.data, config.compression)
+    shapes.check(run.backbone, min(config.compression.rates), shapes.answer)
+    batches = loader.training_batches(examples, shapes, config.compression.rates, settings.batch_size, settings.seed)
+    checkpoints = Checkpoints(output, settings.keep_checkpoints)
+    done = checkpoints.latest() or 0
+    if done:
+        as_now = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        trained, optimizer, position = checkpoints.restore(done, as_now.trained, as_now.optimizer)
+        state = TrainState(jnp.int32(done), trained, optimizer)
+        batches.set_state(position)
+        console.print(f"{title}: going on from step {done} of {settings.steps} in {output}")
+    describe(state, frozen, config, shapes, title, console)
+    step_fn = jax.jit(
+        functools.partial(train_step, arch=arch, update=update, accumulate=config.optimizer.accumulate),
+        donate_argnums=0,
+    )
+    key, rate = jax.random.key(settings.seed), optim.schedule(config.optimizer, settings.steps)
+    meter = Meter()
+    with RunLog(output, title, settings.steps, done, console) as log:
+        for step in range(done + 1, settings.steps + 1):
+            batch = next(batches)
+            state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh), key)
+            # The metrics read here are those of the step before, so that the device never waits for the host.
+            ready = meter.add(step, metrics, batch)
+            if ready and (ready[0] % settings.log_every == 0):
+                log.write(ready[0], meter.read(ready, float(rate(ready[0] - 1))))
+            log.advance(step)
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0 and step < settings.steps:
+                checkpoints.save(step, state.trained, state.optimizer, batches.get_state())
+        if done < settings.steps:
+            log.write(settings.steps, meter.read(meter.last, float(rate(settings.steps - 1))))
+            checkpoints.save(settings.steps, state.trained, state.optimizer, batches.get_state())
+    checkpoints.close()
+
+
+def frozen_dtype(path: str, arch: comi.Architecture) -> str:
+    """Frozen weights are kept in the model's dtype, COMI's scalars in float32."""
+    return "float32" if path.startswith("mig/") else arch.dtype
+
+
+class Meter:
+    """Turns device metrics into numbers one step late, with the tokens and the time since the last reading."""
+
+    def __init__(self):
+        self.last: tuple[int, dict[str, Array]] | None = None
+        self._tokens, self._since = 0, None
+
+    def add(self, step: int, metrics: dict[str, Array], batch: comi.Batch) -> tuple[int, dict[str, Array]] | None:
+        """Take in a dispatched step; returns the step before it."""
+        if self._since is None:  # the first step compiles
+            jax.block_until_ready(metrics)
+            self._since = time.perf_counter()
+        else:
+            lengths = (batch.context_length, batch.query_length, batch.answer_length)
+            self._tokens += sum(int(x.sum()) for x in lengths)
+        before, self.last = self.last, (step, metrics)
+        return before
+
+    def read(self, ready: tuple[int, dict[str, Array]], learning_rate: float) -> dict[str, float]:
+        """The numbers of step ``ready``, and tokens a second since the last reading."""
+        values = {name: float(value) for name, value in ready[1].items()}
+        now = time.perf_counter()
+        values["learning_rate"] = learning_rate
+        values["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        return values
+
+
+def describe(state: TrainState, frozen: Any, config: Config, shapes: loader.Shapes, title: str, console: Console) -> None:
+    """Print the numbers that matter before the first step."""
+    parts: dict[str, int] = {}
+    for path, leaf in {**state.trained, **frozen}.items():
+        parts[path.split("/")[0]] = parts.get(path.split("/")[0], 0) + leaf.size
+    by_part = ", ".join(f"{part} {size:,}" for part, size in parts.items() if part != "mig")
+    row = f"{shapes.buckets[-1]} + {shapes.query} + {shapes.answer}"
+    console.print(
+        f"{title}: {sum(parts.values()):,} parameters ({by_part}), {count(state.trained):,} trained on "
+        f"{jax.device_count()} {jax.default_backend()} device(s); {config.train.steps} steps of {config.train.batch_size} "
+        f"examples, rates {', '.join(map(str, config.compression.rates))}, rows up to {row} tokens "
+        "(segment + query + answer)",
+        highlight=False,
+    )
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+
+def run(config: Config, console: Console) -> None:
+    """All of one training run: data, weights, loop, closing table. Raises the errors that ``main`` reports."""
+    if not config.data.train:
+        raise ConfigError("data.train is not set; pass data.train=FILE.jsonl (several separated by commas, .gz allowed)")
+    folder, output = backbone_folder(config), Path(config.train.output or f"runs/{config.name}")
+    backbone = hf.read_config(folder)
+    tokenizer = hf.load_tokenizer(config.model.tokenizer or folder)
+    if len(tokenizer) > backbone.vocab_size:
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
+    stop = (tokenizer.eos_token_id,) if config.model.tokenizer else hf.stop_tokens(folder)
+    records = read_data(config.data.train, "train", config, console)
+    examples, report = loader.encode(records, tokenizer, config.data)
+    console.print(f"training data: {report}", highlight=False)
+    held_out = read_data(config.data.eval, "eval", config, console) if config.data.eval else []
+    variants = {"COMI": (config, output)}
+    if config.train.compare_mean_pooling:
+        plain = dataclasses.replace(config.compression, coarse=False, fine=False)
+        variants["mean-pooling"] = (dataclasses.replace(config, compression=plain), output / "mean_pooling")
+    for title, (settings, place) in variants.items():
+        this = Run(settings, backbone, stop)
+        this.architecture  # refuses layer counts that the backbone does not have, before anything is written
+        open_run(place, this, tokenizer)
+        fit(this, place, initial_params(settings, this, folder), examples, title, console)
+        console.print(f"{title}: checkpoint in {place}", highlight=False)
+    if held_out:
+        closing_table({title: place for title, (_, place) in variants.items()}, held_out, output, console)
+
+
+def closing_table(places: dict[str, Path], records: list[Record], output: Path, console: Console) -> None:
+    """Evaluate every variant, and COMI's decoder without any context, on the held-out records; print and save the table."""
+    rows = {}
+    for title, place in places.items():
+        model = Comi(*load_params(place), hf.load_tokenizer(place / "tokenizer"))
+        rows[title] = evaluate.evaluate(model, records, place / "predictions.jsonl", console=console)
+        if title == "COMI":
+            path = output / "predictions_closed_book.jsonl"
+            closed = evaluate.evaluate(model, records, path, closed_book=True, console=console)
+    evaluate.save_table({**rows, "closed book": closed}, output / "results.json")
+    evaluate.print_table({**rows, "closed book": closed}, console)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, run, and turn what a user can mend into one sentence and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.train", description="Train a COMI compressor.")
+    parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
+    parser.add_argument("--skip-bad-records", action="store_true", help="leave out bad data lines, counted and listed")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
+    options = parser.parse_args(arguments)
+    overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
+    console = Console(soft_wrap=True)
+    try:
+        run(load(options.config, overrides), console)
+    except (ConfigError, DataError, loader.LengthError, CheckpointError, hf.WeightsError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""COMI around LLaMA-2-7B, the paper's settings (section 5.1).
+
+    hf download meta-llama/Llama-2-7b-chat-hf --local-dir=models/llama2
+    python -m comi_jax.train --config=llama2 model.path=models/llama2 data.train=TRAIN.jsonl.gz data.eval=DEV.jsonl.gz
+
+Hardware in the paper: 8 GPUs. Not yet run at full size by this project: what has been run is in the README.
+The paper draws each example's rate from 16 and 32, takes contexts to 32K tokens, and trains encoder and LSA whole and
+the decoder's W_Q, W_K, W_V, W_O at learning rate 1e-5, batch 64, linear decay. For the release's LoRA instead:
+lora.rank=128 lora.alpha=32 optimizer.schedule=cosine.
+"""
+
+from comi_jax.config import Compression, Config, Data, Model, Optimizer, Train
+
+
+def get_config() -> Config:
+    return Config(
+        model=Model(hub="meta-llama/Llama-2-7b-chat-hf"),
+        compression=Compression(rates=(16, 32), encoder_layers=8, lsa_layers=1, segment_size=3_584),
+        data=Data(max_context=32_256, max_query=512, max_answer=512, on_long="truncate"),
+        optimizer=Optimizer(learning_rate=1e-5, schedule="linear", warmup=0.1, weight_decay=0.01, accumulate=8),
+        train=Train(steps=1_563, batch_size=64, log_every=10, checkpoint_every=100),
+    )

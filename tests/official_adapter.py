@@ -1,0 +1,152 @@
+"""The six functions through which comi_jax is compared with golden outputs of the official release."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from comi_jax import backbone as lm
+from comi_jax import comi, hf, official
+from comi_jax import generate as generation
+from comi_jax.compress import compress as compress_batch
+from comi_jax.compress import max_groups
+from comi_jax.config import Compression, Generation
+from comi_jax.params import combine, partition
+
+SWITCHES = {
+    "encoder_layers": "encoder_layers",
+    "num_mem_fusion_layers": "lsa_layers",
+    "segment_size": "segment_size",
+    "coarse_grained_on": "coarse",
+    "fine_grained_on": "fine",
+    "redun_coarse": "coarse_redundancy",
+    "redun_fine": "fine_redundancy",
+    "use_transform_layer": "lsa",
+}
+SCALARS = {
+    "alpha_select_init": "alpha_coarse",
+    "beta_select_init": "beta_coarse",
+    "alpha_merge_init": "alpha_fine",
+    "beta_merge_init": "beta_fine",
+}
+
+
+@dataclass
+class Model:
+    params: dict
+    arch: comi.Architecture
+    rate: int
+    stop: tuple[int, ...]
+
+
+def compress(context, query, rate, alpha_coarse, beta_coarse, alpha_fine, beta_fine):
+    scalars = (alpha_coarse, beta_coarse, alpha_fine, beta_fine)
+    out = jax.jit(lambda *states: _compress(*states, rate, scalars))(context, query)
+    found = int(out.mask.sum())
+    sizes = np.asarray(out.aux.group_sizes[0])
+    return {"memory": np.asarray(out.memory[0, :found]), "group_sizes": sizes[: max_groups(len(context), rate)]}
+
+
+def compress_vjp(context, query, cotangent, rate, alpha_coarse, beta_coarse, alpha_fine, beta_fine):
+    scalars = (alpha_coarse, beta_coarse, alpha_fine, beta_fine)
+
+    def memory(context, query):
+        return _compress(context, query, rate, scalars).memory[0, : len(cotangent)]
+
+    @jax.jit
+    def pull(context, query, cotangent):
+        return jax.vjp(memory, context, query)[1](cotangent)
+
+    grads = pull(*(jnp.asarray(x, jnp.float32) for x in (context, query, cotangent)))
+    return tuple(np.asarray(g) for g in grads)
+
+
+def _compress(context, query, rate, scalars):
+    context, query = (jnp.asarray(x, jnp.float32) for x in (context, query))
+    named = {name: jnp.float32(value) for name, value in zip(comi.SCALARS, scalars, strict=True)}
+    lengths, rates = jnp.array([len(context)], jnp.int32), jnp.array([rate], jnp.int32)
+    settings = Compression(rates=(rate,))
+    return compress_batch(context[None], query[None], lengths, rates, named, settings, max_groups(len(context), rate))
+
+
+def load(checkpoint, backbone, options):
+    compression = Compression(
+        rates=(options["merge_size"],), **{ours: options[theirs] for theirs, ours in SWITCHES.items() if theirs in options}
+    )
+    params, arch = official.load(checkpoint, hf.read_config(backbone), compression, options.get("lora_alpha"))
+    arch = dataclasses.replace(arch, lora=dataclasses.replace(arch.lora, dropout=0.0))
+    params["mig"] |= {ours: np.float32(options[theirs]) for theirs, ours in SCALARS.items() if theirs in options}
+    return Model(jax.tree.map(jnp.asarray, params), arch, options["merge_size"], hf.stop_tokens(backbone))
+
+
+def _batch(model, input_ids, query_ids, labels):
+    """The example as a batch of one, its context cut into segments."""
+    size = min(model.arch.compression.segment_size, len(input_ids))
+    segments = [input_ids[i : i + size] for i in range(0, len(input_ids), size)]
+    context = np.stack([np.pad(np.asarray(s, np.int32), (0, size - len(s))) for s in segments])
+    return comi.Batch(
+        context=jnp.asarray(context[None]),
+        context_length=jnp.array([[len(s) for s in segments]], jnp.int32),
+        query=jnp.asarray(query_ids, jnp.int32)[None],
+        query_length=jnp.array([len(query_ids)], jnp.int32),
+        answer=jnp.asarray(labels, jnp.int32)[None],
+        answer_length=jnp.array([len(labels)], jnp.int32),
+        rate=jnp.array([model.rate], jnp.int32),
+    )
+
+
+def forward(model, input_ids, query_ids, labels):
+    batch, arch = _batch(model, input_ids, query_ids, labels), model.arch
+
+    @jax.jit
+    def run(params):
+        first, length = batch.context[:, 0], batch.context_length[:, 0]
+        rows, _ = comi.join_rows(first, length, batch.query, batch.query_length)
+        x = lm.embed_tokens(params["encoder"], rows, arch.dtype)
+        hidden, _ = lm.forward(params["encoder"], x, arch.backbone, runtime=arch.runtime)
+        states, query = comi.encode(params, arch, first, length, batch.query, batch.query_length)
+        slots = max_groups(first.shape[1], model.rate)
+        out = compress_batch(states, query, length, batch.rate, params["mig"], arch.compression, slots)
+        memory = comi.remember(params, arch, batch, model.rate)
+        logits = comi.answer_logits(params, arch, memory, batch)
+        return hidden, out, memory, logits, comi.sum_loss(logits, batch.answer, batch.answer_length)
+
+    hidden, out, memory, logits, sums = run(model.params)
+    sizes = np.asarray(out.aux.group_sizes[0])
+    groups = sizes.size if arch.compression.coarse else int((sizes > 0).sum())
+    return {
+        "encoder_hidden": np.asarray(hidden[0, : len(batch.context[0, 0]) + len(query_ids)]),
+        "group_sizes": sizes[:groups],
+        "memory_before_lsa": np.asarray(out.memory[0, : int(out.mask.sum())]),
+        "memory": np.asarray(memory.vectors[0, : int(memory.length[0])]),
+        "answer_logits": np.asarray(logits[0]),
+        "loss": np.asarray(sums.loss / sums.tokens),
+    }
+
+
+def grad_norms(model, input_ids, query_ids, labels):
+    batch = _batch(model, input_ids, query_ids, labels)
+    trained, frozen = partition(model.params, lambda path: comi.is_trained(path, model.arch))
+
+    def mean_loss(trained):
+        sums = comi.loss(combine(trained, frozen), model.arch, batch, model.rate)
+        return sums.loss / sums.tokens
+
+    grads = jax.jit(jax.grad(mean_loss))(trained)
+    return {name: float(np.linalg.norm(g)) for name, g in official.tensors(combine(grads), model.arch).items()}
+
+
+def generate(model, input_ids, query_ids, max_new_tokens, repetition_penalty):
+    batch = _batch(model, input_ids, query_ids, [0])
+    options = Generation(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+
+    @jax.jit
+    def run(params):
+        memory = comi.remember(params, model.arch, batch, model.rate)
+        rows, length = comi.prompt(params, model.arch, memory, batch)
+        return generation.greedy(params, model.arch, rows, length, options, model.stop)
+
+    out = run(model.params)
+    return [int(i) for i in out.ids[0, : int(out.length[0])]]
