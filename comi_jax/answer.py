@@ -1,4 +1,5 @@
-"""The object a user holds: text in, text out. Also ``python -m comi_jax.answer --checkpoint=DIR --context=FILE --question=TEXT``.
+"""The object a user holds: text in, text out. Also ``python -m comi_jax.answer --checkpoint=DIR --context=FILE
+--question=TEXT``.
 
     memory = align(compress(encode(context, question)));   answer = greedy(decoder, [memory; embed(question)])
 """
@@ -93,7 +94,8 @@ class Comi:
         """The greedy answer to ``question`` from the compressed ``context``; lists as in ``compress``."""
         examples, cut = self._examples(context, question)
         options = self._generation(max_new_tokens, repetition_penalty)
-        results = [dataclasses.replace(a, truncated=c) for a, c in zip(self.generate(examples, rate, options), cut)]
+        answers = self.generate(examples, rate, options)
+        results = [dataclasses.replace(a, truncated=c) for a, c in zip(answers, cut, strict=True)]
         return results[0] if isinstance(question, str) else results
 
     def generate(self, examples: Sequence[loader.Example], rate: int | None, options: Generation) -> list[Answer]:
@@ -174,7 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--question", required=True, help="given to the model as it is, e.g. 'Question: ... Answer:'")
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
     parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--repetition-penalty", type=float, help="over generated tokens; 1 is none, the release used 1.3")
+    parser.add_argument(
+        "--repetition-penalty", type=float, help="over generated tokens; 1 is none, the release used 1.3"
+    )
     options = parser.parse_args(arguments)
     try:
         context = _read_text(options.context)
@@ -190,8 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(answer.text)
     print(
-        f"[{answer.context_tokens} context tokens{' (cut)' if answer.truncated else ''} in {answer.memory_vectors} memory "
-        f"vectors: ratio {answer.ratio:.1f}]",
+        f"[{answer.context_tokens} context tokens{' (cut)' if answer.truncated else ''} in {answer.memory_vectors} "
+        f"memory vectors: ratio {answer.ratio:.1f}]",
         file=sys.stderr,
     )
 

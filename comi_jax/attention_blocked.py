@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 BLOCK_Q_ROWS = 1024  # query rows in a block: tokens times the N / K query heads that share one kv head
-BLOCK_K = 512
+BLOCK_K = 256
 MASKED = -1e30  # finite, so that a row without any visible key never meets inf - inf
 
 

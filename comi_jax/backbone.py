@@ -1,8 +1,10 @@
 """The causal transformer of LLaMA-2, LLaMA-3, Qwen2 and Qwen3: one block, scanned over layers, used by all of COMI.
 
-    block(x) = y + W_down (silu(W_gate n₂(y)) * W_up n₂(y)),   y = x + W_O attention(rope(W_Q n₁(x)), rope(W_K n₁(x)), W_V n₁(x))
+    y = x + W_O attention(rope(W_Q n₁(x)), rope(W_K n₁(x)), W_V n₁(x))         n₁, n₂ RMS norms
+    block(x) = y + W_down (silu(W_gate n₂(y)) * W_up n₂(y))
 
-Projections are stored as they are applied, input axes first; the parameters of all layers are stacked along a leading axis L.
+Projections are stored as they are applied, input axes first; the parameters of all layers are stacked along a leading
+axis L.
 """
 
 import math
@@ -36,7 +38,8 @@ class Runtime:
 
 
 def specs(backbone: Backbone, layers: int, *, embed: bool, head: bool) -> dict[str, Any]:
-    """The spec tree of ``layers`` blocks and the final norm, with an embedding table and an output head if asked for."""
+    """The spec tree of ``layers`` blocks and the final norm, with an embedding table and an output head if asked
+    for."""
     d, n, k, h = backbone.hidden_size, backbone.num_attention_heads, backbone.num_key_value_heads, backbone.head_dim
     f, v = backbone.intermediate_size, backbone.vocab_size
 
@@ -150,7 +153,9 @@ def forward(
     def body(carry, layer):
         x, cache = carry
         index, weights, adapters = layer
-        x, cache = block(weights, x, rope, backbone, index=index, cache=cache, start=start, lora=adapters, runtime=runtime)
+        x, cache = block(
+            weights, x, rope, backbone, index=index, cache=cache, start=start, lora=adapters, runtime=runtime
+        )
         return (x, cache), None
 
     if runtime.remat:
@@ -194,7 +199,9 @@ def block(
     return x, cache
 
 
-def _project(w: Tree, lora: lora_module.Adapters | None, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+def _project(
+    w: Tree, lora: lora_module.Adapters | None, name: str, x: Float[Array, "B T D"]
+) -> Float[Array, "B T N H"]:
     out = jnp.einsum("btd,dnh->btnh", x, w[name])
     if f"{name}_bias" in w:
         out = out + w[f"{name}_bias"][None, None]

@@ -1,9 +1,9 @@
 """A run's folder: its config, tokenizer, frozen weights (written once) and checkpoints of what changes (Orbax).
 
-    config.json      resolved config, backbone and stop tokens
-    tokenizer/       as transformers saves it
-    frozen/          weights that are not trained, by flat path
-    checkpoints/N/   after update N: trained weights, optimizer state, position in the data
+config.json      resolved config, backbone and stop tokens
+tokenizer/       as transformers saves it
+frozen/          weights that are not trained, by flat path
+checkpoints/N/   after update N: trained weights, optimizer state, position in the data
 """
 
 import json
@@ -32,6 +32,9 @@ class Run:
     config: Config
     backbone: Backbone
     stop: tuple[int, ...]
+
+    def __post_init__(self):
+        self.config.compression.check(self.backbone)
 
     @property
     def architecture(self) -> Architecture:
@@ -87,8 +90,11 @@ def _differences(old: Run, new: Run) -> list[str]:
     pairs = []
     for name in ("config", "backbone"):
         a, b = (flatten({name: to_dict(getattr(run, name))}) for run in (old, new))
-        pairs += [f"{path.replace('/', '.').removeprefix('config.')} = {a.get(path)!r} there, {b.get(path)!r} here"
-                  for path in sorted(set(a) | set(b)) if a.get(path) != b.get(path)]
+        pairs += [
+            f"{path.replace('/', '.').removeprefix('config.')} = {a.get(path)!r} there, {b.get(path)!r} here"
+            for path in sorted(set(a) | set(b))
+            if a.get(path) != b.get(path)
+        ]
     return pairs
 
 
@@ -164,5 +170,3 @@ def load_params(folder: str | Path) -> tuple[Run, dict[str, Any]]:
         wanted = {path: abstract(path) for path in shapes if not is_trained(path, arch)}
         frozen = checkpointer.restore((Path(folder) / "frozen").absolute(), wanted)
     return run, combine(trained, frozen)
-
-

@@ -1,6 +1,7 @@
 """The model: encode -> compress -> align -> decode, as separate functions over one parameter tree.
 
-    [X; Q] -> encoder -> H, q̄ = mean(Hq) (3) -> compress (4)-(8) -> LSA -> decoder over [memory; embed(Q); embed(answer)] (9)
+    [X; Q] -> encoder -> H, q̄ = mean(Hq) (3) -> compress (4)-(8) -> LSA -> memory
+    [memory; embed(Q); embed(answer)] -> decoder -> loss on the answer (9)
 
 The tree has the parts "encoder", "lsa", "decoder", "mig" (the four scalars) and, with adapters, "lora".
 A context is cut into G segments of at most S tokens, which are encoded, compressed and aligned each on its own.
@@ -88,8 +89,8 @@ def specs(arch: Architecture) -> dict[str, Any]:
 
 
 def from_backbone(weights: Tree, arch: Architecture) -> dict[str, Any]:
-    """A fresh model from one causal LM: encoder its first blocks, LSA its first ones, decoder all. Adapters are added by
-    the caller, who has the random key."""
+    """A fresh model from one causal LM: encoder its first blocks, LSA its first ones, decoder all. Adapters are added
+    by the caller, who has the random key."""
     body = {name: weights[name] for name in ("layers", "norm")}
     return {
         "encoder": {**lm.first_layers(body, arch.compression.encoder_layers), "embed": weights["embed"]},
@@ -100,8 +101,8 @@ def from_backbone(weights: Tree, arch: Architecture) -> dict[str, Any]:
 
 
 def is_trained(path: str, arch: Architecture) -> bool:
-    """Whether the parameter at ``path`` ("encoder/layers/q") is trained: encoder and LSA whole; of the decoder W_Q, W_K,
-    W_V, W_O with their biases, or the adapters in their place; the four scalars if asked for."""
+    """Whether the parameter at ``path`` ("encoder/layers/q") is trained: encoder and LSA whole; of the decoder W_Q,
+    W_K, W_V, W_O with their biases, or the adapters in their place; the four scalars if asked for."""
     part, _, rest = path.partition("/")
     if part == "decoder":
         return not arch.lora.rank and rest.removeprefix("layers/") in ATTENTION_WEIGHTS
@@ -120,9 +121,7 @@ def join_rows(
     return jnp.take_along_axis(jnp.concatenate([first, second], axis=1), source, axis=1), first_length + second_length
 
 
-def masked_mean(
-    states: Float[Array, "B T D"], first: Int[Array, " B"], count: Int[Array, " B"]
-) -> Float[Array, "B D"]:
+def masked_mean(states: Float[Array, "B T D"], first: Int[Array, " B"], count: Int[Array, " B"]) -> Float[Array, "B D"]:
     """(3): the mean of states[first : first + count] of each row, in float32 at least."""
     position = jnp.arange(states.shape[1])[None, :]
     inside = (position >= first[:, None]) & (position < (first + count)[:, None])
@@ -222,7 +221,9 @@ def remember(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> M
     return Memory(vectors, length, out.aux)
 
 
-def prompt(params: Tree, arch: Architecture, memory: Memory, batch: Batch) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
+def prompt(
+    params: Tree, arch: Architecture, memory: Memory, batch: Batch
+) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
     """What the decoder reads before it answers: [memory; embed(Q)], and its length."""
     query = lm.embed_tokens(params["decoder"], batch.query, arch.dtype)
     return join_rows(memory.vectors.astype(arch.dtype), memory.length, query, batch.query_length)
@@ -265,5 +266,3 @@ def sum_loss(scores: Float[Array, "B A V"], answer: Int[Array, "B A"], length: I
         correct=jnp.sum((real & right).astype(scores.dtype)),
         tokens=jnp.sum(real.astype(scores.dtype)),
     )
-
-

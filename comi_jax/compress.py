@@ -1,4 +1,5 @@
-"""COMI's compression, section 4 of the paper: coarse group sizes by MIG, equations (4) to (6), fine merging, (7) and (8).
+"""COMI's compression, section 4 of the paper: coarse group sizes by MIG, equations (4) to (6), fine merging, (7) and
+(8).
 
 Everything has a static shape: group sizes are data, carried as one group id per token. All of it is computed in float32
 at least. Arrays here have S tokens of a context (or of a segment), right-padded, and up to M groups.
@@ -55,8 +56,8 @@ def compress(
 ) -> Compressed:
     """Merge each row's first ``lengths`` states into about lengths / rates memory vectors.
 
-    ``query`` is the query vector (3), ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine, ``slots`` is
-    M, at least max_groups(S, smallest rate). Rates may differ from row to row. A row of length 0 gives no memory.
+    ``query`` is the query vector (3), ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine, ``slots``
+    is M, at least max_groups(S, smallest rate). Rates may differ from row to row. A row of length 0 gives no memory.
     """
     dtype = jnp.promote_types(states.dtype, jnp.float32)
     tokens = mig.unit(states)
@@ -118,9 +119,7 @@ def most_relevant(
     return jnp.where(exists, index, 0), exists
 
 
-def reallocate(
-    gain: Float[Array, "B M"], exists: Bool[Array, "B M"], lengths: Int[Array, " B"]
-) -> Int[Array, "B M"]:
+def reallocate(gain: Float[Array, "B M"], exists: Bool[Array, "B M"], lengths: Int[Array, " B"]) -> Int[Array, "B M"]:
     """(5), (6): size_i = floor(n · softmax(−G)_i), the rest one each to the largest fractions (ties: the first).
 
     The sizes of a row sum to its length exactly.
@@ -147,7 +146,8 @@ def equal_sizes(lengths: Int[Array, " B"], rates: Int[Array, " B"], slots: int) 
 def assign(
     sizes: Int[Array, "B M"], lengths: Int[Array, " B"], length: int
 ) -> tuple[Int[Array, "B S"], Bool[Array, "B M"]]:
-    """Cut tokens left to right into groups of ``sizes``; empty groups take no slot. Returns slots and which are filled."""
+    """Cut tokens left to right into groups of ``sizes``; empty groups take no slot. Returns slots and which are
+    filled."""
     position = jnp.arange(length, dtype=jnp.int32)
     group = jax.vmap(lambda ends: jnp.searchsorted(ends, position, side="right"))(jnp.cumsum(sizes, axis=1))
     slot = jnp.cumsum((sizes > 0).astype(jnp.int32), axis=1) - 1

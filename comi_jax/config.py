@@ -7,7 +7,7 @@ The letters of array shapes, in annotations, einsums and name suffixes:
     D model width     N query heads             K key/value heads   H head width     F feed-forward width
     R rank of a low-rank adapter
 
-A config file (``configs/<name>.py``) has one function, ``get_config() -> Config``. ``load("qwen2", ["train.steps=10"])``
+A config file ``configs/<name>.py`` has one function, ``get_config() -> Config``. ``load("qwen2", ["train.steps=10"])``
 imports it and applies typed overrides.
 """
 
@@ -19,7 +19,6 @@ import pkgutil
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -67,8 +66,16 @@ class Backbone:
     qk_norm: bool
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             _require(getattr(self, name) > 0, f"the backbone's {name} is {getattr(self, name)}; it must be positive")
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -102,7 +109,9 @@ class Compression:
         for rate in self.rates:
             _require(rate >= 1, f"compression.rates holds {rate}; a rate is a whole number of at least 1")
         _require(self.encoder_layers >= 1, f"compression.encoder_layers is {self.encoder_layers}; at least 1 is needed")
-        _require(self.lsa_layers >= 1, f"compression.lsa_layers is {self.lsa_layers}; at least 1 (or compression.lsa=false)")
+        _require(
+            self.lsa_layers >= 1, f"compression.lsa_layers is {self.lsa_layers}; at least 1 (or compression.lsa=false)"
+        )
         _require(
             self.segment_size >= max(self.rates),
             f"compression.segment_size is {self.segment_size}, below the largest rate {max(self.rates)}: "
@@ -114,13 +123,14 @@ class Compression:
         for name in ("encoder_layers", "lsa_layers"):
             _require(
                 getattr(self, name) <= backbone.num_hidden_layers,
-                f"compression.{name} is {getattr(self, name)}, but the backbone has {backbone.num_hidden_layers} layers",
+                f"compression.{name} is {getattr(self, name)}; the backbone has {backbone.num_hidden_layers} layers",
             )
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on the decoder's W_Q W_K W_V W_O. Rank 0 trains those matrices themselves, as the paper does."""
+    """Low-rank adapters on the decoder's W_Q W_K W_V W_O. Rank 0 trains those matrices themselves, as the paper
+    does."""
 
     rank: int = 0
     alpha: float = 32.0
@@ -221,14 +231,17 @@ class Train:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are decoded. ``repetition_penalty`` acts on generated tokens only; the release used 1.3 and 20 tokens."""
+    """How answers are decoded. ``repetition_penalty`` acts on generated tokens only; the release used 1.3 and 20
+    tokens."""
 
     max_new_tokens: int = 20
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
         _require(self.max_new_tokens >= 1, f"generation.max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
-        _require(self.repetition_penalty > 0, f"generation.repetition_penalty is {self.repetition_penalty}; 1 means none")
+        _require(
+            self.repetition_penalty > 0, f"generation.repetition_penalty is {self.repetition_penalty}; 1 means none"
+        )
 
 
 @dataclass(frozen=True)
@@ -246,7 +259,8 @@ class Config:
     def __post_init__(self):
         _require(
             self.train.batch_size % self.optimizer.accumulate == 0,
-            f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate {self.optimizer.accumulate}",
+            f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate "
+            f"{self.optimizer.accumulate}",
         )
 
 
@@ -266,7 +280,8 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
 def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config ``configs/<name>.py`` with ``path=value`` overrides applied, e.g. ``train.steps=100``.
 
-    Raises ConfigError for an unknown config, an unknown path or a value of the wrong type, with the nearest valid names.
+    Raises ConfigError for an unknown config, an unknown path or a value of the wrong type, with the nearest valid
+    names.
     """
     import comi_jax.configs
 
@@ -277,7 +292,8 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
 
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """``config`` with each ``path=value`` applied. All at once, so that two that need each other can be changed together."""
+    """``config`` with each ``path=value`` applied. All at once, so that two that need each other can be changed
+    together."""
     values = to_dict(config)
     for word in overrides:
         path, equals, text = word.partition("=")

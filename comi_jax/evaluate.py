@@ -89,14 +89,14 @@ def save_table(rows: Mapping[str, dict[str, Any]], path: str | Path) -> None:
 
 
 def print_table(rows: Mapping[str, dict[str, Any]], console: Console, shown: Sequence[str] = ("em", "f1_max")) -> None:
-    """Print the metrics ``shown`` of every summary with their intervals, and the achieved ratio."""
+    """Print the metrics ``shown`` of every system with their intervals, and the achieved ratio; a column a system."""
     table = Table(title=f"{next(iter(rows.values()))['n']} held-out questions, 95 % bootstrap intervals")
     table.add_column("")
-    for name in (*shown, "ratio"):
-        table.add_column(name, justify="right")
-    for title, row in rows.items():
-        cells = [_interval(row["metrics"][name]) for name in shown]
-        table.add_row(title, *cells, f"{row['ratio']:.1f}" if row["ratio"] else "-")
+    for title in rows:
+        table.add_column(title, justify="right")
+    for name in shown:
+        table.add_row(name, *(_interval(row["metrics"][name]) for row in rows.values()))
+    table.add_row("compression ratio", *(f"{row['ratio']:.1f}" if row["ratio"] else "-" for row in rows.values()))
     console.print(table)
 
 
@@ -109,7 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m comi_jax.evaluate", description="Measure a COMI checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
     parser.add_argument("--data", required=True, nargs="+", help="JSON Lines files, plain or .gz")
-    parser.add_argument("--output", help="folder for predictions.jsonl and results.json (default: CHECKPOINT/evaluation)")
+    parser.add_argument(
+        "--output", help="folder for predictions.jsonl and results.json (default: CHECKPOINT/evaluation)"
+    )
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
     parser.add_argument("--limit", type=int, help="the first so many records only")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -1,4 +1,5 @@
-"""Greedy decoding from memory in one jitted call: prefill over [memory; embed(Q)], then one token at a time from a KV cache."""
+"""Greedy decoding from memory in one jitted call: prefill over [memory; embed(Q)], then one token at a time from a KV
+cache."""
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +62,7 @@ def greedy(
         cache, (token, step, seen, done, ids, count) = carry
         x = lm.embed_tokens(decoder, token[:, None], arch.dtype)
         start = prompt_length + step - 1
-        states, cache = lm.forward(
-            decoder, x, arch.backbone, cache=cache, start=start, lora=lora, runtime=arch.runtime
-        )
+        states, cache = lm.forward(decoder, x, arch.backbone, cache=cache, start=start, lora=lora, runtime=arch.runtime)
         return cache, choose(states[:, 0], step, seen, done, ids, count)
 
     with jax.named_scope("decode"):

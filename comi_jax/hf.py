@@ -1,7 +1,7 @@
 """Hugging Face folders of LLaMA and Qwen: config.json to a Backbone, and one table between their tensors and our tree.
 
-A projection is stored by Hugging Face as [out, in] and per layer; by us as it is applied, [in, heads, head] or [in, out],
-with all layers stacked.
+A projection is stored by Hugging Face as [out, in] and per layer; by us as it is applied, [in, heads, head] or [in,
+out], with all layers stacked.
 """
 
 import json
@@ -16,14 +16,14 @@ from safetensors.numpy import save_file
 
 from comi_jax.backbone import specs as lm_specs
 from comi_jax.config import Backbone, ConfigError, Llama3Rope
-from comi_jax.params import ParamSpec, Tree, flatten, unflatten
+from comi_jax.params import Tree, flatten, unflatten
 
 
 class WeightsError(ValueError):
     """Weights that do not fit the model; the message lists every one of them."""
 
 
-# --- config.json -------------------------------------------------------------------------------------------------------
+# --- config.json ------------------------------------------------------------------------------------------------------
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
@@ -60,7 +60,8 @@ READ = {
 
 
 def read_config(folder: str | Path) -> Backbone:
-    """The Backbone that ``folder``/config.json describes. Raises ConfigError with one sentence on whatever it cannot use."""
+    """The Backbone that ``folder``/config.json describes. Raises ConfigError with one sentence on whatever it cannot
+    use."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no config.json")
@@ -158,7 +159,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-# --- the table ---------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,9 @@ def names_of(specs: Tree) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     return names
 
 
-def assemble(specs: Tree, read: Callable[[str], np.ndarray], rename: Callable[[str, str], str] = lambda p, n: n) -> Tree:
+def assemble(
+    specs: Tree, read: Callable[[str], np.ndarray], rename: Callable[[str, str], str] = lambda p, n: n
+) -> Tree:
     """Our tree for ``specs`` from single tensors, in the dtype of the tensors. ``rename(path, name)`` is the name under
     which ``read`` knows a tensor."""
     tree = {}
@@ -247,7 +250,7 @@ def disassemble(tree: Tree) -> dict[str, np.ndarray]:
     return tensors
 
 
-# --- safetensors -------------------------------------------------------------------------------------------------------
+# --- safetensors ------------------------------------------------------------------------------------------------------
 
 
 class Tensors:
@@ -267,7 +270,9 @@ class Tensors:
         self._where = {key: name for name, file in self._files.items() for key in file.keys()}
         if listed is not None and self._where != listed:
             wrong = sorted(set(self._where.items()) ^ set(listed.items()))
-            raise WeightsError(f"{path} does not list what its files hold: {wrong[:10]}{' ...' if len(wrong) > 10 else ''}")
+            raise WeightsError(
+                f"{path} does not list what its files hold: {wrong[:10]}{' ...' if len(wrong) > 10 else ''}"
+            )
         self.shapes = {key: tuple(self._files[name].get_slice(key).get_shape()) for key, name in self._where.items()}
 
     def read(self, name: str) -> np.ndarray:

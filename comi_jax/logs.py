@@ -50,7 +50,9 @@ class RunLog:
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        shown = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+        shown = (
+            f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+        )
         if self._bar:
             self._bar.update(self._task, completed=step, shown=shown)
         else:

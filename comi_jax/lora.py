@@ -1,6 +1,6 @@
 """Low-rank adapters on the attention projections, as a second small tree beside the weights they adapt.
 
-    y = x W + (alpha / R) dropout(x) A B      with A [D_in, R], B [R, D_out], B zero at the start
+y = x W + (alpha / R) dropout(x) A B      with A [D_in, R], B [R, D_out], B zero at the start
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Marginal information gain, the paper's equation (1): what a token tells about the query that others do not tell too.
 
-    G_i = α · cos(x_i, q̄) − β · max_{j ∈ S, j ≠ i} cos(x_i, x_j)
+G_i = α · cos(x_i, q̄) − β · max_{j ∈ S, j ≠ i} cos(x_i, x_j)
 """
 
 import jax
@@ -28,7 +28,8 @@ def relevance(unit_tokens: Float[Array, "B S D"], unit_query: Float[Array, "B D"
 
 
 def redundancy(unit_tokens: Float[Array, "B S D"], group: Int[Array, "B S"]) -> Float[Array, "B S"]:
-    """max_{j≠i} cos(x_i, x_j) over the other tokens of i's group; 0 for a token alone in its group or of no group (-1)."""
+    """max_{j≠i} cos(x_i, x_j) over the other tokens of i's group; 0 for a token alone in its group or of no group
+    (-1)."""
     return max_cosine(unit_tokens, group)[0]
 
 

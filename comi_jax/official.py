@@ -49,7 +49,9 @@ def load(
     misshapen tensor.
     """
     tensors = hf.Tensors(path)
-    files = {name.replace("icae.", "encoder.", 1) if name.startswith("icae.") else name: name for name in tensors.shapes}
+    files = {
+        name.replace("icae.", "encoder.", 1) if name.startswith("icae.") else name: name for name in tensors.shapes
+    }
     have = {name: tensors.shapes[file] for name, file in files.items()}
     arch = read_architecture(have, backbone, compression, lora_alpha, str(path))
     specs = comi.specs(arch)
@@ -77,7 +79,11 @@ def load(
 
 
 def read_architecture(
-    shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, compression: Compression, lora_alpha: float | None, where: str
+    shapes: Mapping[str, tuple[int, ...]],
+    backbone: Backbone,
+    compression: Compression,
+    lora_alpha: float | None,
+    where: str,
 ) -> comi.Architecture:
     """The layer counts and the LoRA rank that the tensors show, in ``compression`` and a Lora."""
 
@@ -93,7 +99,9 @@ def read_architecture(
     if len(ranks) > 1:
         raise hf.WeightsError(f"{where} has adapters of several ranks {ranks}; one rank for all is implemented")
     if ranks and lora_alpha is None:
-        raise ConfigError(f"{where} has LoRA adapters of rank {ranks[0]}; their alpha is not stored in it and must be given")
+        raise ConfigError(
+            f"{where} has LoRA adapters of rank {ranks[0]}; their alpha is not stored in it and must be given"
+        )
     lora = Lora(rank=ranks[0], alpha=float(lora_alpha)) if ranks else Lora()
     return comi.Architecture(backbone, dataclasses.replace(compression, **counts), lora)
 

@@ -38,5 +38,3 @@ def optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformation:
         mask=decayed,
     )
     return optax.chain(*clip, adam)
-
-

@@ -24,14 +24,14 @@ from rich.console import Console
 from comi_jax import comi, evaluate, hf, optim, sharding
 from comi_jax import lora as lora_module
 from comi_jax.answer import Comi
-from comi_jax.checkpoint import Checkpoints, CheckpointError, Run, load_params, open_run, save_frozen
+from comi_jax.checkpoint import CheckpointError, Checkpoints, Run, load_params, open_run, save_frozen
 from comi_jax.config import Config, ConfigError, load
 from comi_jax.data import loader, synthetic
 from comi_jax.data.records import DataError, Record, read_records
 from comi_jax.logs import RunLog
 from comi_jax.params import combine, count, initialize, partition
 
-# --- the step ----------------------------------------------------------------------------------------------------------
+# --- the step ---------------------------------------------------------------------------------------------------------
 
 
 @struct.dataclass
@@ -80,7 +80,7 @@ def train_step(
     return TrainState(state.step + 1, trained, optimizer), metrics
 
 
-# --- what a run starts from --------------------------------------------------------------------------------------------
+# --- what a run starts from -------------------------------------------------------------------------------------------
 
 
 def backbone_folder(config: Config) -> Path:
@@ -118,7 +118,7 @@ def initial_params(config: Config, run: Run, folder: Path) -> dict[str, Any]:
     return params
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------------
+# --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Example], title: str, console: Console):
@@ -202,7 +202,9 @@ class Meter:
         return values
 
 
-def describe(state: TrainState, frozen: Any, config: Config, shapes: loader.Shapes, title: str, console: Console) -> None:
+def describe(
+    state: TrainState, frozen: Any, config: Config, shapes: loader.Shapes, title: str, console: Console
+) -> None:
     """Print the numbers that matter before the first step."""
     parts: dict[str, int] = {}
     for path, leaf in {**state.trained, **frozen}.items():
@@ -211,20 +213,22 @@ def describe(state: TrainState, frozen: Any, config: Config, shapes: loader.Shap
     row = f"{shapes.buckets[-1]} + {shapes.query} + {shapes.answer}"
     console.print(
         f"{title}: {sum(parts.values()):,} parameters ({by_part}), {count(state.trained):,} trained on "
-        f"{jax.device_count()} {jax.default_backend()} device(s); {config.train.steps} steps of {config.train.batch_size} "
-        f"examples, rates {', '.join(map(str, config.compression.rates))}, rows up to {row} tokens "
+        f"{jax.device_count()} {jax.default_backend()} device(s); {config.train.steps} steps of "
+        f"{config.train.batch_size} examples, rates {', '.join(map(str, config.compression.rates))}, rows up to {row} tokens "
         "(segment + query + answer)",
         highlight=False,
     )
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def run(config: Config, console: Console) -> None:
     """All of one training run: data, weights, loop, closing table. Raises the errors that ``main`` reports."""
     if not config.data.train:
-        raise ConfigError("data.train is not set; pass data.train=FILE.jsonl (several separated by commas, .gz allowed)")
+        raise ConfigError(
+            "data.train is not set; pass data.train=FILE.jsonl (several separated by commas, .gz allowed)"
+        )
     folder, output = backbone_folder(config), Path(config.train.output or f"runs/{config.name}")
     backbone = hf.read_config(folder)
     tokenizer = hf.load_tokenizer(config.model.tokenizer or folder)
@@ -241,7 +245,6 @@ def run(config: Config, console: Console) -> None:
         variants["mean-pooling"] = (dataclasses.replace(config, compression=plain), output / "mean_pooling")
     for title, (settings, place) in variants.items():
         this = Run(settings, backbone, stop)
-        this.architecture  # refuses layer counts that the backbone does not have, before anything is written
         open_run(place, this, tokenizer)
         fit(this, place, initial_params(settings, this, folder), examples, title, console)
         console.print(f"{title}: checkpoint in {place}", highlight=False)
@@ -250,7 +253,8 @@ def run(config: Config, console: Console) -> None:
 
 
 def closing_table(places: dict[str, Path], records: list[Record], output: Path, console: Console) -> None:
-    """Evaluate every variant, and COMI's decoder without any context, on the held-out records; print and save the table."""
+    """Evaluate every variant, and COMI's decoder without any context, on the held-out records; print and save the
+    table."""
     rows = {}
     for title, place in places.items():
         model = Comi(*load_params(place), hf.load_tokenizer(place / "tokenizer"))

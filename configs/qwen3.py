@@ -4,9 +4,9 @@
     python -m comi_jax.train --config=qwen3 model.path=models/qwen3 data.train=TRAIN.jsonl.gz data.eval=DEV.jsonl.gz
 
 Hardware in the paper: 8 GPUs. Not yet run at full size by this project: what has been run is in the README.
-The paper has no Qwen3; the settings are those of its Qwen2. It draws each example's rate from 16 and 32, takes contexts to 32K tokens, and trains encoder and LSA whole and
-the decoder's W_Q, W_K, W_V, W_O at learning rate 1e-5, batch 64, linear decay. For the release's LoRA instead:
-lora.rank=128 lora.alpha=32 optimizer.schedule=cosine.
+The paper has no Qwen3; the settings are those of its Qwen2. It draws each example's rate from 16 and 32, takes
+contexts to 32K tokens, and trains encoder and LSA whole and the decoder's W_Q, W_K, W_V, W_O at learning rate 1e-5,
+batch 64, linear decay. For the release's LoRA instead: lora.rank=128 lora.alpha=32 optimizer.schedule=cosine.
 """
 
 from comi_jax.config import Compression, Config, Data, Model, Optimizer, Train

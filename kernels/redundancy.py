@@ -2,9 +2,9 @@
 
     redundancy_i = max_{j in group(i), j != i}  u_i . u_j            u the unit vectors of the tokens
 
-Groups are contiguous, so all partners of a token lie near it. Tokens are cut into tiles, and for tile distance 0, 1, ...
-up to the largest span of any group (data, so a traced bound) one batched tile-by-tile product is folded into the running
-maxima of both tiles. Memory is linear in the number of tokens; the backward pass follows the arg-max alone.
+Groups are contiguous, so all partners of a token lie near it. Tokens are cut into tiles, and for tile distance 0, 1,
+... up to the largest span of any group (data, so a traced bound) one batched tile-by-tile product is folded into the
+running maxima of both tiles. Memory is linear in the number of tokens; the backward pass follows the arg-max alone.
 """
 
 import functools
@@ -34,8 +34,8 @@ def max_cosine_reference(
 def max_cosine(unit: Float[Array, "B S D"], group: Int[Array, "B S"]) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
     """The largest inner product of every unit vector with another one of its group, and the index of that one.
 
-    ``group`` never decreases along a row; -1, at the end of a row only, marks tokens of no group. A token without partner
-    gets value 0 and index -1. Ties go to the lowest index, and so does their gradient.
+    ``group`` never decreases along a row; -1, at the end of a row only, marks tokens of no group. A token without
+    partner gets value 0 and index -1. Ties go to the lowest index, and so does their gradient.
     """
     return _banded(unit, group)
 

