@@ -1,6 +1,6 @@
-"""Scaled dot-product attention with grouped kv heads, one signature for several implementations.
+"""Scaled dot-product attention with grouped kv heads: one signature, several implementations.
 
-    out[i] = sum_j softmax_j(q_i . k_j / sqrt(H)) v_j    over the visible keys j
+    out[i] = sum_j softmax_j(q_i . k_j / sqrt(H)) v_j    over the keys j that query i may see
 """
 
 import logging
@@ -8,11 +8,13 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from comi_jax.attention_blocked import blocked
 
-DENSE_LIMIT = 256 * 256  # scores per batch row and head up to which "dense" is chosen: bounded memory, no block loop
+MASKED = -1e30
+SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens, of queries as of keys
 
 
 def attention(
@@ -25,65 +27,136 @@ def attention(
     causal: bool = True,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention output (B T N H), in q's dtype, softmax in float32 at least; query head n reads kv head n // (N // K).
+    """Attention output (B T N H) in q's dtype; query head n reads kv head n // (N // K); softmax in float32 at least.
 
     Query i of row b stands at position start[b] + i (`start` None is 0), key j at position j. Key j is visible iff
-    (not causal or j <= start[b] + i) and (lengths is None or j < lengths[b]). A query without any visible key gives 0,
-    and 0 gradients. `implementation` is a key of IMPLEMENTATIONS, or None to choose by shapes and backend (see
-    choose()). Raises ValueError for an unknown name, and where a named implementation cannot do what is asked.
+    (not causal or j <= start[b] + i) and (lengths is None or j < lengths[b]). A query that sees no key gives 0, and 0
+    gradients. `implementation` is a key of IMPLEMENTATIONS, or None for choose(). Raises ValueError for an unknown
+    name, for heads that do not divide, and where a named implementation cannot do what is asked: none is substituted.
     """
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: {q.shape[2]} query heads cannot share {k.shape[2]} kv heads evenly.")
+        raise ValueError(f"attention: {k.shape[2]} kv heads do not divide {q.shape[2]} query heads.")
     if implementation is None:
-        implementation = choose(q, k, start)
+        implementation = choose(q, k, start, causal)
+        _log_choice(implementation, jax.default_backend(), str(q.dtype))
     elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention: no implementation {implementation!r}; valid: {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(f"attention: no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
     with jax.named_scope("attention"):
         return IMPLEMENTATIONS[implementation](q, k, v, start, lengths, causal)
 
 
-def choose(q, k, start) -> str:
-    """The implementation that None stands for, logged once for every distinct choice."""
+def choose(q, k, start, causal) -> str:
+    """The implementation that None stands for: the fused one of the backend where it can, else blocked or dense.
+
+    Dense where its scores are small and a loop over blocks would not pay: up to 8 queries on CPU, up to 1 GiB of scores
+    on an accelerator, and there only where the fused kernel is out (a `start`, or a dtype or shape it does not take).
+    """
+    (B, T, N, H), S = q.shape, k.shape[1]
     backend = jax.default_backend()
-    if q.shape[1] * k.shape[1] <= DENSE_LIMIT:
-        name = "dense"
-    else:
-        name = "blocked"
-    _log_choice(name, backend)
-    return name
+    if start is None:
+        if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128:
+            if T == S or not causal:
+                return "cudnn"
+        if backend == "tpu" and q.dtype == jnp.bfloat16:
+            return "splash"
+    few = T <= 8 if backend == "cpu" else B * N * T * S <= 2**28
+    return "dense" if few else "blocked"
 
 
 @cache
-def _log_choice(name, backend):
-    logging.getLogger(__name__).info("attention: %s on %s", name, backend)
+def _log_choice(name, backend, dtype):
+    logging.getLogger(__name__).info("attention: %s for %s on %s", name, dtype, backend)
 
 
 def _dense(q, k, v, start, lengths, causal):
     """The readable reference: all T x S scores at once."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    dtype = jnp.promote_types(jnp.float32, q.dtype)
-    grouped = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkrh,bskh->bkrts", grouped, k, preferred_element_type=dtype) * jnp.asarray(H**-0.5, dtype)
-    key = jnp.arange(S)[None, None, :]
-    seen = jnp.ones((1, T, S), bool)
-    if causal:
-        first = jnp.zeros(1, int) if start is None else start
-        seen = key <= (first[:, None] + jnp.arange(T)[None, :])[:, :, None]
-    if lengths is not None:
-        seen = seen & (key < lengths[:, None, None])
-    seen = seen[:, None, None]
-    probs = jax.nn.softmax(scores, axis=-1, where=seen)
-    probs = jnp.where(seen.any(-1, keepdims=True), probs, 0)
-    out = jnp.einsum("bkrts,bskh->btkrh", probs.astype(v.dtype), v, preferred_element_type=dtype)
+    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    precision = lax.Precision.HIGHEST if q.dtype == dtype else lax.Precision.DEFAULT
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", q.reshape(B, T, K, -1, H), k, precision=precision, preferred_element_type=dtype
+    )
+    seen = _visible(T, S, start, lengths, causal)[:, None, None]
+    probs = jax.nn.softmax(jnp.where(seen, scores * jnp.asarray(H**-0.5, dtype), MASKED), axis=-1)
+    probs = jnp.where(seen, probs, 0).astype(v.dtype)  # a row that sees nothing would be uniform
+    out = jnp.einsum("bkgts,bskh->btkgh", probs, v, precision=precision, preferred_element_type=dtype)
     return out.reshape(q.shape).astype(q.dtype)
 
 
+def _visible(T, S, start, lengths, causal):
+    """(B or 1, T, S): whether query i of row b sees key j."""
+    query, key = jnp.arange(T, dtype=jnp.int32)[None, :, None], jnp.arange(S, dtype=jnp.int32)[None, None]
+    seen = jnp.ones((1, T, S), bool)
+    if causal:
+        seen &= key <= (query if start is None else start.astype(jnp.int32)[:, None, None] + query)
+    if lengths is not None:
+        seen &= key < lengths.astype(jnp.int32)[:, None, None]
+    return seen
+
+
 def _blocked(q, k, v, start, lengths, causal):
+    """Blocks of scores, forward and backward, in plain JAX: see attention_blocked."""
     B, S = k.shape[:2]
-    start = jnp.zeros(B, jnp.int32) if start is None else start.astype(jnp.int32)
-    lengths = jnp.full(B, S, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    start = jnp.zeros(B, jnp.int32) if start is None else start
+    lengths = jnp.full(B, S, jnp.int32) if lengths is None else lengths
     return blocked(q, k, v, start, lengths, causal).astype(q.dtype)
 
 
-IMPLEMENTATIONS = {"dense": _dense, "blocked": _blocked}
+def _cudnn(q, k, v, start, lengths, causal):
+    """cuDNN's fused attention, through jax.nn."""
+    if start is not None:
+        raise ValueError("attention: cudnn takes no start; name dense or blocked for a cached call.")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention: cudnn computes in bfloat16 or float16, not {q.dtype}; name blocked or dense.")
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(f"attention: causal cudnn wants as many keys ({k.shape[1]}) as queries ({q.shape[1]}).")
+    at_least_one = None if lengths is None else jnp.maximum(lengths, 1).astype(jnp.int32)
+    try:
+        out = jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, key_value_seq_lengths=at_least_one, implementation="cudnn"
+        )
+    except (NotImplementedError, RuntimeError) as refusal:
+        raise ValueError(f"attention: cudnn cannot run here: {refusal}") from refusal
+    return _zero_where_empty(out, lengths)
+
+
+def _splash(q, k, v, start, lengths, causal, interpret=False):
+    """JAX's splash attention for TPU; it does not scale, and takes lengths in multiples of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and of use on TPU alone
+
+    if start is not None:
+        raise ValueError("attention: splash takes no start; name dense or blocked for a cached call.")
+    if q.dtype != jnp.bfloat16:
+        raise ValueError(f"attention: splash multiplies in bfloat16, not {q.dtype}; name blocked or dense.")
+    (B, T, N, H), S = q.shape, k.shape[1]
+    # Scaled in float32, so that the only rounding is that of the scaled query itself.
+    q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % 128), (0, 0))) for x in (q, k, v))
+    shape = q.shape[2], k.shape[2]
+    block_q, block_kv = (next(size for size in SPLASH_BLOCKS if n % size == 0) for n in shape)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * N),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
+            block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv,
+            block_q_dq=block_q, block_kv_dq=block_kv,
+        ),
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )  # fmt: skip
+    segments = None
+    if lengths is not None or (S != shape[1] and not (causal and T <= S)):  # else causality hides the padding
+        ends = jnp.full(B, S, jnp.int32) if lengths is None else jnp.maximum(lengths, 1).astype(jnp.int32)
+        hidden = jnp.arange(shape[1], dtype=jnp.int32)[None] >= ends[:, None]
+        segments = splash.SegmentIds(q=jnp.zeros((B, shape[0]), jnp.int32), kv=hidden.astype(jnp.int32))
+    out = jax.vmap(kernel)(q, k, v, segments)
+    return _zero_where_empty(out[:, :, :T].swapaxes(1, 2), lengths)
+
+
+def _zero_where_empty(out, lengths):
+    """The fused kernels were given at least one key: what came of rows that have none, and its gradient, is dropped."""
+    return out if lengths is None else jnp.where((lengths > 0)[:, None, None, None], out, 0)
+
+
+IMPLEMENTATIONS = {"dense": _dense, "blocked": _blocked, "cudnn": _cudnn, "splash": _splash}

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -82,7 +83,7 @@ def first_layers(params: Tree, layers: int) -> dict[str, Any]:
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """x / sqrt(mean(x²) + eps) * scale, the mean in float32 at least."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(np.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
 
@@ -108,7 +109,7 @@ def rotation(backbone: Backbone, positions: Int[Array, "B T"]) -> tuple[Float[Ar
 
 def rotate(x: Float[Array, "B T heads H"], rope: tuple[Float[Array, "B T 1 half"], ...]) -> Float[Array, "B T heads H"]:
     """Rotary position embedding; dimension i is paired with i + H/2, as in Hugging Face's layout."""
-    cos, sin = (r.astype(jnp.promote_types(x.dtype, jnp.float32)) for r in rope)
+    cos, sin = (r.astype(np.promote_types(x.dtype, jnp.float32)) for r in rope)
     a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -120,7 +121,7 @@ def embed_tokens(params: Tree, ids: Int[Array, "*shape"], dtype: Any) -> Float[A
 
 def logits(params: Tree, states: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
     """Scores of the next token in float32 at least. Call it on the few positions that need it, never on a context."""
-    dtype = jnp.promote_types(states.dtype, jnp.float32)
+    dtype = np.promote_types(states.dtype, jnp.float32)
     with jax.named_scope("logits"):
         if "head" in params:
             head = params["head"].astype(states.dtype)

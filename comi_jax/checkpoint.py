@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from comi_jax.comi import Architecture, is_trained, specs
@@ -60,21 +61,23 @@ def read_run(folder: str | Path) -> Run:
         raise CheckpointError(f"{path} does not describe a COMI checkpoint: {error}") from None
 
 
-def open_run(folder: str | Path, run: Run, tokenizer: Any) -> bool:
-    """Make ``folder`` the folder of ``run``, or check that it already is. Returns whether it already was.
+def open_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
+    """Make ``folder`` the folder of ``run``, or check that it already is.
 
-    Raises CheckpointError if it holds a run of other settings, naming the differences, or anything else.
+    Raises CheckpointError if it holds checkpoints of a run with other settings, naming the differences, or files that
+    belong to no run.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file():
+    started = (folder / "config.json").is_file()
+    if started and any((folder / "checkpoints").glob("[0-9]*")):
         differences = _differences(read_run(folder), run)
         if differences:
             raise CheckpointError(
                 f"{folder} already holds another run, with {'; '.join(differences)}; choose another train.output, or "
                 "the same settings to go on with it"
             )
-        return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return
+    if not started and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,6 @@ def open_run(folder: str | Path, run: Run, tokenizer: Any) -> bool:
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
-    return False
 
 
 def _differences(old: Run, new: Run) -> list[str]:
@@ -109,24 +111,26 @@ class Checkpoints:
         """The number of updates in the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, trained: Any, optimizer: Any, data: dict[str, Any]) -> None:
-        """Start writing; the arrays may be donated once this returns."""
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Start writing what ``state`` (train.TrainState) holds; its arrays may be donated once this returns."""
         items = {
-            "trained": ocp.args.StandardSave(trained),
-            "optimizer": ocp.args.StandardSave(optimizer),
+            "trained": ocp.args.StandardSave(state.trained),
+            "optimizer": ocp.args.StandardSave(state.optimizer),
             "data": ocp.args.JsonSave(data),
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, trained: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """All of a checkpoint, placed like the abstract ``trained`` and ``optimizer``."""
+    def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+        """The state after ``step`` updates, placed like the arrays of ``state``, and the position in the data."""
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         items = {
-            "trained": ocp.args.StandardRestore(trained),
-            "optimizer": ocp.args.StandardRestore(optimizer),
+            "trained": ocp.args.StandardRestore(like.trained),
+            "optimizer": ocp.args.StandardRestore(like.optimizer),
             "data": ocp.args.JsonRestore(),
         }
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return restored["trained"], restored["optimizer"], restored["data"]
+        changed = {"trained": restored["trained"], "optimizer": restored["optimizer"]}
+        return state.replace(step=jnp.int32(step), **changed), restored["data"]
 
     def restore_trained(self, step: int, trained: Any) -> Any:
         """The trained weights alone."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -125,7 +126,7 @@ def masked_mean(states: Float[Array, "B T D"], first: Int[Array, " B"], count: I
     """(3): the mean of states[first : first + count] of each row, in float32 at least."""
     position = jnp.arange(states.shape[1])[None, :]
     inside = (position >= first[:, None]) & (position < (first + count)[:, None])
-    wide = jnp.where(inside[:, :, None], states.astype(jnp.promote_types(states.dtype, jnp.float32)), 0.0)
+    wide = jnp.where(inside[:, :, None], states.astype(np.promote_types(states.dtype, jnp.float32)), 0.0)
     return jnp.sum(wide, axis=1) / jnp.maximum(count, 1).astype(wide.dtype)[:, None]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -59,7 +60,7 @@ def compress(
     ``query`` is the query vector (3), ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine, ``slots``
     is M, at least max_groups(S, smallest rate). Rates may differ from row to row. A row of length 0 gives no memory.
     """
-    dtype = jnp.promote_types(states.dtype, jnp.float32)
+    dtype = np.promote_types(states.dtype, jnp.float32)
     tokens = mig.unit(states)
     relevance = mig.relevance(tokens, mig.unit(query))
     representative = coarse_mig = None

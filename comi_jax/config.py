@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import pkgutil
 import types
 import typing
@@ -341,6 +342,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _require(type(value) is hint, f"{where} is {value!r}, not {_type_name(hint)}")
+    _require(hint is not float or math.isfinite(value), f"{where} is {value}; it must be finite")
     return value
 
 

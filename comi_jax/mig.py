@@ -5,6 +5,7 @@ G_i = α · cos(x_i, q̄) − β · max_{j ∈ S, j ≠ i} cos(x_i, x_j)
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels.redundancy import max_cosine
@@ -14,7 +15,7 @@ EPSILON = 1e-12  # cos(a, b) = a·b / (max(‖a‖, ε) max(‖b‖, ε))
 
 def unit(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """x / max(‖x‖, ε) in float32 at least. Scaled by its largest entry first, so that no norm over- or underflows."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(np.promote_types(x.dtype, jnp.float32))
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     scaled = x / jnp.where(largest > 0, largest, 1.0)
     square = jnp.sum(jnp.square(scaled), axis=-1, keepdims=True)  # at least 1, or 0 for the zero vector

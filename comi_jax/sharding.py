@@ -53,6 +53,12 @@ def parameters(specs: Tree, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]
     return {path: NamedSharding(mesh, partition_spec(spec, mesh)) for path, spec in flatten(specs).items()}
 
 
+def like(array: jax.Array, mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding that ``array`` has on ``mesh``; whole on every device if it has none there yet."""
+    placed = array.sharding
+    return placed if isinstance(placed, NamedSharding) and placed.mesh == mesh else NamedSharding(mesh, PartitionSpec())
+
+
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """``batch`` on the devices, its rows split over data and fsdp."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))

@@ -121,34 +121,55 @@ def initial_params(config: Config, run: Run, folder: Path) -> dict[str, Any]:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Example], title: str, console: Console):
-    """Train ``params`` until the run's last step, from its newest checkpoint if it has one; leaves a checkpoint."""
-    config, arch = run.config, run.architecture
-    settings = config.train
+def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, loader.Shapes]:
+    """Devices and batch shapes of a run; refuses what cannot work, before anything is written."""
+    config = run.config
     mesh = sharding.make_mesh(config.mesh)
+    rows, devices = config.train.batch_size // config.optimizer.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % devices:
+        raise ConfigError(
+            f"train.batch_size / optimizer.accumulate = {rows} examples do not divide over {devices} devices; change "
+            "either, or mesh.data"
+        )
+    shapes = loader.Shapes.of(examples, config.data, config.compression)
+    shapes.check(run.backbone, min(config.compression.rates), shapes.answer)
+    return mesh, shapes
+
+
+def initial_state(
+    run: Run, params: dict[str, Any], update: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, dict[str, Array]]:
+    """``params`` on the devices: what is trained in float32 with its optimizer state, and the frozen rest, flat."""
+    arch = run.architecture
     placed = sharding.parameters(comi.specs(arch), mesh)
     trained, frozen = partition(params, lambda path: comi.is_trained(path, arch))
     trained = {p: jax.device_put(np.asarray(x, np.float32), placed[p]) for p, x in trained.items()}
     frozen = {p: jax.device_put(jnp.asarray(x, frozen_dtype(p, arch)), placed[p]) for p, x in frozen.items()}
-    if not (output / "frozen").is_dir():
-        save_frozen(output, frozen)
-    update = optim.optimizer(config.optimizer, settings.steps)
     state = TrainState(jnp.int32(0), trained, jax.jit(update.init)(trained))
-    shapes = loader.Shapes.of(examples, config.data, config.compression)
-    shapes.check(run.backbone, min(config.compression.rates), shapes.answer)
+    # Scalars and moments get a place of their own on the mesh too: a step gives back what it takes, and compiles once.
+    return jax.tree.map(lambda x: jax.device_put(x, sharding.like(x, mesh)), state), frozen
+
+
+def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Example], title: str, console: Console):
+    """Train ``params`` until the run's last step, from its newest checkpoint if it has one; leaves a checkpoint."""
+    config, settings = run.config, run.config.train
+    mesh, shapes = plan(run, examples)
+    update = optim.optimizer(config.optimizer, settings.steps)
+    state, frozen = initial_state(run, params, update, mesh)
     batches = loader.training_batches(examples, shapes, config.compression.rates, settings.batch_size, settings.seed)
     checkpoints = Checkpoints(output, settings.keep_checkpoints)
     done = checkpoints.latest() or 0
     if done:
-        as_now = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        trained, optimizer, position = checkpoints.restore(done, as_now.trained, as_now.optimizer)
-        state = TrainState(jnp.int32(done), trained, optimizer)
+        state, position = checkpoints.restore(done, state)
         batches.set_state(position)
         console.print(f"{title}: going on from step {done} of {settings.steps} in {output}")
+    else:
+        save_frozen(output, frozen)
     describe(state, frozen, config, shapes, title, console)
     step_fn = jax.jit(
-        functools.partial(train_step, arch=arch, update=update, accumulate=config.optimizer.accumulate),
+        functools.partial(train_step, arch=run.architecture, update=update, accumulate=config.optimizer.accumulate),
         donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
     key, rate = jax.random.key(settings.seed), optim.schedule(config.optimizer, settings.steps)
     meter = Meter()
@@ -156,16 +177,16 @@ def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Ex
         for step in range(done + 1, settings.steps + 1):
             batch = next(batches)
             state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh), key)
-            # The metrics read here are those of the step before, so that the device never waits for the host.
-            ready = meter.add(step, metrics, batch)
-            if ready and (ready[0] % settings.log_every == 0):
-                log.write(ready[0], meter.read(ready, float(rate(ready[0] - 1))))
+            # Numbers are read one step late, so that the device never waits for the host.
+            before = meter.add(step, metrics, batch)
+            if before and before % settings.log_every == 0:
+                log.write(before, meter.read(float(rate(before - 1))))
             log.advance(step)
-            if settings.checkpoint_every and step % settings.checkpoint_every == 0 and step < settings.steps:
-                checkpoints.save(step, state.trained, state.optimizer, batches.get_state())
+            if step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                checkpoints.save(step, state, batches.get_state())
         if done < settings.steps:
-            log.write(settings.steps, meter.read(meter.last, float(rate(settings.steps - 1))))
-            checkpoints.save(settings.steps, state.trained, state.optimizer, batches.get_state())
+            meter.add(settings.steps + 1, {}, None)
+            log.write(settings.steps, meter.read(float(rate(settings.steps - 1))))
     checkpoints.close()
 
 
@@ -175,29 +196,30 @@ def frozen_dtype(path: str, arch: comi.Architecture) -> str:
 
 
 class Meter:
-    """Turns device metrics into numbers one step late, with the tokens and the time since the last reading."""
+    """Numbers of the step before the newest dispatched one, with the tokens a second since the last reading."""
 
     def __init__(self):
-        self.last: tuple[int, dict[str, Array]] | None = None
-        self._tokens, self._since = 0, None
+        self._newest: tuple[int, dict[str, Array], int] = (0, {}, 0)
+        self._ready: dict[str, Array] = {}
+        self._tokens, self._since = 0, 0.0
 
-    def add(self, step: int, metrics: dict[str, Array], batch: comi.Batch) -> tuple[int, dict[str, Array]] | None:
-        """Take in a dispatched step; returns the step before it."""
-        if self._since is None:  # the first step compiles
+    def add(self, step: int, metrics: dict[str, Array], batch: comi.Batch | None) -> int:
+        """Take in a dispatched step (or the end, None); returns the number of the step before it, 0 at first."""
+        before, self._ready, tokens = self._newest
+        if not before:  # the first step compiles, which is not counted
             jax.block_until_ready(metrics)
             self._since = time.perf_counter()
-        else:
-            lengths = (batch.context_length, batch.query_length, batch.answer_length)
-            self._tokens += sum(int(x.sum()) for x in lengths)
-        before, self.last = self.last, (step, metrics)
+        self._tokens += tokens
+        lengths = (batch.context_length, batch.query_length, batch.answer_length) if batch and before else ()
+        self._newest = (step, metrics, sum(int(x.sum()) for x in lengths))
         return before
 
-    def read(self, ready: tuple[int, dict[str, Array]], learning_rate: float) -> dict[str, float]:
-        """The numbers of step ``ready``, and tokens a second since the last reading."""
-        values = {name: float(value) for name, value in ready[1].items()}
+    def read(self, learning_rate: float) -> dict[str, float]:
+        """The numbers of the step that ``add`` returned."""
+        values = {name: float(value) for name, value in self._ready.items()}
         now = time.perf_counter()
         values["learning_rate"] = learning_rate
-        values["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
+        values["tokens_per_second"] = self._tokens / (now - self._since)
         self._tokens, self._since = 0, now
         return values
 
@@ -214,7 +236,8 @@ def describe(
     console.print(
         f"{title}: {sum(parts.values()):,} parameters ({by_part}), {count(state.trained):,} trained on "
         f"{jax.device_count()} {jax.default_backend()} device(s); {config.train.steps} steps of "
-        f"{config.train.batch_size} examples, rates {', '.join(map(str, config.compression.rates))}, rows up to {row} tokens "
+        f"{config.train.batch_size} examples, rates {', '.join(map(str, config.compression.rates))}, "
+        f"rows up to {row} tokens "
         "(segment + query + answer)",
         highlight=False,
     )
@@ -245,6 +268,7 @@ def run(config: Config, console: Console) -> None:
         variants["mean-pooling"] = (dataclasses.replace(config, compression=plain), output / "mean_pooling")
     for title, (settings, place) in variants.items():
         this = Run(settings, backbone, stop)
+        plan(this, examples)
         open_run(place, this, tokenizer)
         fit(this, place, initial_params(settings, this, folder), examples, title, console)
         console.print(f"{title}: checkpoint in {place}", highlight=False)

@@ -227,7 +227,7 @@ def examples(
             relation, person = RELATIONS[kind], cast[who]
             value = relation.values[values[kind][who]]
             sentences.append(pick(relation.facts, f"{kind} {{p}} {{v}}.").format(p=person, v=value))
-            pairs.append((pick(relation.questions, f"{kind} {{p}}").format(p=person), value))
+            pairs.append((pick(relation.questions, f"{kind} {{p}}?").format(p=person), value))
             triples.append((person, kind, value))
         yield Example(" ".join(sentences), tuple(pairs), tuple(triples))
 
