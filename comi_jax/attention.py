@@ -1,6 +1,8 @@
 """Scaled dot-product attention with grouped kv heads: one signature, several implementations.
 
     out[i] = sum_j softmax_j(q_i . k_j / sqrt(H)) v_j    over the keys j that query i may see
+
+The implementations differ in where they run and in what they hold: dense all scores, the others a block of them.
 """
 
 import logging
@@ -104,21 +106,23 @@ def _blocked(q, k, v, start, lengths, causal):
 
 
 def _cudnn(q, k, v, start, lengths, causal):
-    """cuDNN's fused attention, through jax.nn."""
+    """cuDNN's fused attention, through jax.nn; its backward refuses odd lengths, so these are padded."""
     if start is not None:
         raise ValueError("attention: cudnn takes no start; name dense or blocked for a cached call.")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"attention: cudnn computes in bfloat16 or float16, not {q.dtype}; name blocked or dense.")
-    if causal and q.shape[1] != k.shape[1]:
-        raise ValueError(f"attention: causal cudnn wants as many keys ({k.shape[1]}) as queries ({q.shape[1]}).")
-    at_least_one = None if lengths is None else jnp.maximum(lengths, 1).astype(jnp.int32)
+    T, S = q.shape[1], k.shape[1]
+    if causal and T != S:
+        raise ValueError(f"attention: causal cudnn wants as many keys ({S}) as queries ({T}).")
+    q, k, v = (_pad(x, 2) for x in (q, k, v))
+    ends = _ends(lengths, k, T, S, causal)
     try:
         out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, key_value_seq_lengths=at_least_one, implementation="cudnn"
+            q, k, v, is_causal=causal, key_value_seq_lengths=ends, implementation="cudnn"
         )
     except (NotImplementedError, RuntimeError) as refusal:
         raise ValueError(f"attention: cudnn cannot run here: {refusal}") from refusal
-    return _zero_where_empty(out, lengths)
+    return _drop_empty(out[:, :T], lengths)
 
 
 def _splash(q, k, v, start, lengths, causal, interpret=False):
@@ -129,14 +133,17 @@ def _splash(q, k, v, start, lengths, causal, interpret=False):
         raise ValueError("attention: splash takes no start; name dense or blocked for a cached call.")
     if q.dtype != jnp.bfloat16:
         raise ValueError(f"attention: splash multiplies in bfloat16, not {q.dtype}; name blocked or dense.")
-    (B, T, N, H), S = q.shape, k.shape[1]
-    # Scaled in float32, so that the only rounding is that of the scaled query itself.
-    q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % 128), (0, 0))) for x in (q, k, v))
-    shape = q.shape[2], k.shape[2]
+    T, S = q.shape[1], k.shape[1]
+    q = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)  # one rounding, as H**-0.5 itself is not rounded
+    q, k, v = (_pad(x, 128) for x in (q, k, v))
+    segments = None
+    if (ends := _ends(lengths, k, T, S, causal)) is not None:
+        hidden = jnp.arange(k.shape[1], dtype=jnp.int32)[None] >= ends[:, None]
+        segments = splash.SegmentIds(q=jnp.zeros(q.shape[:2], jnp.int32), kv=hidden.astype(jnp.int32))
+    shape = q.shape[1], k.shape[1]
     block_q, block_kv = (next(size for size in SPLASH_BLOCKS if n % size == 0) for n in shape)
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * N),
+        splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * q.shape[2]),
         block_sizes=splash.BlockSizes(
             block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
             block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv,
@@ -145,17 +152,23 @@ def _splash(q, k, v, start, lengths, causal, interpret=False):
         residual_checkpoint_name="attention",
         interpret=interpret,
     )  # fmt: skip
-    segments = None
-    if lengths is not None or (S != shape[1] and not (causal and T <= S)):  # else causality hides the padding
-        ends = jnp.full(B, S, jnp.int32) if lengths is None else jnp.maximum(lengths, 1).astype(jnp.int32)
-        hidden = jnp.arange(shape[1], dtype=jnp.int32)[None] >= ends[:, None]
-        segments = splash.SegmentIds(q=jnp.zeros((B, shape[0]), jnp.int32), kv=hidden.astype(jnp.int32))
-    out = jax.vmap(kernel)(q, k, v, segments)
-    return _zero_where_empty(out[:, :, :T].swapaxes(1, 2), lengths)
+    out = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments).swapaxes(1, 2)
+    return _drop_empty(out[:, :T], lengths)
 
 
-def _zero_where_empty(out, lengths):
-    """The fused kernels were given at least one key: what came of rows that have none, and its gradient, is dropped."""
+def _pad(x, multiple):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+
+
+def _ends(lengths, padded_k, T, S, causal):
+    """How many keys each row has, one at least, for a kernel to obey; None where causality hides the padding."""
+    if lengths is not None:
+        return jnp.maximum(lengths, 1).astype(jnp.int32)
+    return None if padded_k.shape[1] == S or (causal and T <= S) else jnp.full(padded_k.shape[0], S, jnp.int32)
+
+
+def _drop_empty(out, lengths):
+    """0, with 0 gradients, for the rows that have no key and were given one by _ends."""
     return out if lengths is None else jnp.where((lengths > 0)[:, None, None, None], out, 0)
 
 

@@ -45,10 +45,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 # Attributes that do not change what the model computes from token ids, or that are read below.
 HARMLESS = {
-    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "label2id", "max_window_layers", "name_or_path", "_name_or_path", "output_attentions",
+    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "label2id", "max_length", "max_window_layers", "name_or_path", "_name_or_path", "output_attentions",
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id", "sliding_window",
-    "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "_attn_implementation",
+    "temperature", "tokenizer_class", "top_p", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "_attn_implementation",
     "_attn_implementation_autoset", "transformers_weights",
 }  # fmt: skip
 
@@ -265,7 +265,7 @@ class Tensors:
             path = index if index.is_file() else single
         self.path = path
         listed = _read_index(path) if path.suffix == ".json" else None
-        files = sorted(set(listed.values())) if listed else [path.name]
+        files = [path.name] if listed is None else sorted(set(listed.values()))
         self._files = {name: _open(path.parent / name) for name in files}
         self._where = {key: name for name, file in self._files.items() for key in file.keys()}
         if listed is not None and self._where != listed:

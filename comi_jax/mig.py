@@ -25,7 +25,7 @@ def unit(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 
 def relevance(unit_tokens: Float[Array, "B S D"], unit_query: Float[Array, "B D"]) -> Float[Array, "B S"]:
     """cos(x_i, q̄) of every token with the query vector of its example."""
-    return jnp.einsum("bsd,bd->bs", unit_tokens, unit_query)
+    return jnp.einsum("bsd,bd->bs", unit_tokens, unit_query, precision=jax.lax.Precision.HIGHEST)
 
 
 def redundancy(unit_tokens: Float[Array, "B S D"], group: Int[Array, "B S"]) -> Float[Array, "B S"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 TILE = 128
 NO_GROUP = jnp.iinfo(jnp.int32).max  # sorts behind every group
+PRECISION = jax.lax.Precision.HIGHEST  # float32 means float32: the default is TF32 on a GPU, bfloat16 on a TPU
 
 
 def max_cosine_reference(
@@ -24,7 +25,7 @@ def max_cosine_reference(
     tokens = jnp.arange(unit.shape[1])
     partner = (group[:, :, None] == group[:, None, :]) & (group >= 0)[:, :, None]
     partner = partner & (tokens[:, None] != tokens[None, :])[None]
-    similarity = jnp.where(partner, jnp.einsum("bid,bjd->bij", unit, unit), -jnp.inf)
+    similarity = jnp.where(partner, jnp.einsum("bid,bjd->bij", unit, unit, precision=PRECISION), -jnp.inf)
     index = jnp.where(partner.any(-1), jnp.argmax(similarity, axis=-1), -1)
     value = jnp.where(index >= 0, jnp.max(similarity, axis=-1), 0.0)
     return value, index.astype(jnp.int32)
@@ -79,7 +80,7 @@ def _banded(unit, group):
         distance, best = state
         # Column tile c = row tile + distance; what rolls around from the front is masked by its number.
         other, other_group, other_token = (jnp.roll(x, -distance, axis=1) for x in (unit, group, token))
-        similarity = jnp.einsum("bnid,bnjd->bnij", unit, other, preferred_element_type=unit.dtype)
+        similarity = jnp.einsum("bnid,bnjd->bnij", unit, other, precision=PRECISION)
         same = (group[:, :, :, None] == other_group[:, :, None, :]) & (group < NO_GROUP)[:, :, :, None]
         same = same & (number + distance < tiles)[None, :, None, None]
         same = same & ((distance > 0) | (inside[:, None] != inside[None, :]))[None, None]

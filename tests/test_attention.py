@@ -16,12 +16,10 @@ from comi_jax.attention import attention
 
 # name: B, T, S, N, K, H, start, lengths, causal. Blocks are cut to 24 rows and 16 keys below.
 CASES = {
-    "one head each": (2, 48, 48, 2, 2, 8, None, None, True),
-    "two heads share": (2, 50, 50, 4, 2, 8, None, None, True),
-    "four heads share": (1, 37, 37, 4, 1, 8, None, None, True),
-    "both ways": (2, 21, 45, 4, 2, 8, None, None, False),
-    "both ways, lengths": (3, 21, 45, 2, 1, 8, None, (45, 17, 0), False),
-    "more queries than keys": (1, 50, 20, 2, 2, 8, None, None, True),
+    "one head to a kv head": (1, 50, 20, 2, 2, 8, None, None, True),
+    "two heads": (2, 48, 48, 4, 2, 8, None, None, True),
+    "four heads": (1, 37, 37, 4, 1, 8, None, (30,), True),
+    "both ways": (3, 21, 45, 2, 1, 8, None, (45, 17, 0), False),
     "cached": (3, 13, 70, 4, 2, 8, (0, 57, 20), None, True),
     "cached, lengths": (3, 13, 70, 4, 2, 8, (5, 57, 20), (9, 70, 32), True),
     "one token": (2, 1, 40, 4, 2, 8, (0, 39), None, True),
@@ -47,10 +45,10 @@ def options(start, lengths, causal):
     return {"start": start, "lengths": lengths, "causal": causal}
 
 
-def with_gradients(function, arrays, dtype=jnp.float32):
-    """Output and the gradients to q, k, v, as float32."""
+def with_gradients(function, arrays, dtype=jnp.float32, optimised=False):
+    """Output and the gradients to q, k, v, as float32; compiled in half the time unless `optimised`."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=None if optimised else {"xla_backend_optimization_level": 0})
     def run(q, k, v, cotangent):
         out, pull = jax.vjp(function, q, k, v)
         return out, *pull(cotangent)
@@ -90,28 +88,22 @@ def by_loop(q, k, v, start, lengths, causal):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_dense_is_the_definition(case):
-    *shape, start, lengths, causal = CASES[case]
-    q, k, v, _ = inputs(*shape)
-    out = attention(*map(jnp.asarray, (q, k, v)), implementation="dense", **options(start, lengths, causal))
-    np.testing.assert_allclose(out, by_loop(q, k, v, start, lengths, causal), atol=1e-5)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_blocked_is_dense(case, small_blocks):
+def test_dense_is_the_definition_and_blocked_is_dense(case, small_blocks):
     *shape, start, lengths, causal = CASES[case]
     arrays, kwargs = inputs(*shape), options(start, lengths, causal)
     dense, blocked = (
         with_gradients(functools.partial(attention, implementation=name, **kwargs), arrays)
         for name in ("dense", "blocked")
     )
+    np.testing.assert_allclose(dense[0], by_loop(*arrays[:3], start, lengths, causal), atol=1e-5)
     assert_same(blocked, dense)
 
 
 def test_blocked_is_dense_at_the_real_block_sizes():
     arrays = inputs(1, 600, 600, 4, 2, 16)
     dense, blocked = (
-        with_gradients(functools.partial(attention, implementation=name), arrays) for name in ("dense", "blocked")
+        with_gradients(functools.partial(attention, implementation=name), arrays, optimised=True)
+        for name in ("dense", "blocked")
     )
     assert_same(blocked, dense)
 
@@ -145,11 +137,16 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(implementation, smal
 def test_no_gradient_comes_from_the_future_or_past_the_length(implementation, small_blocks):
     q, k, v, _ = map(jnp.asarray, inputs(1, 40, 60, 2, 1, 8))
 
-    def one_query(k, v):
-        return attention(q, k, v, implementation=implementation, **options((10,), (30,), True))[0, at].sum()
+    @jax.jit
+    def gradients(at):
+        def one_query(k, v):
+            out = attention(q, k, v, implementation=implementation, **options((10,), (30,), True))
+            return jax.lax.dynamic_index_in_dim(out, at, axis=1).sum()
+
+        return jax.grad(one_query, (0, 1))(k, v)
 
     for at, seen in ((12, 23), (31, 30)):
-        for gradient in jax.grad(one_query, (0, 1))(k, v):
+        for gradient in gradients(at):
             assert gradient[0, :seen].any(axis=(1, 2)).all()
             assert not gradient[0, seen:].any()
 
@@ -160,10 +157,7 @@ def test_blocked_under_scan_and_remat(small_blocks):
 
     def model(implementation, transform):
         def layer(x, start):
-            out = attention(
-                x, k, v, start=start, lengths=start + 33, implementation=implementation, causal=True
-            )  # fmt: skip
-            return x + out, None
+            return x + attention(x, k, v, start=start, lengths=start + 33, implementation=implementation), None
 
         def loss(q):
             starts = jnp.array([[0, 3], [2, -5]], jnp.int32)
@@ -173,9 +167,8 @@ def test_blocked_under_scan_and_remat(small_blocks):
 
     names = jax.checkpoint_policies.save_only_these_names("attention")
     saving, recomputing = functools.partial(jax.checkpoint, policy=names), jax.checkpoint
-    expected = model("dense", lambda f: f)(q)
-    for transform in (saving, recomputing):
-        np.testing.assert_allclose(jax.jit(model("blocked", transform))(q), expected, rtol=1e-5, atol=1e-5)
+    expected = jax.jit(model("dense", lambda f: f))(q)
+    np.testing.assert_allclose(jax.jit(model("blocked", saving))(q), expected, rtol=1e-5, atol=1e-5)
     # What is saved spares the backward pass a second forward, with its two exponentials in each of two loops.
     exps = [str(jax.make_jaxpr(model("blocked", transform))(q)).count("= exp ") for transform in (saving, recomputing)]
     assert exps[1] == exps[0] + 4, exps
@@ -267,8 +260,8 @@ def test_splash_rounds_like_dense(lengths, causal):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU, and there is none here")
-@pytest.mark.parametrize("lengths, causal", [(None, True), ((140, 0), True), ((200, 77), False)])
+@pytest.mark.parametrize("lengths, causal", [(None, True), ((141, 0), True), (None, False), ((200, 77), False)])
 def test_cudnn_rounds_like_dense(lengths, causal):
     kwargs = options(None, lengths, causal)
     cudnn = functools.partial(attention, implementation="cudnn", **kwargs)
-    assert_rounds_like_dense(cudnn, inputs(2, 140, 140 if causal else 210, 4, 2, 64), **kwargs)
+    assert_rounds_like_dense(cudnn, inputs(2, 141, 141 if causal else 211, 4, 2, 64), **kwargs)

@@ -1,0 +1,313 @@
+"""Hugging Face folders: what they say is read in both dialects, refused by name, or listed; weights come back byte for byte."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from safetensors.numpy import load_file, save_file
+
+from comi_jax import backbone as lm
+from comi_jax import hf
+from comi_jax.config import ConfigError, Llama3Rope
+from comi_jax.params import flatten
+
+KINDS = list(tiny_models.BACKBONES)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """kind -> a folder as transformers writes it, and its model."""
+    pytest.importorskip("torch")
+
+    @functools.cache
+    def make(kind):
+        model = tiny_models.transformers_model(kind)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        return folder, model
+
+    return make
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def logits(params, ids, backbone):
+    states, _ = lm.forward(params, lm.embed_tokens(params, ids, jnp.float32), backbone)
+    return lm.logits(params, states)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def rewrite(folder, tmp_path, **changes):
+    """A copy of ``folder``'s config.json with ``changes``; None takes an entry away."""
+    values = config_of(folder) | changes
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return tmp_path
+
+
+# --- config.json -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_is_read_in_both_dialects(kind, folders, tmp_path):
+    folder, _ = folders(kind)
+    backbone = tiny_models.BACKBONES[kind]
+    assert "rope_parameters" in config_of(folder)
+    assert hf.read_config(folder) == backbone
+    rope = config_of(folder)["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    scaled = rope if backbone.rope_scaling else None
+    old = rewrite(folder, tmp_path, rope_parameters=None, rope_theta=theta, rope_scaling=scaled)
+    assert hf.read_config(old) == backbone
+    older = {"type": rope.pop("rope_type"), **rope}  # the key before transformers 4.43
+    assert hf.read_config(rewrite(old, tmp_path, rope_scaling=older)) == backbone
+
+
+def real(**changes):
+    """config.json of meta-llama/Llama-3.2-1B, the entries that matter."""
+    values = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+    }  # fmt: skip
+    return values | changes
+
+
+def test_a_real_config_is_read():
+    backbone = hf.backbone_of(real(), "here")
+    assert backbone.rope_scaling == Llama3Rope(32.0, 1.0, 4.0, 8192)
+    assert (backbone.rope_theta, backbone.head_dim, backbone.tie_word_embeddings) == (500_000.0, 64, True)
+    # The first LLaMA-2 files: no head_dim, no rope_theta, generation settings among the rest.
+    old = real(head_dim=None, rope_theta=None, rope_scaling=None, max_length=4096, pad_token_id=0, tie_word_embeddings=False)
+    backbone = hf.backbone_of({k: v for k, v in old.items() if k != "head_dim"}, "here")
+    assert (backbone.rope_theta, backbone.rope_scaling, backbone.head_dim) == (10_000.0, None, 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"attention_dropout": 0.1},
+        {"pretraining_tp": 2},
+        {"use_sliding_window": True},
+        {"partial_rotary_factor": 0.5},
+        {"quantization_config": {"bits": 4}},
+        {"final_logit_softcapping": 30.0},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"num_experts": 8},
+        {"model_type": "mistral"},
+        {"model_type": None},
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        hf.backbone_of(real(**change), "here")
+
+
+def test_everything_that_is_refused_is_named_at_once():
+    with pytest.raises(ConfigError, match="hidden_act='gelu'.*num_experts=8.*scale_embeddings=True"):
+        hf.backbone_of(real(hidden_act="gelu", num_experts=8, scale_embeddings=True, unknown_but_off=False), "here")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        {"type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+    ],
+)
+def test_other_rotary_scalings_are_refused(rope):
+    with pytest.raises(ConfigError, match="rotary embeddings of type '" + (rope.get("rope_type") or rope["type"])):
+        hf.backbone_of(real(rope_scaling=rope), "here")
+
+
+def test_broken_configs_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no config.json"):
+        hf.read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama",')
+    with pytest.raises(ConfigError, match="config.json is not valid JSON"):
+        hf.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="an object is expected"):
+        hf.read_config(tmp_path)
+    with pytest.raises(ConfigError, match="whole numbers for hidden_size, num_hidden_layers"):
+        hf.backbone_of(real(hidden_size=None, num_hidden_layers="16"), "here")
+    with pytest.raises(ConfigError, match="not a multiple"):
+        hf.backbone_of(real(hidden_size=2050, head_dim=None), "here")
+
+
+def test_stop_tokens_come_from_the_generation_config_first(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert hf.stop_tokens(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert hf.stop_tokens(tmp_path) == (7, 9)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert hf.stop_tokens(tmp_path) == (2,)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="names no eos_token_id"):
+        hf.stop_tokens(tmp_path)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_folder_computes_what_transformers_computes(kind, dtype, shard, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tiny_models.transformers_model(kind).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size=shard)
+    sharded = (tmp_path / "model.safetensors.index.json").is_file()
+    assert sharded == (shard == "20KB") and len(list(tmp_path.glob("*.safetensors"))) > 2 * sharded
+    params = hf.load_backbone(tmp_path, hf.read_config(tmp_path))
+    assert {str(leaf.dtype) for leaf in flatten(params).values()} == {dtype}
+    ids = np.random.default_rng(0).integers(0, 61, (2, 16))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        want = theirs(torch.from_numpy(ids)).logits.numpy()
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
+    got = logits(params, jnp.asarray(ids), tiny_models.BACKBONES[kind])
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got / scale, want / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_and_out_again_is_byte_identical(kind, folders, tmp_path):
+    folder, _ = folders(kind)
+    hf.save_backbone(tmp_path, hf.load_backbone(folder, hf.read_config(folder)), config_of(folder))
+    theirs, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape
+        assert ours[name].tobytes() == tensor.tobytes(), name
+    assert config_of(tmp_path) == config_of(folder)
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """kind -> a folder of our own to break, the tensors in it and a way to write them back."""
+
+    def make(kind):
+        source, _ = folders(kind)
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+        path = tmp_path / "model.safetensors"
+        tensors = load_file(path)
+        return tmp_path, tensors, lambda: save_file(tensors, path, metadata={"format": "pt"})
+
+    return make
+
+
+def load(folder):
+    return hf.load_backbone(folder, hf.read_config(folder))
+
+
+def test_a_tied_head_may_be_repeated_and_old_frequencies_stored(copy):
+    folder, tensors, write = copy("qwen3")
+    assert "lm_head.weight" not in tensors
+    without = load(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
+    write()
+    repeated = load(folder)
+    assert jax.tree.structure(repeated) == jax.tree.structure(without)
+    jax.tree.map(np.testing.assert_array_equal, repeated, without)
+
+
+def test_every_tensor_that_does_not_fit_is_listed(copy):
+    folder, tensors, write = copy("qwen2")
+    del tensors["lm_head.weight"], tensors["model.layers.1.self_attn.k_proj.bias"]
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((56, 32), np.float32)
+    tensors["model.embed_token.weight"] = np.zeros(1, np.float32)
+    tensors["model.layers.2.self_attn.q_proj.weight"] = np.zeros((32, 31), np.float32)
+    tensors["model.norm.weight"] = np.zeros((32, 1), np.float32)
+    write()
+    with pytest.raises(hf.WeightsError) as error:
+        load(folder)
+    message = str(error.value)
+    assert message.count("\n") == 6 and "6 problem(s)" in message
+    for line in (
+        "missing lm_head.weight (61, 32)",
+        "missing model.layers.1.self_attn.k_proj.bias (16,)",
+        "unexpected model.layers.3.mlp.up_proj.weight (56, 32)",
+        "unexpected model.embed_token.weight (1,)",
+        "model.layers.2.self_attn.q_proj.weight has shape (32, 31), expected (32, 32)",
+        "model.norm.weight has shape (32, 1), expected (32,)",
+    ):
+        assert line in message
+
+
+def test_a_truncated_file_is_refused(copy):
+    folder, _, _ = copy("llama2")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(hf.WeightsError, match="model.safetensors cannot be read as safetensors"):
+        load(folder)
+    path.write_bytes(b"")
+    with pytest.raises(hf.WeightsError, match="model.safetensors cannot be read as safetensors"):
+        load(folder)
+    path.unlink()
+    with pytest.raises(hf.WeightsError, match="neither model.safetensors nor model.safetensors.index.json"):
+        load(folder)
+
+
+@pytest.fixture
+def sharded(folders, tmp_path):
+    _, model = folders("llama2")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "model.safetensors.index.json"
+    return tmp_path, path, json.loads(path.read_text())
+
+
+def test_a_missing_shard_is_refused(sharded):
+    folder, _, index = sharded
+    (folder / index["weight_map"]["model.norm.weight"]).unlink()
+    with pytest.raises(hf.WeightsError, match=f"{index['weight_map']['model.norm.weight']} cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["../model-00001-of-00002.safetensors", "/etc/model.safetensors", "a/b.safetensors", 3])
+def test_an_index_that_names_files_outside_is_refused(sharded, name):
+    folder, path, index = sharded
+    index["weight_map"]["model.norm.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(hf.WeightsError, match="outside its own folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}'])
+def test_an_index_that_is_none_is_refused(sharded, text):
+    folder, path, _ = sharded
+    path.write_text(text)
+    with pytest.raises(hf.WeightsError, match="is not an index of safetensors files"):
+        load(folder)
+
+
+def test_an_index_that_disagrees_with_its_files_is_refused(sharded):
+    folder, path, index = sharded
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    assert index["weight_map"]["lm_head.weight"] != index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(hf.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+        load(folder)
+    del index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(hf.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+        load(folder)
