@@ -30,7 +30,7 @@ class CompressedContext:
 
     vectors: np.ndarray  # [memory vectors, hidden size], after the LSA, float32
     context_tokens: int
-    truncated: bool  # the context was cut at data.max_context
+    truncated: bool  # the context or the question was cut to fit the settings in data
 
     @property
     def ratio(self) -> float:
@@ -58,28 +58,32 @@ class Comi:
     """A trained compressor. An example's result is the same alone, padded, or in any batch."""
 
     def __init__(self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16):
+        if batch_size < 1:
+            raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.batch_size = run, params, tokenizer, batch_size
         runtime = run.architecture.runtime.replace(remat=False)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
 
     @classmethod
-    def load(cls, folder: str | Path, *, batch_size: int = 16) -> "Comi":
-        """The model of a run's folder after its newest checkpoint. Raises CheckpointError if there is none."""
-        return cls(*load_params(folder), hf.load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size)
+    def load(cls, folder: str | Path, *, batch_size: int = 16, overrides: Sequence[str] = ()) -> "Comi":
+        """The model of a run's folder after its newest checkpoint, with settings changed by ``overrides`` such as
+        "data.on_long=truncate". Raises CheckpointError if there is none."""
+        run, params = load_params(folder, overrides)
+        return cls(run, params, hf.load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size)
 
     def compress(
         self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None
     ) -> CompressedContext | list[CompressedContext]:
         """The memory of ``context`` for ``question``, at ``rate`` tokens a vector (None: the first the model was
         trained for). Lists give a list: element i of one goes with element i of the other."""
-        examples, cut = self._examples(context, question)
+        examples = self._examples(context, question)
         results: list[Any] = [None] * len(examples)
         for rows, batch, rate_now in self._batches(examples, rate, 1):
             memory = _remember(self.params, batch, self.architecture, rate_now)
             vectors, lengths = np.asarray(memory.vectors, np.float32), np.asarray(memory.length)
             for i, row in enumerate(rows):
-                kept = vectors[i, : lengths[i]]
-                results[row] = CompressedContext(kept, len(examples[row].context), cut[row])
+                kept, example = vectors[i, : lengths[i]], examples[row]
+                results[row] = CompressedContext(kept, len(example.context), example.truncated)
         return results[0] if isinstance(question, str) else results
 
     def answer(
@@ -92,10 +96,8 @@ class Comi:
         repetition_penalty: float | None = None,
     ) -> Answer | list[Answer]:
         """The greedy answer to ``question`` from the compressed ``context``; lists as in ``compress``."""
-        examples, cut = self._examples(context, question)
         options = self._generation(max_new_tokens, repetition_penalty)
-        answers = self.generate(examples, rate, options)
-        results = [dataclasses.replace(a, truncated=c) for a, c in zip(answers, cut, strict=True)]
+        results = self.generate(self._examples(context, question), rate, options)
         return results[0] if isinstance(question, str) else results
 
     def generate(self, examples: Sequence[loader.Example], rate: int | None, options: Generation) -> list[Answer]:
@@ -108,7 +110,8 @@ class Comi:
             for i, row in enumerate(rows):
                 tokens = tuple(int(t) for t in ids[i, : lengths[i]])
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                results[row] = Answer(text, tokens, len(examples[row].context), int(vectors[i]), False)
+                example = examples[row]
+                results[row] = Answer(text, tokens, len(example.context), int(vectors[i]), example.truncated)
         return results
 
     def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
@@ -116,32 +119,28 @@ class Comi:
         changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self.run.config.generation, **changes)
 
-    def _examples(
-        self, context: str | Sequence[str], question: str | Sequence[str]
-    ) -> tuple[list[loader.Example], list[bool]]:
+    def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[loader.Example]:
         contexts = [context] if isinstance(context, str) else list(context)
         questions = [question] if isinstance(question, str) else list(question)
         if isinstance(context, str) != isinstance(question, str) or len(contexts) != len(questions):
+            given = ("a text" if isinstance(g, str) else f"a list of {len(g)}" for g in (context, question))
             raise ValueError(
-                f"context and question must be two texts or two lists of equal length, not {len(contexts)} and "
-                f"{len(questions)}; repeat a context to ask it several questions"
+                f"context and question must be two texts or two lists of equal length, not {' and '.join(given)}; "
+                "repeat a context to ask it several questions"
             )
-        if not questions:
-            return [], []
-        data = self.run.config.data
         records = [Record((c,), q, ("",)) for c, q in zip(contexts, questions, strict=True)]
-        examples, _ = loader.encode(records, self.tokenizer, data, targets=False)
-        return examples, [len(e.context) == data.max_context for e in examples]
+        return loader.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
 
     def _batches(self, examples: Sequence[loader.Example], rate: int | None, new_tokens: int):
         """Rows, padded batch and rate, contexts of like length together."""
         rate = self.run.config.compression.rates[0] if rate is None else rate
-        if rate < 1:
+        if not isinstance(rate, int) or rate < 1:
             raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
         if not examples:
             return
-        shapes = loader.Shapes.of(examples, self.run.config.data, self.run.config.compression)
-        shapes.check(self.run.backbone, rate, new_tokens)
+        compression = self.run.config.compression
+        loader.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
+        shapes = loader.Shapes.of(examples, self.run.config.data, compression)
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
         for first in range(0, len(order), self.batch_size):
             rows = order[first : first + self.batch_size]
@@ -179,10 +178,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--repetition-penalty", type=float, help="over generated tokens; 1 is none, the release used 1.3"
     )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="path=value", help="another setting, e.g. data.on_long=truncate"
+    )
     options = parser.parse_args(arguments)
     try:
         context = _read_text(options.context)
-        model = Comi.load(options.checkpoint)
+        model = Comi.load(options.checkpoint, overrides=options.set)
         answer = model.answer(
             context,
             options.question,

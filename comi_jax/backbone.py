@@ -8,7 +8,7 @@ axis L.
 """
 
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from comi_jax.config import Backbone
 from comi_jax.params import ParamSpec, Tree
 
 
+@no_type_check
 @struct.dataclass
 class KVCache:
     """Keys and values of the tokens seen so far; a row's token at position p stands at index p."""

@@ -125,7 +125,8 @@ def main() -> None:
             command += ["--runs", str(given.runs)] + ["--remat"] * given.remat
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                table.add_row(task, f"{tokens:,}", "failed", done.stderr.strip().splitlines()[-1][:60], "")
+                reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                table.add_row(task, f"{tokens:,}", "failed", reason[:60], "")
                 continue
             figures = json.loads(done.stdout.splitlines()[-1])
             cells = (f"{figures[name]:.2f}" for name in ("first", "median", "peak_gb"))

@@ -6,7 +6,9 @@ frozen/          weights that are not trained, by flat path
 checkpoints/N/   after update N: trained weights, optimizer state, position in the data
 """
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,17 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from comi_jax.comi import Architecture, is_trained, specs
-from comi_jax.config import Backbone, Config, from_dict, to_dict
+from comi_jax.config import Backbone, Config, ConfigError, from_dict, override, to_dict
 from comi_jax.params import combine, flatten
 
 FORMAT = 1
+# Settings that a trained model can be used with in another way than it was trained with.
+CHANGEABLE = (
+    "data.max_context", "data.max_query", "data.on_long", "data.buckets", "model.attention", "model.dtype",
+    "compression.rates", "compression.segment_size", "compression.coarse", "compression.fine",
+    "compression.coarse_redundancy", "compression.fine_redundancy", "generation.max_new_tokens",
+    "generation.repetition_penalty",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -61,29 +70,39 @@ def read_run(folder: str | Path) -> Run:
         raise CheckpointError(f"{path} does not describe a COMI checkpoint: {error}") from None
 
 
+def check_folder(folder: str | Path, run: Run) -> bool:
+    """Whether ``folder`` holds checkpoints of ``run``. Raises CheckpointError, as ``open_run``, if it holds anything
+    else."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
+        return False
+    differences = _differences(read_run(folder), run)
+    if not any((folder / "checkpoints").glob("[0-9]*")):
+        return False
+    if differences:
+        raise CheckpointError(
+            f"{folder} already holds another run, with {'; '.join(differences)}; choose another train.output, or the "
+            "same settings to go on with it"
+        )
+    return True
+
+
 def open_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
     """Make ``folder`` the folder of ``run``, or check that it already is.
 
     Raises CheckpointError if it holds checkpoints of a run with other settings, naming the differences, or files that
     belong to no run.
     """
-    folder = Path(folder)
-    started = (folder / "config.json").is_file()
-    if started and any((folder / "checkpoints").glob("[0-9]*")):
-        differences = _differences(read_run(folder), run)
-        if differences:
-            raise CheckpointError(
-                f"{folder} already holds another run, with {'; '.join(differences)}; choose another train.output, or "
-                "the same settings to go on with it"
-            )
+    if check_folder(folder, run):
         return
-    if not started and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(folder / "tokenizer")
         values = {"format": FORMAT, "config": to_dict(run.config), "backbone": to_dict(run.backbone), "stop": run.stop}
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
 
@@ -95,7 +114,7 @@ def _differences(old: Run, new: Run) -> list[str]:
         pairs += [
             f"{path.replace('/', '.').removeprefix('config.')} = {a.get(path)!r} there, {b.get(path)!r} here"
             for path in sorted(set(a) | set(b))
-            if a.get(path) != b.get(path)
+            if a.get(path) != b.get(path) and path != "config/train/output"  # a run may be moved
         ]
     return pairs
 
@@ -103,8 +122,8 @@ def _differences(old: Run, new: Run) -> list[str]:
 class Checkpoints:
     """The checkpoints of a run, written in the background and kept only when complete."""
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, folder: str | Path, keep: int | None = None, *, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
         self._manager = ocp.CheckpointManager((Path(folder) / "checkpoints").absolute(), options=options)
 
     def latest(self) -> int | None:
@@ -130,7 +149,8 @@ class Checkpoints:
         }
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         changed = {"trained": restored["trained"], "optimizer": restored["optimizer"]}
-        return state.replace(step=jnp.int32(step), **changed), restored["data"]
+        count = jax.device_put(jnp.int32(step), state.step.sharding)
+        return state.replace(step=count, **changed), restored["data"]
 
     def restore_trained(self, step: int, trained: Any) -> Any:
         """The trained weights alone."""
@@ -149,16 +169,28 @@ def save_frozen(folder: str | Path, frozen: dict[str, Any]) -> None:
         checkpointer.save((Path(folder) / "frozen").absolute(), frozen, force=True)
 
 
-def load_params(folder: str | Path) -> tuple[Run, dict[str, Any]]:
-    """The run in ``folder`` and all its weights after the newest checkpoint, in the model's dtype.
+def change(run: Run, overrides: Sequence[str]) -> Run:
+    """``run`` with other settings, ``path=value``, than it was trained with. Raises ConfigError for one that is not
+    among CHANGEABLE."""
+    for word in overrides:
+        if word.partition("=")[0] not in CHANGEABLE:
+            raise ConfigError(f"{word} cannot be set for a trained model; what can is {', '.join(CHANGEABLE)}")
+    return dataclasses.replace(run, config=override(run.config, overrides))
+
+
+def load_params(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, dict[str, Any]]:
+    """The run in ``folder``, its settings changed by ``overrides``, and all its weights after the newest checkpoint, in
+    the model's dtype.
 
     Raises CheckpointError if the folder holds no run or no checkpoint yet.
     """
-    run = read_run(folder)
+    run = change(read_run(folder), overrides)
     arch = run.architecture
-    checkpoints = Checkpoints(folder, run.config.train.keep_checkpoints)
+    if not all((Path(folder) / name).is_dir() for name in ("checkpoints", "frozen")):
+        raise CheckpointError(f"{folder} has no complete checkpoint yet")
+    checkpoints = Checkpoints(folder, read_only=True)
     step = checkpoints.latest()
-    if step is None or not (Path(folder) / "frozen").is_dir():
+    if step is None:
         checkpoints.close()
         raise CheckpointError(f"{folder} has no complete checkpoint yet")
     shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}

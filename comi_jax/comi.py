@@ -8,7 +8,7 @@ A context is cut into G segments of at most S tokens, which are encoded, compres
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Architecture:
         return cls(backbone, config.compression, config.lora, config.model.dtype, runtime)
 
 
+@no_type_check
 @struct.dataclass
 class Batch:
     """Token ids, right-padded, and how many of them are real. An empty segment has length 0."""
@@ -58,6 +59,7 @@ class Batch:
     rate: Int[Array, " B"]
 
 
+@no_type_check
 @struct.dataclass
 class Memory:
     """Aligned memory vectors of all segments, in order; each row's first ``length`` are real."""
@@ -67,6 +69,7 @@ class Memory:
     aux: Aux  # of the segments, rows in the order of reshape(B * G)
 
 
+@no_type_check
 @struct.dataclass
 class LossSums:
     """Sums over answer tokens, to be divided by ``tokens`` once every micro-batch and device has added its own."""

@@ -5,7 +5,7 @@ Everything has a static shape: group sizes are data, carried as one group id per
 at least. Arrays here have S tokens of a context (or of a segment), right-padded, and up to M groups.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from comi_jax.config import Compression
 from comi_jax.params import Tree
 
 
+@no_type_check
 @struct.dataclass
 class Aux:
     """What led to a memory. Under jit, what nobody reads is not computed."""
@@ -32,6 +33,7 @@ class Aux:
     coarse_mig: Float[Array, "B M"] | None  # (1) among the representatives
 
 
+@no_type_check
 @struct.dataclass
 class Compressed:
     """Memory vectors: the first mask.sum() slots of each row are real, the rest zero."""
@@ -60,7 +62,9 @@ def compress(
     ``query`` is the query vector (3), ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine, ``slots``
     is M, at least max_groups(S, smallest rate). Rates may differ from row to row. A row of length 0 gives no memory.
     """
-    dtype = np.promote_types(states.dtype, jnp.float32)
+    # Padding may hold anything, infinities too, which a weight or a cotangent of zero would turn into NaN.
+    real = jnp.arange(states.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+    states = jnp.where(real[:, :, None], states, 0).astype(np.promote_types(states.dtype, jnp.float32))
     tokens = mig.unit(states)
     relevance = mig.relevance(tokens, mig.unit(query))
     representative = coarse_mig = None
@@ -76,7 +80,7 @@ def compress(
         redundancy = mig.redundancy(tokens, group) if settings.fine_redundancy else jnp.zeros_like(relevance)
         gain = mig.gain(relevance, redundancy, scalars["alpha_fine"], scalars["beta_fine"])
         weights = group_softmax(gain if settings.fine else jnp.zeros_like(gain), group, slots)
-        memory = merge(states.astype(dtype), weights, group, slots)
+        memory = merge(states, weights, group, slots)
     aux = Aux(sizes, group, relevance, redundancy, gain, weights, representative, coarse_mig)
     return Compressed(memory, mask, aux)
 
@@ -128,9 +132,9 @@ def reallocate(gain: Float[Array, "B M"], exists: Bool[Array, "B M"], lengths: I
     share = jax.nn.softmax(jnp.where(exists, -gain, jnp.finfo(gain.dtype).min), axis=1)  # (5)
     quota = jnp.where(exists, lengths.astype(gain.dtype)[:, None] * share, 0.0)  # (6)
     size = jnp.floor(quota).astype(jnp.int32)
-    left = lengths - jnp.sum(size, axis=1)
+    left = lengths - jnp.sum(size, axis=1, dtype=jnp.int32)
     fraction = jnp.where(exists, quota - size.astype(quota.dtype), -1.0)
-    rank = jnp.argsort(jnp.argsort(-fraction, axis=1, stable=True), axis=1, stable=True)
+    rank = jnp.argsort(jnp.argsort(-fraction, axis=1, stable=True), axis=1, stable=True).astype(jnp.int32)
     return size + (rank < left[:, None]).astype(jnp.int32)
 
 
@@ -178,6 +182,4 @@ def merge(
     def row(states: Any, weights: Any, group: Any) -> Any:
         return jax.ops.segment_sum(weights[:, None] * states, group, slots)
 
-    # Padding may hold anything, so it is dropped rather than multiplied by its weight of zero.
-    states = jnp.where((group >= 0)[:, :, None], states, 0.0)
     return jax.vmap(row)(states, weights, group)

@@ -119,13 +119,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--closed-book", action="store_true", help="withhold the contexts")
     parser.add_argument("--skip-bad-records", action="store_true")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="path=value", help="another setting, e.g. data.on_long=truncate"
+    )
     given = parser.parse_args(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
     try:
-        model = Comi.load(given.checkpoint, batch_size=given.batch_size)
+        if given.limit is not None and given.limit < 1:
+            raise ConfigError(f"--limit={given.limit} leaves no records; it must be at least 1")
+        model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set)
         records, report = read_records(given.data, skip_bad=given.skip_bad_records)
         for line in report.skipped:
-            console.print(f"left out {line}", highlight=False, markup=False)
+            console.print(f"left out {line}", highlight=False)
         output = Path(given.output or Path(given.checkpoint) / "evaluation")
         changes = {"max_new_tokens": given.max_new_tokens, "repetition_penalty": given.repetition_penalty}
         changes = {name: value for name, value in changes.items() if value is not None}

@@ -1,6 +1,8 @@
 """Greedy decoding from memory in one jitted call: prefill over [memory; embed(Q)], then one token at a time from a KV
 cache."""
 
+from typing import no_type_check
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -12,6 +14,7 @@ from comi_jax.config import Generation
 from comi_jax.params import Tree
 
 
+@no_type_check
 @struct.dataclass
 class Generated:
     """Token ids, each row's first ``length`` real: up to and with the end-of-sequence token where it came."""

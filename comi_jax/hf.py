@@ -148,10 +148,13 @@ def stop_tokens(folder: str | Path) -> tuple[int, ...]:
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer in ``folder``; never one that brings code of its own, never from the network."""
-    from transformers import AutoTokenizer  # slow to import, and needed by those alone who read text
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, of use to those who read text
 
+    # Beside a Qwen2 config, AutoTokenizer puts Qwen2's own splitting of words in the place of tokenizer.json's.
+    as_written = (Path(folder) / "tokenizer.json").is_file()
+    reader = PreTrainedTokenizerFast if as_written else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no tokenizer that transformers can load: {error}") from None
     if tokenizer.eos_token_id is None:

@@ -16,9 +16,11 @@ class RunLog:
 
     def __init__(self, folder: str | Path, title: str, steps: int, start: int, console: Console):
         self._title, self._steps, self._console = title, steps, console
-        self._lines = (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8")
+        path = Path(folder) / "metrics.jsonl"
+        path.write_text(_until(path, start), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"))
+        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (
@@ -57,3 +59,9 @@ class RunLog:
             self._bar.update(self._task, completed=step, shown=shown)
         else:
             self._console.print(f"{self._title}  step {step}/{self._steps}  {shown}", highlight=False)
+
+
+def _until(path: Path, start: int) -> str:
+    """The whole lines of an earlier attempt up to step ``start``; what came after its last checkpoint is run again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start)

@@ -3,7 +3,7 @@
 y = x W + (alpha / R) dropout(x) A B      with A [D_in, R], B [R, D_out], B zero at the start
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from comi_jax.params import ParamSpec, Tree
 TARGETS = ("q", "k", "v", "o")
 
 
+@no_type_check
 @struct.dataclass
 class Adapters:
     """The adapters of a stack of layers (or of one layer, inside a scan) and how to apply them."""

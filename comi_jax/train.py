@@ -24,8 +24,8 @@ from rich.console import Console
 from comi_jax import comi, evaluate, hf, optim, sharding
 from comi_jax import lora as lora_module
 from comi_jax.answer import Comi
-from comi_jax.checkpoint import CheckpointError, Checkpoints, Run, load_params, open_run, save_frozen
-from comi_jax.config import Config, ConfigError, load
+from comi_jax.checkpoint import CheckpointError, Checkpoints, Run, check_folder, load_params, open_run, save_frozen
+from comi_jax.config import Backbone, Config, ConfigError, load
 from comi_jax.data import loader, synthetic
 from comi_jax.data.records import DataError, Record, read_records
 from comi_jax.logs import RunLog
@@ -54,7 +54,7 @@ def train_step(
     accumulate: int,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from ``batch``, whose rows are taken in ``accumulate`` micro-batches; equal to one big batch."""
-    micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
 
     def loss_sum(trained, rows, dropout_key):
@@ -76,7 +76,7 @@ def train_step(
     metrics = {
         "loss": sums.loss / sums.tokens,
         "accuracy": sums.correct / sums.tokens,
-        "gradient_norm": optax.global_norm(grads),
+        "gradient_norm": optax.tree.norm(grads),
     }
     return TrainState(state.step + 1, trained, optimizer), metrics
 
@@ -102,11 +102,15 @@ def backbone_folder(config: Config) -> Path:
 def read_data(names: tuple[str, ...], split: str, config: Config, console: Console) -> list[Record]:
     """The records of JSON Lines files, or generated ones for the name "synthetic"."""
     if names == ("synthetic",):
-        made = config.data.synthetic_examples if split == "train" else config.data.eval_examples
+        setting = "synthetic_examples" if split == "train" else "eval_examples"
+        made = getattr(config.data, setting)
+        if made < 1:
+            raise ConfigError(f"data.{setting} is {made}; it says how many records \"synthetic\" makes")
         return synthetic.records(split, made, seed=config.train.seed)
     records, report = read_records(names, skip_bad=config.data.skip_bad_records)
     if report.skipped:
-        console.print(f"left out {len(report.skipped)} bad records:", *map(str, report.skipped[:20]), sep="\n  ")
+        lines = [f"left out {len(report.skipped)} bad records:", *map(str, report.skipped)]
+        console.print("\n  ".join(lines), highlight=False, markup=False)
     return records if split == "train" or not config.data.eval_examples else records[: config.data.eval_examples]
 
 
@@ -132,9 +136,8 @@ def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, l
             f"train.batch_size / optimizer.accumulate = {rows} examples do not divide over {devices} devices; change "
             "either, or mesh.data"
         )
-    shapes = loader.Shapes.of(examples, config.data, config.compression)
-    shapes.check(run.backbone, min(config.compression.rates), shapes.answer)
-    return mesh, shapes
+    loader.check_positions(examples, run.backbone, config.compression, min(config.compression.rates))
+    return mesh, loader.Shapes.of(examples, config.data, config.compression)
 
 
 def initial_state(
@@ -258,23 +261,37 @@ def run(config: Config, console: Console) -> None:
     tokenizer = hf.load_tokenizer(config.model.tokenizer or folder)
     if len(tokenizer) > backbone.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
-    stop = (tokenizer.eos_token_id,) if config.model.tokenizer else hf.stop_tokens(folder)
+    stop = {tokenizer.eos_token_id} | set(() if config.model.tokenizer else hf.stop_tokens(folder))
     records = read_data(config.data.train, "train", config, console)
     examples, report = loader.encode(records, tokenizer, config.data)
     console.print(f"training data: {report}", highlight=False)
     held_out = read_data(config.data.eval, "eval", config, console) if config.data.eval else []
+    check_held_out(held_out, tokenizer, config, backbone)
     variants = {"COMI": (config, output)}
     if config.train.compare_mean_pooling:
         plain = dataclasses.replace(config.compression, coarse=False, fine=False)
         variants["mean-pooling"] = (dataclasses.replace(config, compression=plain), output / "mean_pooling")
+    runs = {title: Run(settings, backbone, tuple(sorted(stop))) for title, (settings, _) in variants.items()}
+    for title, (_, place) in variants.items():
+        plan(runs[title], examples)
+        check_folder(place, runs[title])
     for title, (settings, place) in variants.items():
-        this = Run(settings, backbone, stop)
-        plan(this, examples)
-        open_run(place, this, tokenizer)
-        fit(this, place, initial_params(settings, this, folder), examples, title, console)
+        params = initial_params(settings, runs[title], folder)
+        open_run(place, runs[title], tokenizer)
+        fit(runs[title], place, params, examples, title, console)
         console.print(f"{title}: checkpoint in {place}", highlight=False)
     if held_out:
         closing_table({title: place for title, (_, place) in variants.items()}, held_out, output, console)
+
+
+def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:
+    """Refuse before the training what the closing table could not answer after it."""
+    try:
+        examples, _ = loader.encode(records, tokenizer, config.data, targets=False)
+        rate, new_tokens = config.compression.rates[0], config.generation.max_new_tokens
+        loader.check_positions(examples, backbone, config.compression, rate, new_tokens)
+    except loader.LengthError as error:
+        raise loader.LengthError(f"data.eval: {error}") from None
 
 
 def closing_table(places: dict[str, Path], records: list[Record], output: Path, console: Console) -> None:
@@ -292,14 +309,14 @@ def closing_table(places: dict[str, Path], records: list[Record], output: Path, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, run, and turn what a user can mend into one sentence and exit status 2."""
+    """Parse the command line, run, and turn what a user can mend into one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.train", description="Train a COMI compressor.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--skip-bad-records", action="store_true", help="leave out bad data lines, counted and listed")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
     try:
         run(load(options.config, overrides), console)
     except (ConfigError, DataError, loader.LengthError, CheckpointError, hf.WeightsError) as error:

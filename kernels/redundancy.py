@@ -110,4 +110,4 @@ def _largest_span(group: Int[Array, "B S"], tile: int) -> Int[Array, ""]:
     tiled = group.reshape(batch, length // tile, tile)
     last_group = jnp.max(jnp.where(tiled < NO_GROUP, tiled, -1), axis=2)
     end = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(group, last_group) - 1
-    return jnp.maximum(jnp.max(end // tile - jnp.arange(length // tile)[None, :]), 0).astype(jnp.int32)
+    return jnp.maximum(jnp.max(end // tile - jnp.arange(length // tile, dtype=jnp.int32)[None, :]), 0)

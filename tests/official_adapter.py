@@ -1,6 +1,7 @@
 """The six functions through which comi_jax is compared with golden outputs of the official release."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +12,7 @@ from comi_jax import backbone as lm
 from comi_jax import comi, hf, official
 from comi_jax import generate as generation
 from comi_jax.compress import compress as compress_batch
-from comi_jax.compress import max_groups
+from comi_jax.compress import max_groups, merge
 from comi_jax.config import Compression, Generation
 from comi_jax.params import combine, partition
 
@@ -76,7 +77,9 @@ def load(checkpoint, backbone, options):
         rates=(options["merge_size"],),
         **{ours: options[theirs] for theirs, ours in SWITCHES.items() if theirs in options},
     )
-    params, arch = official.load(checkpoint, hf.read_config(backbone), compression, options.get("lora_alpha"))
+    alpha = options.get("lora_alpha")
+    alpha = None if alpha is None else float(alpha)
+    params, arch = official.load(checkpoint, hf.read_config(backbone), compression, alpha)
     arch = dataclasses.replace(arch, lora=dataclasses.replace(arch.lora, dropout=0.0))
     params["mig"] |= {ours: np.float32(options[theirs]) for theirs, ours in SCALARS.items() if theirs in options}
     return Model(jax.tree.map(jnp.asarray, params), arch, options["merge_size"], hf.stop_tokens(backbone))
@@ -98,29 +101,50 @@ def _batch(model, input_ids, query_ids, labels):
     )
 
 
+@functools.partial(jax.jit, static_argnames=("arch", "rate"))
+def _memory(params, arch, batch, rate):
+    return comi.remember(params, arch, batch, rate)
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def _first_segment(params, arch, batch, aux):
+    """Encoder states of [X; Q] of the first segment, and what its states were merged into."""
+    first = batch.context[:, 0]
+    rows, _ = comi.join_rows(first, batch.context_length[:, 0], batch.query, batch.query_length)
+    x = lm.embed_tokens(params["encoder"], rows, arch.dtype)
+    hidden, _ = lm.forward(params["encoder"], x, arch.backbone, runtime=arch.runtime)
+    states = hidden[:, : first.shape[1]].astype(jnp.float32)
+    return hidden, merge(states, aux.weights[:1], aux.group[:1], aux.group_sizes.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def _score(params, arch, memory, batch):
+    logits = comi.answer_logits(params, arch, memory, batch)
+    return logits, comi.sum_loss(logits, batch.answer, batch.answer_length)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
+def _continue(params, arch, memory, batch, options, stop):
+    rows, length = comi.prompt(params, arch, memory, batch)
+    return generation.greedy(params, arch, rows, length, options, stop)
+
+
+def _remember(model, batch):
+    # The answer plays no part in it; one of a fixed length lets forward and generate share a compilation.
+    return _memory(model.params, model.arch, batch.replace(answer=batch.answer[:, :1]), model.rate)
+
+
 def forward(model, input_ids, query_ids, labels):
     batch, arch = _batch(model, input_ids, query_ids, labels), model.arch
-
-    @jax.jit
-    def run(params):
-        first, length = batch.context[:, 0], batch.context_length[:, 0]
-        rows, _ = comi.join_rows(first, length, batch.query, batch.query_length)
-        x = lm.embed_tokens(params["encoder"], rows, arch.dtype)
-        hidden, _ = lm.forward(params["encoder"], x, arch.backbone, runtime=arch.runtime)
-        states, query = comi.encode(params, arch, first, length, batch.query, batch.query_length)
-        slots = max_groups(first.shape[1], model.rate)
-        out = compress_batch(states, query, length, batch.rate, params["mig"], arch.compression, slots)
-        memory = comi.remember(params, arch, batch, model.rate)
-        logits = comi.answer_logits(params, arch, memory, batch)
-        return hidden, out, memory, logits, comi.sum_loss(logits, batch.answer, batch.answer_length)
-
-    hidden, out, memory, logits, sums = run(model.params)
-    sizes = np.asarray(out.aux.group_sizes[0])
+    memory = _remember(model, batch)
+    hidden, merged = _first_segment(model.params, arch, batch, memory.aux)
+    logits, sums = _score(model.params, arch, memory, batch)
+    sizes = np.asarray(memory.aux.group_sizes[0])
     groups = sizes.size if arch.compression.coarse else int((sizes > 0).sum())
     return {
-        "encoder_hidden": np.asarray(hidden[0, : len(batch.context[0, 0]) + len(query_ids)]),
+        "encoder_hidden": np.asarray(hidden[0, : batch.context.shape[2] + len(query_ids)]),
         "group_sizes": sizes[:groups],
-        "memory_before_lsa": np.asarray(out.memory[0, : int(out.mask.sum())]),
+        "memory_before_lsa": np.asarray(merged[0, : int((sizes > 0).sum())]),
         "memory": np.asarray(memory.vectors[0, : int(memory.length[0])]),
         "answer_logits": np.asarray(logits[0]),
         "loss": np.asarray(sums.loss / sums.tokens),
@@ -131,11 +155,11 @@ def grad_norms(model, input_ids, query_ids, labels):
     batch = _batch(model, input_ids, query_ids, labels)
     trained, frozen = partition(model.params, lambda path: comi.is_trained(path, model.arch))
 
-    def mean_loss(trained):
+    def mean_loss(trained, frozen, batch):
         sums = comi.loss(combine(trained, frozen), model.arch, batch, model.rate)
         return sums.loss / sums.tokens
 
-    grads = jax.jit(jax.grad(mean_loss))(trained)
+    grads = jax.jit(jax.grad(mean_loss))(trained, frozen, batch)
     return {name: float(np.linalg.norm(g)) for name, g in official.tensors(combine(grads), model.arch).items()}
 
 
@@ -143,11 +167,5 @@ def generate(model, input_ids, query_ids, max_new_tokens, repetition_penalty):
     batch = _batch(model, input_ids, query_ids, [0])
     options = Generation(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
 
-    @jax.jit
-    def run(params):
-        memory = comi.remember(params, model.arch, batch, model.rate)
-        rows, length = comi.prompt(params, model.arch, memory, batch)
-        return generation.greedy(params, model.arch, rows, length, options, model.stop)
-
-    out = run(model.params)
+    out = _continue(model.params, model.arch, _remember(model, batch), batch, options, model.stop)
     return [int(i) for i in out.ids[0, : int(out.length[0])]]

@@ -18,7 +18,7 @@ def people(examples):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return synthetic.train_tokenizer(synthetic.corpus(0, 300), 1536)
+    return synthetic.train_tokenizer(synthetic.corpus(0, 300), 1024)
 
 
 def test_records_are_a_function_of_their_arguments():
@@ -71,16 +71,16 @@ def test_each_question_has_one_answer_stated_once_in_the_context():
 
 def test_no_guess_without_the_context_is_right_more_than_once_in_twenty():
     for relation in synthetic.RELATIONS.values():
-        assert len(set(relation.values)) == len(relation.values) == 24
+        assert len(set(relation.values)) == len(relation.values) == synthetic.VALUES == 20
         assert len(set(relation.facts)) >= 2 and len(set(relation.questions)) >= 2
     pairs = [fact[1:] for example in TRAIN for fact in example.facts]
     best = {
         relation: Counter(v for r, v in pairs if r == relation).most_common(1)[0][1] for relation in synthetic.RELATIONS
     }
     held_out = [fact[1:] for example in islice(synthetic.examples("eval", 1), 400) for fact in example.facts]
-    assert sum(best.values()) / len(pairs) < 0.07  # the luckiest value of each relation, chosen with hindsight
+    assert sum(best.values()) / len(pairs) < 0.08  # the luckiest value of each relation, chosen with hindsight
     common = {r: Counter(v for r2, v in pairs if r2 == r).most_common(1)[0][0] for r in synthetic.RELATIONS}
-    assert np.mean([common[r] == v for r, v in held_out]) < 0.05
+    assert np.mean([common[r] == v for r, v in held_out]) < 0.06
 
 
 def test_consecutive_records_share_a_context():
@@ -104,7 +104,7 @@ def test_tokenizer_round_trips_any_text_and_survives_saving(tokenizer, tmp_path)
     again = synthetic.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert again(text).input_ids == tokenizer(text).input_ids
     assert (again.eos_token, again.pad_token) == (synthetic.EOS, synthetic.PAD)
-    assert synthetic.train_tokenizer(synthetic.corpus(0, 300), 1536).get_vocab() == tokenizer.get_vocab()
+    assert synthetic.train_tokenizer(synthetic.corpus(0, 300), 1024).get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_tokenizer_round_trips_any_text_and_survives_saving(tokenizer, tmp_path)
     [
         ("test", {}, "'test' is unknown"),
         ("train", {"facts": 30}, "facts=30"),
-        ("eval", {"relations": 11}, "relations=11"),
+        ("eval", {"relations": 9}, "relations=9"),
     ],
 )
 def test_what_cannot_be_made_is_refused(split, difficulty, message):

@@ -32,6 +32,7 @@ class Example:
     query: np.ndarray
     answer: np.ndarray
     rate: int = 0
+    truncated: bool = False  # a part was cut to fit
 
 
 @dataclass
@@ -71,7 +72,8 @@ def encode(
                 long.append((number, [len(ids) for ids in parts]))
             context, query, answer = (i[: limit - room] for i, limit, room in zip(parts, limits, spare, strict=True))
             answer = [*answer, tokenizer.eos_token_id] if targets else answer
-            examples.append(Example(*(np.asarray(ids, np.int32) for ids in (context, query, answer))))
+            arrays = (np.asarray(ids, np.int32) for ids in (context, query, answer))
+            examples.append(Example(*arrays, truncated=any(over)))
             report.examples += 1
             report.context_tokens += len(context)
             report.truncated_contexts += over[0]
@@ -85,10 +87,34 @@ def encode(
             f"({limits[0]}), data.max_query ({limits[1]}) or data.max_answer ({limits[2]}, end of sequence included), "
             "or set data.on_long=truncate"
         )
-    for number, example in enumerate(examples):
-        if not len(example.query) or not len(example.context):
-            raise LengthError(f"record {number + 1} has a context or a query of no tokens: {records[number].prompt!r}")
+    for number, example in enumerate(examples, start=1):
+        for name in ("context", "query"):
+            if not len(getattr(example, name)):
+                raise LengthError(f"record {number} has a {name} of no tokens; leave it out, or give it some text")
     return examples, report
+
+
+def check_positions(
+    examples: Sequence[Example], backbone: Backbone, settings: Compression, min_rate: int, new_tokens: int | None = None
+) -> None:
+    """Refuse rows of the encoder (segment, query) or of the decoder (memory, query, answer or ``new_tokens``) that are
+    longer than the language model's positions. Each example counts alone: padding stands behind what is real."""
+    limit, size = backbone.max_position_embeddings, settings.segment_size
+    for number, example in enumerate(examples, start=1):
+        segments = [min(size, len(example.context) - first) for first in range(0, len(example.context), size)]
+        query, answer = len(example.query), len(example.answer) if new_tokens is None else new_tokens
+        longest = max(segments, default=0)
+        if longest + query > limit:
+            raise LengthError(
+                f"record {number}: a segment of {longest} tokens and a query of {query} make {longest + query}, but "
+                f"the model has {limit} positions; lower compression.segment_size to {max(limit - query, 1)}"
+            )
+        memory = sum(max_groups(segment, min_rate) for segment in segments)
+        if memory + query + answer > limit:
+            raise LengthError(
+                f"record {number}: {memory} memory vectors, a query of {query} and an answer of {answer} tokens are "
+                f"more than the {limit} positions of the model; lower data.max_context or raise the rate {min_rate}"
+            )
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -123,22 +149,6 @@ class Shapes:
             segment_size=segment,
             segments=max(-(-longest // segment), 1),
         )
-
-    def check(self, backbone: Backbone, min_rate: int, answer: int) -> None:
-        """Refuse rows of the encoder or, with answers of ``answer`` tokens, of the decoder that are longer than the
-        language model's positions."""
-        limit, segment = backbone.max_position_embeddings, self.buckets[-1]
-        if segment + self.query > limit:
-            raise LengthError(
-                f"a segment of {segment} tokens and a query of {self.query} make {segment + self.query}, but the model "
-                f"has {limit} positions; lower compression.segment_size to {max(limit - self.query, 1)}"
-            )
-        memory = self.segments * max_groups(segment, min_rate)
-        if memory + self.query + answer > limit:
-            raise LengthError(
-                f"{memory} memory vectors, a query of {self.query} and an answer of {answer} tokens are more than the "
-                f"{limit} positions of the model; lower data.max_context or raise the rate {min_rate}"
-            )
 
     def bucket(self, length: int) -> int:
         """The smallest bucket that holds ``length`` tokens."""

@@ -21,22 +21,21 @@ from comi_jax.data.records import Record
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 EVAL_SHARE = 8  # one person in EVAL_SHARE is kept for evaluation
-VALUES = 24  # of every relation
+VALUES = 20  # of every relation
 
 FIRST = (
-    "Mara Anna Boris Carla David Elena Felix Greta Hugo Irene Jonas Karen Laura Martin Nadia Oscar Paula Quentin "
-    "Rosa Simon Tanya Victor Wanda Xavier Yusuf Zelda Bruno Clara Dora Emil Frida Gustav Hanna Ivan Julia Kurt "
-    "Lena Milo Nora Otto Petra Ralf Sonia Theo Ursula Vera Walter Zoe"
+    "Mara Anna Boris Carla David Elena Felix Greta Hugo Irene Jonas Karen Laura Martin Nadia Oscar Paula Rosa Simon "
+    "Tanya Victor Wanda Yusuf Zelda"
 ).split()
 LAST = (
-    "Quell Adler Bauer Costa Duval Engel Fabre Garner Holt Ibsen Jensen Keller Lund Moreau Novak Olsen Parker "
-    "Quinn Reyes Santos Torres Ullman Vogel Weber Yates Zeller Berg Conti Dahl Eklund Ferrer Grant Hansen Ivory "
-    "Joyce Klein Lopez Marsh Nolan Orlov Pratt Rossi Silva Tanner Usher Varga Walsh Zorn"
+    "Quell Adler Bauer Costa Duval Engel Fabre Garner Holt Ibsen Jensen Keller Lund Moreau Novak Olsen Parker Reyes "
+    "Santos Torres Vogel Weber Yates Zeller"
 ).split()
+OPENINGS = ("We know that", "It seems that", "I heard that", "Everyone says that", "They told me that")
 
 
 class Relation(NamedTuple):
-    """What can be said about a person: values, sentences that state one, questions that ask for it."""
+    """What can be said about a person: values, clauses that state one, questions that ask for it."""
 
     values: tuple[str, ...]
     facts: tuple[str, ...]
@@ -49,104 +48,52 @@ def _relation(values: str, facts: Sequence[str], questions: Sequence[str]) -> Re
 
 RELATIONS = {
     "town": _relation(
-        "Lisbon Paris London Berlin Madrid Vienna Prague Dublin Athens Warsaw Oslo Rome Zurich Geneva Boston "
-        "Chicago Denver Cairo Tokyo Delhi Lima Quito Havana Sydney",
-        (
-            "The town where {p} was born and grew up is {v}.",
-            "As a child {p} lived in the town of {v}.",
-            "The home town of {p} has always been {v}.",
-        ),
-        ("What is the home town of {p}?", "In which town did {p} grow up?"),
+        "Lisbon Paris London Berlin Madrid Vienna Prague Dublin Athens Warsaw Oslo Rome Zurich Geneva Boston Denver "
+        "Cairo Tokyo Delhi Lima",
+        ("the home town of {p} is {v}.", "{p} lives in {v}."),
+        ("What is the home town of {p}?", "Where does {p} live?"),
     ),
     "job": _relation(
-        "baker doctor farmer lawyer nurse pilot plumber sailor soldier tailor teacher waiter writer painter "
-        "dentist butcher barber chemist judge miner printer banker gardener carpenter",
-        (
-            "To earn a living, {p} works as a {v}.",
-            "The job that {p} has now is that of {v}.",
-            "People say that {p} is a very good {v}.",
-        ),
-        ("What is the job of {p}?", "As what does {p} work?"),
+        "baker doctor farmer lawyer nurse pilot plumber sailor soldier tailor teacher waiter writer painter dentist "
+        "butcher barber chemist judge miner",
+        ("the job of {p} is {v}.", "{p} became a {v}."),
+        ("What is the job of {p}?", "What did {p} become?"),
     ),
     "colour": _relation(
-        "red blue green yellow orange purple black white brown grey pink golden silver violet crimson scarlet "
-        "amber olive ivory turquoise beige indigo maroon navy",
-        (
-            "The colour that {p} likes best of all is {v}.",
-            "Most of the clothes of {p} are coloured {v}.",
-            "The favourite colour of {p} has always been {v}.",
-        ),
-        ("What is the favourite colour of {p}?", "Which colour does {p} like best?"),
+        "red blue green yellow orange purple black white brown grey pink golden silver violet crimson scarlet amber "
+        "olive beige indigo",
+        ("the favourite colour of {p} is {v}.", "{p} always wears {v}."),
+        ("What is the favourite colour of {p}?", "What does {p} wear?"),
     ),
     "pet": _relation(
-        "cat dog horse rabbit parrot hamster turtle goat pony lizard snake spider canary goose duck sheep "
-        "donkey ferret mouse pigeon frog rat pig hen",
-        (
-            "At home {p} takes good care of a pet {v}.",
-            "The pet that {p} keeps at home is a {v}.",
-            "The animal that {p} owns is a {v}.",
-        ),
-        ("What is the pet of {p}?", "Which animal does {p} own?"),
+        "cat dog horse rabbit parrot hamster turtle goat pony lizard snake spider canary goose duck sheep donkey "
+        "ferret mouse pigeon",
+        ("the pet of {p} is a {v}.", "{p} keeps a {v}."),
+        ("What is the pet of {p}?", "What does {p} keep?"),
     ),
     "instrument": _relation(
-        "piano violin guitar flute trumpet drum harp cello organ banjo clarinet oboe tuba lute bassoon "
-        "trombone viola fiddle horn bugle zither mandolin accordion saxophone",
-        (
-            "In the evening {p} plays music on the {v}.",
-            "The instrument that {p} plays is the {v}.",
-            "For many years {p} has practised the {v}.",
-        ),
-        ("What is the instrument of {p}?", "Which instrument does {p} play?"),
+        "piano violin guitar flute trumpet drum harp cello organ banjo clarinet oboe tuba lute bassoon trombone viola "
+        "fiddle horn bugle",
+        ("the instrument of {p} is the {v}.", "{p} plays the {v}."),
+        ("What is the instrument of {p}?", "What does {p} play?"),
     ),
     "employer": _relation(
-        "Siemens Philips Nokia Toyota Sony Boeing Shell Bayer Pfizer Google Intel Oracle Amazon Nestle Danone "
-        "Lego Adidas Volvo Fiat Renault Honda Canon Xerox Kodak",
-        (
-            "The company that pays {p} every month is {v}.",
-            "Since last spring {p} has been employed by {v}.",
-            "The employer of {p} is a company called {v}.",
-        ),
-        ("What is the employer of {p}?", "Which company employs {p}?"),
+        "Siemens Philips Nokia Toyota Sony Boeing Shell Bayer Pfizer Google Intel Oracle Amazon Nestle Danone Lego "
+        "Adidas Volvo Fiat Renault",
+        ("the employer of {p} is {v}.", "{p} works for {v}."),
+        ("What is the employer of {p}?", "Who does {p} work for?"),
     ),
     "sport": _relation(
-        "tennis football rugby golf hockey cricket boxing rowing sailing skiing judo karate chess polo squash "
-        "cycling running swimming fencing archery climbing diving surfing wrestling",
-        (
-            "The sport that {p} trains for is {v}.",
-            "On the weekend {p} goes out for some {v}.",
-            "When it comes to sport {p} prefers {v}.",
-        ),
-        ("What is the sport of {p}?", "Which sport does {p} prefer?"),
-    ),
-    "food": _relation(
-        "bread cheese soup pasta rice pizza salad fish chicken beef honey butter apples cherries grapes "
-        "lemons onions carrots beans potatoes mushrooms chocolate pancakes noodles",
-        (
-            "For dinner {p} likes to eat a lot of {v}.",
-            "The dish that {p} cooks for guests is {v}.",
-            "The favourite food of {p} is still {v}.",
-        ),
-        ("What is the favourite food of {p}?", "Which food does {p} like best?"),
+        "tennis football rugby golf hockey cricket boxing rowing sailing skiing judo karate chess polo squash cycling "
+        "running swimming fencing archery",
+        ("the favourite sport of {p} is {v}.", "{p} really enjoys {v}."),
+        ("What is the favourite sport of {p}?", "What does {p} enjoy?"),
     ),
     "language": _relation(
-        "English French German Spanish Italian Russian Polish Czech Dutch Danish Swedish Greek Turkish Arabic "
-        "Hebrew Hindi Chinese Japanese Korean Latin Finnish Irish Welsh Persian",
-        (
-            "At school {p} is learning to speak {v}.",
-            "The language that {p} speaks at home is {v}.",
-            "The mother tongue of {p} is known to be {v}.",
-        ),
-        ("What is the language of {p}?", "Which language does {p} speak?"),
-    ),
-    "vehicle": _relation(
-        "car van truck bus tractor bicycle scooter motorbike boat canoe ferry yacht tram taxi jeep wagon "
-        "sledge glider balloon helicopter submarine rocket train limousine",
-        (
-            "To get to work {p} always takes a {v}.",
-            "The vehicle that {p} bought last year is a {v}.",
-            "On most days {p} travels by {v}.",
-        ),
-        ("What is the vehicle of {p}?", "In which vehicle does {p} travel?"),
+        "English French German Spanish Italian Russian Polish Czech Dutch Danish Swedish Greek Turkish Arabic Hebrew "
+        "Hindi Chinese Japanese Korean Latin",
+        ("the mother tongue of {p} is {v}.", "{p} speaks {v}."),
+        ("What is the mother tongue of {p}?", "What does {p} speak?"),
     ),
 }
 
@@ -226,7 +173,8 @@ def examples(
             who, kind = int(cell) // relations, kinds[int(cell) % relations]
             relation, person = RELATIONS[kind], cast[who]
             value = relation.values[values[kind][who]]
-            sentences.append(pick(relation.facts, f"{kind} {{p}} {{v}}.").format(p=person, v=value))
+            clause = f"{OPENINGS[rng.integers(len(OPENINGS))]} {relation.facts[rng.integers(len(relation.facts))]}"
+            sentences.append(pick((clause,), f"{kind} {{p}} {{v}}.").format(p=person, v=value))
             pairs.append((pick(relation.questions, f"{kind} {{p}}?").format(p=person), value))
             triples.append((person, kind, value))
         yield Example(" ".join(sentences), tuple(pairs), tuple(triples))
