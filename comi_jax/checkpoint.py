@@ -6,9 +6,10 @@ frozen/          weights that are not trained, by flat path
 checkpoints/N/   after update N: trained weights, optimizer state, position in the data
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,21 @@ def _differences(old: Run, new: Run) -> list[str]:
     return pairs
 
 
+@contextlib.contextmanager
+def _reading(path: Path, advice: str = "") -> Iterator[None]:
+    """Turn what Orbax raises for a damaged folder, which may be a bare Exception, into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0][:200]
+        raise CheckpointError(f"{path} cannot be read, files are damaged or missing ({reason}){advice}") from error
+
+
 class Checkpoints:
     """The checkpoints of a run, written in the background and kept only when complete."""
 
-    def __init__(self, folder: str | Path, keep: int | None = None, *, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+    def __init__(self, folder: str | Path, keep: int | None = None, *, create: bool = True):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager((Path(folder) / "checkpoints").absolute(), options=options)
 
     def latest(self) -> int | None:
@@ -147,15 +158,19 @@ class Checkpoints:
             "optimizer": ocp.args.StandardRestore(like.optimizer),
             "data": ocp.args.JsonRestore(),
         }
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._restore(step, items)
         changed = {"trained": restored["trained"], "optimizer": restored["optimizer"]}
         count = jax.device_put(jnp.int32(step), state.step.sharding)
         return state.replace(step=count, **changed), restored["data"]
 
     def restore_trained(self, step: int, trained: Any) -> Any:
         """The trained weights alone."""
-        args = ocp.args.Composite(trained=ocp.args.StandardRestore(trained))
-        return self._manager.restore(step, args=args)["trained"]
+        return self._restore(step, {"trained": ocp.args.StandardRestore(trained)})["trained"]
+
+    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+        place = Path(self._manager.directory) / str(step)
+        with _reading(place, "; with that folder removed, the checkpoint before it is used"):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
         """Wait until everything is on disk."""
@@ -188,7 +203,7 @@ def load_params(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Run,
     arch = run.architecture
     if not all((Path(folder) / name).is_dir() for name in ("checkpoints", "frozen")):
         raise CheckpointError(f"{folder} has no complete checkpoint yet")
-    checkpoints = Checkpoints(folder, read_only=True)
+    checkpoints = Checkpoints(folder, create=False)
     step = checkpoints.latest()
     if step is None:
         checkpoints.close()
@@ -202,7 +217,7 @@ def load_params(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Run,
 
     trained = checkpoints.restore_trained(step, {path: abstract(path) for path in shapes if is_trained(path, arch)})
     checkpoints.close()
-    with ocp.StandardCheckpointer() as checkpointer:
-        wanted = {path: abstract(path) for path in shapes if not is_trained(path, arch)}
-        frozen = checkpointer.restore((Path(folder) / "frozen").absolute(), wanted)
+    place = (Path(folder) / "frozen").absolute()
+    with ocp.StandardCheckpointer() as checkpointer, _reading(place):
+        frozen = checkpointer.restore(place, {path: abstract(path) for path in shapes if not is_trained(path, arch)})
     return run, combine(trained, frozen)

@@ -7,8 +7,8 @@ The letters of array shapes, in annotations, einsums and name suffixes:
     D model width     N query heads             K key/value heads   H head width     F feed-forward width
     R rank of a low-rank adapter
 
-Tests check them in every call. Containers are marked ``no_type_check``: their annotations hold for the model, while JAX also
-builds them with other leaves (shardings, numpy arrays, a further axis of micro-batches).
+Tests check them in every call. Containers are marked ``no_type_check``: their annotations hold for the model, while JAX
+also builds them with other leaves (shardings, numpy arrays, a further axis of micro-batches).
 
 A config file ``configs/<name>.py`` has one function, ``get_config() -> Config``. ``load("qwen2", ["train.steps=10"])``
 imports it and applies typed overrides.

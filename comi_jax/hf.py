@@ -45,11 +45,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 # Attributes that do not change what the model computes from token ids, or that are read below.
 HARMLESS = {
-    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "label2id", "max_length", "max_window_layers", "name_or_path", "_name_or_path", "output_attentions",
-    "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id", "sliding_window",
-    "temperature", "tokenizer_class", "top_p", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "_attn_implementation",
-    "_attn_implementation_autoset", "transformers_weights",
+    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id",
+    "id2label", "initializer_range", "label2id", "max_length", "max_window_layers", "name_or_path", "_name_or_path",
+    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id",
+    "sliding_window", "temperature", "tokenizer_class", "top_p", "torch_dtype", "transformers_version", "unk_token_id",
+    "use_cache", "_attn_implementation", "_attn_implementation_autoset", "transformers_weights",
 }  # fmt: skip
 
 READ = {

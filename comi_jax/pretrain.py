@@ -2,9 +2,9 @@
 
     loss = sum_t w_t · -log p(token_t | tokens before it) / sum_t w_t,   w = 1 on answers, TEXT_WEIGHT elsewhere
 
-All text is generated (comi_jax.data.synthetic), people of the evaluation split never occur in it, and the same arguments
-on the same machine give the same weights. The text gets harder in stages, as retrieval from a long text is not learnt in
-reasonable time from nothing: lists of words said twice, short notes with questions, then plain sentences.
+All text is generated (comi_jax.data.synthetic), people of the evaluation split never occur in it, and the same
+arguments on the same machine give the same weights. The text gets harder in stages, as retrieval from a long text is
+not learnt from nothing in reasonable time: lists of words said again, short notes with questions, plain sentences.
 """
 
 import argparse
@@ -101,12 +101,12 @@ def hf_config(backbone: Backbone, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-# --- text --------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(texts: Iterator[tuple[np.ndarray, np.ndarray]], stage: Stage, seed: int) -> Iterator[Rows]:
-    """Batches of (ids, weight) rows. The loss is about half of the places, to save logits: all of weight 1 (answers, which
-    are fewer), and others by lot."""
+    """Batches of (ids, weight) rows. The loss is about half of the places, to save logits: all of weight 1 (answers,
+    which are fewer), and others by lot."""
     rng = np.random.default_rng(seed)
     while True:
         ids, weight = (np.stack(x) for x in zip(*islice(texts, stage.rows), strict=True))
@@ -147,7 +147,7 @@ def question_answering(tokenizer: Any, stage: Stage, seed: int) -> Iterator[tupl
         yield np.asarray(row, np.int32), np.asarray(weight[: stage.length] + [0.0] * padding, np.float32)
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def loss(params: Tree, backbone: Backbone, rows: Rows) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -187,8 +187,8 @@ def optimizer(params: Tree, steps: int) -> optax.GradientTransformation:
 
 
 def initial(backbone: Backbone, seed: int) -> Tree:
-    """Random weights, but for two things without which retrieval takes thousands of steps to begin: blocks add little to
-    the token itself at first, and head n of the first block looks at the token n + 1 places back.
+    """Random weights, but for two things without which retrieval takes thousands of steps to begin: at first the blocks
+    add little to the token itself, and head n of the first block looks at the token n + 1 places back.
 
     Its biases alone make it do so: rotated to their places, k_bias and q_bias = rotate(k_bias, n + 1) have the scalar
     product sum_i a_i² cos((distance − n − 1) f_i), which is largest at the distance n + 1.

@@ -43,6 +43,11 @@ class TrainState:
     optimizer: Any
 
 
+def micro_batches(batch: comi.Batch, count: int) -> comi.Batch:
+    """``batch`` with a leading axis of ``count`` micro-batches, each of which has rows of every device: none moves."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def train_step(
     state: TrainState,
     frozen: dict[str, Array],
@@ -54,7 +59,7 @@ def train_step(
     accumulate: int,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from ``batch``, whose rows are taken in ``accumulate`` micro-batches; equal to one big batch."""
-    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = micro_batches(batch, accumulate)
     keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
 
     def loss_sum(trained, rows, dropout_key):

@@ -91,7 +91,9 @@ def test_rotary_embedding_is_transformers(kind):
         module = __import__(type(p.model).__module__, fromlist=["apply_rotary_pos_emb"])
         q = p.torch.from_numpy(x).transpose(1, 2)
         want = module.apply_rotary_pos_emb(q, q, cos, sin)[0].transpose(1, 2).numpy()
-    np.testing.assert_allclose(lm.rotate(jnp.asarray(x), lm.rotation(p.backbone, jnp.asarray(positions))), want, atol=1e-4)
+    np.testing.assert_allclose(
+        lm.rotate(jnp.asarray(x), lm.rotation(p.backbone, jnp.asarray(positions))), want, atol=1e-4
+    )
 
 
 def test_llama3_scaling_leaves_fast_rotations_and_slows_slow_ones():

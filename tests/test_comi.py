@@ -1,4 +1,4 @@
-"""The model on a batch of mixed lengths, rates and segments: nothing depends on padding, companions or what comes later."""
+"""The model on a batch of mixed lengths, rates and segments: nothing depends on padding or companions."""
 
 import dataclasses
 
@@ -47,7 +47,12 @@ def answer(params, batch):
 
 def change(batch, **fields):
     """``batch`` with some token ids replaced by others, where ``fields`` masks are true."""
-    return batch.replace(**{name: np.where(mask, (getattr(batch, name) + 17) % 61, getattr(batch, name)) for name, mask in fields.items()})
+    return batch.replace(
+        **{
+            name: np.where(mask, (getattr(batch, name) + 17) % 61, getattr(batch, name))
+            for name, mask in fields.items()
+        }
+    )
 
 
 def real_tokens(batch):
@@ -113,7 +118,10 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_examples(params, batch):
     _, logits = answer(params, batch)
     whole = comi.sum_loss(logits, jnp.asarray(batch.answer), jnp.asarray(batch.answer_length))
     # Every row alone: as four copies of itself, which the same program computes.
-    copies = [answer(params, jax.tree.map(lambda x, row=row: np.repeat(x[row : row + 1], 4, axis=0), batch))[1] for row in range(4)]
+    copies = [
+        answer(params, jax.tree.map(lambda x, row=row: np.repeat(x[row : row + 1], 4, axis=0), batch))[1]
+        for row in range(4)
+    ]
     singles = [
         comi.sum_loss(logits[:1], jnp.asarray(batch.answer[i : i + 1]), jnp.asarray(batch.answer_length[i : i + 1]))
         for i, logits in enumerate(copies)
@@ -196,7 +204,9 @@ def test_rows_are_joined_without_a_gap(width):
     x, y = 4, 3
     lengths = np.array([(i, j) for i in range(x + 1) for j in range(y + 1)], np.int32)
     first = np.arange(x * len(lengths) * np.prod(width, dtype=int)).reshape(len(lengths), x, *width).astype(np.int32)
-    second = -1 - np.arange(y * len(lengths) * np.prod(width, dtype=int)).reshape(len(lengths), y, *width).astype(np.int32)
+    second = -1 - np.arange(y * len(lengths) * np.prod(width, dtype=int)).reshape(len(lengths), y, *width).astype(
+        np.int32
+    )
     rows, length = comi.join_rows(*map(jnp.asarray, (first, lengths[:, 0], second, lengths[:, 1])))
     assert rows.shape == (len(lengths), x + y, *width)
     for row, (i, j) in enumerate(lengths):
@@ -217,7 +227,7 @@ def test_segments_are_joined_without_a_gap():
 
 
 def test_every_parameter_reaches_the_loss_but_the_coarse_scalars(params, batch):
-    """Group sizes are integers: α and β of the coarse stage get a gradient of exactly zero, everything else does not."""
+    """Group sizes are integers: α and β of the coarse stage get a gradient of exactly zero, all else does not."""
     grads = jax.jit(jax.grad(lambda params, batch: comi.loss(params, ARCH, batch, MIN_RATE).loss))(params, batch)
     for path, grad in flatten(grads).items():
         assert np.isfinite(grad).all(), path
@@ -290,13 +300,17 @@ def test_a_bfloat16_model_compresses_and_sums_its_loss_in_float32(params, batch)
 
 def test_answers_are_scored_at_answer_positions_only(params, batch):
     """No array of vocabulary width longer than the answer: the jaxpr has none, forward or backward."""
-    jaxpr = jax.make_jaxpr(jax.grad(lambda p, b: comi.loss(p, ARCH, b, MIN_RATE).loss))(params, jax.tree.map(jnp.asarray, batch))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p, b: comi.loss(p, ARCH, b, MIN_RATE).loss))(
+        params, jax.tree.map(jnp.asarray, batch)
+    )
     shapes = set()
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:
             shapes.update(v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+            ):
                 if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                     walk(getattr(inner, "jaxpr", inner))
 

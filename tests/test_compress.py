@@ -16,7 +16,7 @@ from comi_jax.config import Compression
 
 LENGTH, WIDTH, LOWEST_RATE = 48, 6, 2
 SLOTS = c.max_groups(LENGTH, LOWEST_RATE)
-# Rows: nothing, one token, less than a group, one group, multiples of a rate and their neighbours, a high rate, a full row.
+# Rows: nothing, one token, less than a group, one group, multiples of a rate and neighbours, a high rate, a full row.
 LENGTHS = np.array([0, 1, 3, 4, 5, 15, 16, 17, 31, 48, 47, 48], np.int32)
 RATES = np.array([4, 4, 4, 4, 4, 8, 8, 8, 32, 2, 3, 16], np.int32)
 ROWS = len(LENGTHS)
@@ -31,7 +31,7 @@ SWITCHES = {
 }
 
 
-# --- SPEC, section 2, by loops -----------------------------------------------------------------------------------------
+# --- SPEC, section 2, by loops ----------------------------------------------------------------------------------------
 
 
 def cosine(a, b):
@@ -96,7 +96,7 @@ def loops(x, query, rate, scalars, options):
     }  # fmt: skip
 
 
-# --- ours --------------------------------------------------------------------------------------------------------------
+# --- ours -------------------------------------------------------------------------------------------------------------
 
 
 def options_of(switch):
@@ -131,12 +131,12 @@ def check_against_loops(out, states, query, lengths, rates, scalars, options, at
         assert not np.any(out.aux.group_sizes[row, m:]) and np.sum(out.aux.group_sizes[row]) == n
         found = len(want["memory"])
         np.testing.assert_array_equal(out.mask[row], np.arange(SLOTS) < found)
-        for got, name in (
-            (out.aux.weights, "weights"), (out.aux.relevance, "relevance"), (out.aux.redundancy, "redundancy"), (out.aux.mig, "mig"),
-        ):  # fmt: skip
-            np.testing.assert_allclose(got[row, :n], want[name], atol=atol)
+        for name in ("weights", "relevance", "redundancy", "mig"):
+            np.testing.assert_allclose(getattr(out.aux, name)[row, :n], want[name], atol=atol)
         scale = max((np.abs(v).max() for v in want["memory"]), default=1.0)
-        np.testing.assert_allclose(out.memory[row, :found] / scale, np.reshape(want["memory"], (found, WIDTH)) / scale, atol=atol)
+        np.testing.assert_allclose(
+            out.memory[row, :found] / scale, np.reshape(want["memory"], (found, WIDTH)) / scale, atol=atol
+        )
         assert not np.any(out.memory[row, found:])
 
 
@@ -180,7 +180,16 @@ def result(switch="all on"):
 def test_float32_computes_what_spec_says():
     states, query, out = result()
     assert out.memory.dtype == jnp.float32
-    check_against_loops(out, states.astype(np.float64), query.astype(np.float64), LENGTHS, RATES, scalars_of(), options_of("all on"), 1e-5)
+    check_against_loops(
+        out,
+        states.astype(np.float64),
+        query.astype(np.float64),
+        LENGTHS,
+        RATES,
+        scalars_of(),
+        options_of("all on"),
+        1e-5,
+    )
 
 
 def test_short_floats_are_compressed_in_float32():
@@ -232,7 +241,7 @@ def test_padding_may_hold_anything(rubbish):
 
 
 def test_gradients_are_finite_differences():
-    """Of the memory by the states, the query and α, β of the fine stage; the coarse ones get none: sizes are integers."""
+    """Memory by states, query and α, β of the fine stage; not by the coarse ones: sizes are integers."""
     options, step = options_of("all on"), 1e-6
     rng = np.random.default_rng(4)
     with jax.enable_x64(True):
@@ -257,7 +266,7 @@ def test_gradients_are_finite_differences():
         assert by_scalars["alpha_coarse"] == by_scalars["beta_coarse"] == 0
 
 
-# --- sizes -------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------------------------------
 
 reallocate = jax.jit(c.reallocate)
 GAINS = st.integers(-5000, 5000).map(lambda i: i / 64) | st.sampled_from([-2.0, 0.0, 1.0])

@@ -6,10 +6,10 @@ import pkgutil
 import sys
 import types
 
+import comi_jax.configs
 import pytest
 import tiny_models
 
-import comi_jax.configs
 from comi_jax import config as c
 
 # class, settings, what the message must name
@@ -128,7 +128,9 @@ def test_overrides_are_typed_by_the_setting():
 
 def test_overrides_that_need_each_other_go_together():
     # Each alone would be refused: 6 is no multiple of 4, and 64 none of 5.
-    config = c.override(c.Config(optimizer=c.Optimizer(accumulate=4)), ["train.batch_size=10", "optimizer.accumulate=5"])
+    config = c.override(
+        c.Config(optimizer=c.Optimizer(accumulate=4)), ["train.batch_size=10", "optimizer.accumulate=5"]
+    )
     assert (config.train.batch_size, config.optimizer.accumulate) == (10, 5)
 
 

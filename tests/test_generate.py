@@ -1,4 +1,4 @@
-"""Greedy decoding from a cache against recomputing everything for every token, and a really trained model's own words."""
+"""Greedy decoding from a cache against recomputing everything for every token, and a trained model's own words."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,9 @@ def recomputed(params, prompt):
             score = np.array(scores(rows, LENGTHS + step - 1))
             for row in range(3):
                 for token in {int(chosen[row]) for chosen in ids}:  # once, however often it came
-                    score[row, token] = score[row, token] / penalty if score[row, token] > 0 else score[row, token] * penalty
+                    score[row, token] = (
+                        score[row, token] / penalty if score[row, token] > 0 else score[row, token] * penalty
+                    )
             ids.append(score.argmax(1))
             rows[np.arange(3), LENGTHS + step] = decoder["embed"][ids[-1]]
         return np.stack(ids, 1)
@@ -86,7 +88,9 @@ def test_a_cache_generates_what_recomputing_generates(params, prompt, recomputed
     rubbish = greedy(params, np.where(real, prompt, np.float32(1e9)), LENGTHS, options, stop)
     assert answers(rubbish) == answers(out)
     for row in range(3):
-        copies = greedy(params, np.repeat(prompt[row : row + 1], 3, axis=0), np.repeat(LENGTHS[row : row + 1], 3), options, stop)
+        copies = greedy(
+            params, np.repeat(prompt[row : row + 1], 3, axis=0), np.repeat(LENGTHS[row : row + 1], 3), options, stop
+        )
         assert answers(copies) == [answers(out)[row]] * 3
 
 
@@ -110,5 +114,9 @@ def test_a_trained_model_tells_its_own_story():
     arch = comi.Architecture(backbone, Compression(encoder_layers=1))
     decoder = jax.tree.map(jnp.asarray, hf.load_backbone(STORIES / "hf", backbone))
     prompt = lm.embed_tokens(decoder, jnp.array([[ids[0]]], jnp.int32), jnp.float32)
-    tell = jax.jit(lambda decoder: generate.greedy({"decoder": decoder}, arch, prompt, jnp.array([1], jnp.int32), Generation(len(ids) - 1), ()))
+    tell = jax.jit(
+        lambda decoder: generate.greedy(
+            {"decoder": decoder}, arch, prompt, jnp.array([1], jnp.int32), Generation(len(ids) - 1), ()
+        )
+    )
     assert [ids[0]] + answers(tell(decoder))[0] == ids and len(ids) == 256

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what they say is read in both dialects, refused by name, or listed; weights come back byte for byte."""
+"""Hugging Face folders: both dialects are read, the rest is refused by name; weights come back byte for byte."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def rewrite(folder, tmp_path, **changes):
     return tmp_path
 
 
-# --- config.json -------------------------------------------------------------------------------------------------------
+# --- config.json ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,8 +72,9 @@ def test_config_is_read_in_both_dialects(kind, folders, tmp_path):
 def real(**changes):
     """config.json of meta-llama/Llama-3.2-1B, the entries that matter."""
     values = {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
-        "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001,
+        "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
         "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
         "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
         "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
@@ -89,7 +90,9 @@ def test_a_real_config_is_read():
     assert backbone.rope_scaling == Llama3Rope(32.0, 1.0, 4.0, 8192)
     assert (backbone.rope_theta, backbone.head_dim, backbone.tie_word_embeddings) == (500_000.0, 64, True)
     # The first LLaMA-2 files: no head_dim, no rope_theta, generation settings among the rest.
-    old = real(head_dim=None, rope_theta=None, rope_scaling=None, max_length=4096, pad_token_id=0, tie_word_embeddings=False)
+    old = real(
+        head_dim=None, rope_theta=None, rope_scaling=None, max_length=4096, pad_token_id=0, tie_word_embeddings=False
+    )
     backbone = hf.backbone_of({k: v for k, v in old.items() if k != "head_dim"}, "here")
     assert (backbone.rope_theta, backbone.rope_scaling, backbone.head_dim) == (10_000.0, None, 64)
 
@@ -164,7 +167,7 @@ def test_stop_tokens_come_from_the_generation_config_first(tmp_path):
         hf.stop_tokens(tmp_path)
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,7 +286,9 @@ def test_a_missing_shard_is_refused(sharded):
         load(folder)
 
 
-@pytest.mark.parametrize("name", ["../model-00001-of-00002.safetensors", "/etc/model.safetensors", "a/b.safetensors", 3])
+@pytest.mark.parametrize(
+    "name", ["../model-00001-of-00002.safetensors", "/etc/model.safetensors", "a/b.safetensors", 3]
+)
 def test_an_index_that_names_files_outside_is_refused(sharded, name):
     folder, path, index = sharded
     index["weight_map"]["model.norm.weight"] = name

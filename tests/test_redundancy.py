@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from comi_jax.kernels import redundancy
 from comi_jax.kernels.redundancy import TILE, max_cosine, max_cosine_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 LENGTH = 300  # two whole tiles and a part of one
 WIDTH = 4

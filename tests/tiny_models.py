@@ -1,4 +1,4 @@
-"""Tiny models that the tests share: a backbone of each kind, random weights without neutral values, transformers' twins."""
+"""Tiny models that the tests share: a backbone of each kind, random weights without neutral values, their twins."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ BACKBONES = {
         tie_word_embeddings=False, qkv_bias=False, qk_norm=False, **_SHARED,
     ),
     "llama3": Backbone(
-        model_type="llama", num_key_value_heads=2, head_dim=8, rope_theta=500_000.0, rope_scaling=Llama3Rope(**_SCALING),
+        model_type="llama", num_key_value_heads=2, head_dim=8, rope_theta=5e5, rope_scaling=Llama3Rope(**_SCALING),
         tie_word_embeddings=True, qkv_bias=False, qk_norm=False, **_SHARED,
     ),
     "qwen2": Backbone(

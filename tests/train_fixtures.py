@@ -1,14 +1,22 @@
 """A tiny random Qwen2 with its tokenizer and data in files, and one run trained from them that the tests share."""
 
+import contextlib
+import dataclasses
 import functools
+import io
 import json
+import logging
+from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 import tiny_models
+from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from comi_jax import backbone as lm
+from comi_jax import backbone as backbone_module
 from comi_jax import hf, train
 from comi_jax.config import Backbone
 
@@ -16,7 +24,7 @@ COLOURS = "red blue green white black brown pink grey".split()
 THINGS = "key coin ring cup pen lamp silver_coin gold_ring old_brass_lamp".split()
 WORDS = "the box holds a . what does hold ? in".split() + COLOURS + sorted({w for t in THINGS for w in t.split("_")})
 SPECIAL = ["<unk>", "<bos>", "<eos>"]
-STEPS = 6
+STEPS, SAVE_EVERY, LOG_EVERY = 30, 15, 5
 
 
 def backbone(**changes):
@@ -42,7 +50,7 @@ def language_model(folder, **changes):
     """``folder`` as Hugging Face would have it: config.json, model.safetensors and the tokenizer."""
     shape = backbone(**changes)
     folder.mkdir(parents=True)
-    weights = tiny_models.shaken(lm.specs(shape, shape.num_hidden_layers, embed=True, head=True))
+    weights = tiny_models.shaken(backbone_module.specs(shape, shape.num_hidden_layers, embed=True, head=True))
     names = set(hf.READ) & set(Backbone.__dataclass_fields__)
     config = {name: getattr(shape, name) for name in names} | {"eos_token_id": 2, "hidden_act": "silu"}
     hf.save_backbone(folder, weights, config)
@@ -72,27 +80,84 @@ def write(path, rows):
 def command(model, data, output, *more):
     """The command line of a tiny run."""
     return [
-        "--config=qwen2", f"model.path={model}", "model.dtype=float32", f"data.train={data}", f"train.output={output}",
-        "compression.encoder_layers=1", "compression.rates=2,4", "compression.segment_size=32", "data.max_context=64",
-        "data.buckets=32", "data.on_long=refuse", "optimizer.accumulate=1", "optimizer.learning_rate=0.01",
-        "optimizer.schedule=constant", "optimizer.warmup=0", f"train.steps={STEPS}", "train.batch_size=8",
-        "train.log_every=2", "train.checkpoint_every=2", "generation.max_new_tokens=4", *more,
+        "--config=qwen2", f"model.path={model}", "model.dtype=float32", "model.attention=dense", "model.remat=false",
+        f"data.train={data}", f"train.output={output}", "compression.encoder_layers=1", "compression.rates=2,4",
+        "compression.segment_size=32", "data.max_context=64", "data.buckets=32", "data.on_long=refuse",
+        "optimizer.accumulate=1", "optimizer.learning_rate=0.01", "optimizer.schedule=linear", f"train.steps={STEPS}",
+        "train.batch_size=8", f"train.log_every={LOG_EVERY}", f"train.checkpoint_every={SAVE_EVERY}",
+        "generation.max_new_tokens=4", *more,
     ]  # fmt: skip
 
 
-@functools.cache
-def world(factory):
-    """A folder with lm/ (the language model), train.jsonl and dev.jsonl."""
-    folder = factory.mktemp("world")
-    language_model(folder / "lm")
-    write(folder / "train.jsonl", records(16))
-    write(folder / "dev.jsonl", records(6, seed=1))
-    return folder
+@dataclasses.dataclass
+class Outcome:
+    """What a command left: all it printed, and how many times the train step was compiled."""
+
+    printed: str
+    compiled: int
+
+
+def run(arguments):
+    """``python -m comi_jax.train`` with ``arguments``, in this process."""
+    compiled = []
+
+    class Count(logging.Handler):
+        def emit(self, record):
+            if "Compiling jit(train_step)" in record.getMessage():
+                compiled.append(record)
+
+    handler, printed = Count(), io.StringIO()
+    logging.getLogger("jax").addHandler(handler)
+    try:
+        with jax.log_compiles(), contextlib.redirect_stdout(printed):
+            train.main(arguments)
+    finally:
+        logging.getLogger("jax").removeHandler(handler)
+    return Outcome(printed.getvalue(), len(compiled))
+
+
+@dataclasses.dataclass
+class World:
+    """Files that the tests share and do not change: a language model, data, and a finished run on them."""
+
+    lm: Path
+    data: Path
+    dev: Path
+    run: Path
+    outcome: Outcome
+
+    def command(self, output, *more):
+        return command(self.lm, self.data, output, *more)
 
 
 @functools.cache
-def trained(factory):
-    """The folder of a finished run with a closing table. Tests copy it before they change it."""
-    folder = world(factory)
-    train.main(command(folder / "lm", folder / "train.jsonl", folder / "run", f"data.eval={folder / 'dev.jsonl'}"))
-    return folder / "run"
+def make_world(folder):
+    lm = language_model(folder / "lm")
+    data, dev = write(folder / "train.jsonl", records(16)), write(folder / "dev.jsonl", records(6, seed=1))
+    outcome = run(command(lm, data, folder / "run", f"data.eval={dev}"))
+    return World(lm, data, dev, folder / "run", outcome)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Made once, whichever test module asks first."""
+    return make_world(tmp_path_factory.getbasetemp() / "world")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    """Programs as small as these take longer to optimise than to run, and some are compiled again by a later test."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compilations"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

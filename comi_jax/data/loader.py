@@ -129,12 +129,11 @@ class Shapes:
     query: int
     answer: int
     segment_size: int
-    segments: int  # the largest number of segments of a context
 
     @classmethod
     def of(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
         """Buckets from ``data`` or, if it has none, powers of two and their halves; queries and answers are padded to
-        the longest of ``examples``, in steps of 8."""
+        the longest of ``examples``."""
         longest = max(len(example.context) for example in examples)
         segment = compression.segment_size
         top = min(longest, segment)
@@ -144,10 +143,9 @@ class Shapes:
         query, answer = (max(len(getattr(e, name)) for e in examples) for name in ("query", "answer"))
         return cls(
             buckets=tuple(sorted({min(b, segment) for b in buckets})),
-            query=-(-query // 8) * 8,
-            answer=max(-(-answer // 8) * 8, 1),
+            query=query,
+            answer=max(answer, 1),
             segment_size=segment,
-            segments=max(-(-longest // segment), 1),
         )
 
     def bucket(self, length: int) -> int:

@@ -201,7 +201,7 @@ def records(split: str, count: int, seed: int, *, questions: int = 16, **difficu
 
 
 def corpus(seed: int, count: int, **difficulty: float) -> list[str]:
-    """`count` texts of the training split: a context, then each of its facts asked and answered, EOS after the answer."""
+    """`count` texts of the training split: a context, then its facts asked and answered, EOS after the answer."""
     return [
         example.context + "".join(f" {question} {answer}{EOS}" for question, answer in example.pairs)
         for example in islice(examples("train", seed, **difficulty), count)

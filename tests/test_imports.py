@@ -1,0 +1,107 @@
+"""Read from the imports: dependencies point one way; torch, transformers and datasets are known where they belong."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {
+    "comi_jax." + ".".join(path.relative_to(base).with_suffix("").parts): path
+    for base, pattern in ((ROOT / "comi_jax", "**/*.py"), (ROOT, "kernels/*.py"), (ROOT, "configs/*.py"))
+    for path in base.glob(pattern)
+    if path.name != "__init__.py"
+}
+
+# What each module of the model may import of this package; those that are not here (training, evaluation, answering)
+# may import anything, and so are imported by none of these.
+ALLOWED = {
+    "config": set(),
+    "params": set(),
+    "kernels.redundancy": set(),
+    "attention_blocked": set(),
+    "attention": {"attention_blocked"},
+    "lora": {"config", "params"},
+    "backbone": {"attention", "config", "lora", "params"},
+    "mig": {"kernels.redundancy"},
+    "compress": {"config", "kernels.redundancy", "mig", "params"},
+    "comi": {"backbone", "compress", "config", "lora", "params"},
+    "generate": {"backbone", "comi", "config", "params"},
+    "hf": {"backbone", "config", "params"},
+    "official": {"comi", "config", "hf", "lora", "params"},
+    "metrics": set(),
+    "data.records": set(),
+    "data.synthetic": {"data.records"},
+}
+
+
+def imports(path):
+    """Full names of everything that ``path`` imports, inside functions too; of ``from a import b`` both a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+IMPORTS = {name: imports(path) for name, path in SOURCES.items()}
+INSIDE = {name: {other for other in found if other in SOURCES} for name, found in IMPORTS.items()}
+OUTSIDE = {
+    name: {other.split(".")[0] for other in found} - {"comi_jax"} - set(sys.stdlib_module_names)
+    for name, found in IMPORTS.items()
+}
+
+
+def test_the_table_names_modules_that_exist():
+    assert {f"comi_jax.{name}" for name in ALLOWED} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_the_model_depends_on_what_lies_below_it_only(name):
+    assert INSIDE[f"comi_jax.{name}"] <= {f"comi_jax.{other}" for other in ALLOWED[name]}
+
+
+def test_configs_depend_on_config_alone():
+    configs = [name for name in SOURCES if name.startswith("comi_jax.configs.")]
+    assert configs
+    for name in configs:
+        assert INSIDE[name] == {"comi_jax.config"} and not OUTSIDE[name], name
+
+
+def test_kernels_depend_on_jax_alone():
+    for name in SOURCES:
+        if name.startswith("comi_jax.kernels."):
+            assert OUTSIDE[name] <= {"jax", "jaxtyping"}, name
+            assert all(other.startswith("comi_jax.kernels.") for other in INSIDE[name]), name
+
+
+def test_no_module_reaches_itself():
+    above = {name: set(found) for name, found in INSIDE.items()}
+    while True:
+        free = {name for name, found in above.items() if not found}
+        if not free:
+            break
+        above = {name: found - free for name, found in above.items() if name not in free}
+    assert not above, f"these import each other in a circle: {sorted(above)}"
+
+
+@pytest.mark.parametrize("package", ["transformers", "datasets", "tokenizers"])
+def test_hugging_face_is_known_in_few_places(package):
+    places = ("comi_jax.hf", "comi_jax.answer", "comi_jax.pretrain", "comi_jax.data.")
+    assert [name for name in SOURCES if package in OUTSIDE[name] and not name.startswith(places)] == []
+
+
+@pytest.mark.parametrize("package", ["torch", "kernels", "configs"])
+def test_what_no_module_imports(package):
+    """torch is for tests; a top-level ``kernels`` would be Hugging Face's."""
+    assert [name for name in SOURCES if package in OUTSIDE[name]] == []
+
+
+def test_the_folders_that_become_subpackages_have_no_init():
+    """A ``kernels/__init__.py`` beside transformers would be taken for Hugging Face's package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists() and not (ROOT / "configs" / "__init__.py").exists()

@@ -1,0 +1,125 @@
+"""Neither the devices, nor the mesh axes they are on, nor micro-batches change what is computed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import train_fixtures
+from jax.sharding import AxisType, PartitionSpec
+from train_fixtures import quick_compilation  # noqa: F401
+
+from comi_jax import comi, sharding, train
+from comi_jax.config import Compression, ConfigError, Data, Mesh
+from comi_jax.data import loader
+from comi_jax.data.records import Record
+from comi_jax.params import ParamSpec, partition
+
+ARCH = comi.Architecture(train_fixtures.backbone(), Compression(rates=(2, 4), encoder_layers=1, segment_size=16))
+
+
+# --- the mesh and the rules -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, sizes",
+    [(Mesh(), (4, 1, 1)), (Mesh(fsdp=2), (2, 2, 1)), (Mesh(1, 2, 2), (1, 2, 2)), (Mesh(tensor=4), (1, 1, 4))],
+)
+def test_the_mesh_takes_all_devices(settings, sizes):
+    mesh = sharding.make_mesh(settings)
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+
+
+@pytest.mark.parametrize("settings", [Mesh(data=3), Mesh(data=2), Mesh(data=8), Mesh(fsdp=3), Mesh(fsdp=2, tensor=4)])
+def test_a_mesh_that_does_not_make_the_devices_is_refused(settings):
+    with pytest.raises(ConfigError, match=f"x {settings.fsdp} x {settings.tensor} does not make the 4 devices"):
+        sharding.make_mesh(settings)
+
+
+MESH = Mesh(data=1, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    "shape, axes, expected",
+    [
+        ((3, 8, 4, 6), ("layers", "embed", "heads", "head"), (None, "fsdp", "tensor", None)),
+        ((10, 8), ("vocab", "embed"), ("tensor", "fsdp")),
+        ((9, 8), ("vocab", "embed"), (None, "fsdp")),  # 9 rows do not divide over 2 devices
+        ((8,), ("norm",), (None,)),
+        ((), (), ()),
+    ],
+)
+def test_parameters_go_where_their_axes_say(shape, axes, expected):
+    spec = sharding.partition_spec(ParamSpec(shape, axes, 0.0), sharding.make_mesh(MESH))
+    assert spec == PartitionSpec(*expected)
+
+
+def test_a_mesh_axis_is_not_used_twice_in_one_array():
+    with pytest.raises(ValueError, match="used twice.*heads.*mlp"):
+        sharding.partition_spec(ParamSpec((4, 4), ("heads", "mlp"), 0.0), sharding.make_mesh(MESH))
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Parameters with no neutral values, and eight examples: one or two segments, answers of 2 to 9 tokens."""
+    params = train_fixtures.tiny_models.shaken(comi.specs(ARCH))
+    facts = ("the red box holds a silver coin .",) * 3
+    things = ["key", "gold ring", "the old brass lamp holds a key in the box"]
+    records = [Record(facts[i % 3 :], "what does it hold ?", (things[i % 3],)) for i in range(8)]
+    examples, _ = loader.encode(records, train_fixtures.tokenizer(), Data())
+    examples = [loader.Example(e.context, e.query, e.answer, (2, 4)[i % 2]) for i, e in enumerate(examples)]
+    assert len({len(e.answer) for e in examples}) == 3
+    return params, loader.collate(examples, loader.Shapes.of(examples, Data(), ARCH.compression))
+
+
+def test_micro_batches_leave_every_row_on_its_device(start):
+    batch = sharding.put_batch(start[1], sharding.make_mesh(Mesh()))
+    split = jax.jit(functools.partial(train.micro_batches, count=2)).lower(batch).compile()
+    assert not [name for name in ("all-gather", "all-to-all", "collective-permute") if name in split.as_text()]
+    answers = split(batch).answer
+    assert answers.shape[:2] == (2, 4)
+    assert sorted(np.concatenate(answers).tolist()) == sorted(start[1].answer.tolist())
+
+
+def one_device():
+    axes = (AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
+
+
+def step(start, mesh, accumulate):
+    """Loss and accuracy of one step of plain gradient descent, and by how much it changed each parameter."""
+    params, batch = start
+    placed = sharding.parameters(comi.specs(ARCH), mesh)
+    trained, frozen = (
+        {path: jax.device_put(x, placed[path]) for path, x in part.items()}
+        for part in partition(params, lambda path: comi.is_trained(path, ARCH))
+    )
+    update = optax.sgd(1.0)
+    state = train.TrainState(jnp.int32(0), trained, update.init(trained))
+    function = jax.jit(functools.partial(train.train_step, arch=ARCH, update=update, accumulate=accumulate))
+    new, metrics = function(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
+    change = {path: np.asarray(new.trained[path]) - np.asarray(x) for path, x in trained.items()}
+    return {name: float(value) for name, value in metrics.items()}, change
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    return step(start, one_device(), 1)
+
+
+@pytest.mark.parametrize(
+    "mesh, accumulate",
+    [(Mesh(), 1), (MESH, 2), (None, 4)],
+    ids=["4 data", "2 fsdp x 2 tensor, 2 micro-batches", "1 device, 4 micro-batches"],
+)
+def test_a_step_is_the_same_on_any_mesh_and_in_any_number_of_micro_batches(start, alone, mesh, accumulate):
+    metrics, change = step(start, sharding.make_mesh(mesh) if mesh else one_device(), accumulate)
+    assert metrics == pytest.approx(alone[0], abs=1e-5)
+    for path, expected in alone[1].items():
+        np.testing.assert_allclose(change[path], expected, atol=1e-5, err_msg=path)
+    assert max(np.abs(x).max() for x in change.values()) > 1e-2
