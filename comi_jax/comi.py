@@ -48,10 +48,14 @@ class Architecture:
 @no_type_check
 @struct.dataclass
 class Batch:
-    """Token ids, right-padded, and how many of them are real. An empty segment has length 0."""
+    """Token ids, right-padded, and how many of them are real. An empty segment has length 0.
 
-    context: Int[Array, "B G S"]
-    context_length: Int[Array, "B G"]
+    B is a multiple of the number of contexts C: examples i·B/C to (i+1)·B/C - 1 ask about context i. A row that only fills
+    up has an answer of length 0.
+    """
+
+    context: Int[Array, "C G S"]
+    context_length: Int[Array, "C G"]
     query: Int[Array, "B Q"]
     query_length: Int[Array, " B"]
     answer: Int[Array, "B A"]  # end-of-sequence token included
@@ -208,14 +212,18 @@ def remember(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> M
 
     ``min_rate`` is the static lower bound of the rates in the batch; it sets how many slots a segment has.
     """
-    b, g, s = batch.context.shape
-
-    def each_segment(x: Array) -> Array:
-        return jnp.repeat(x, g, axis=0)
-
-    lengths = batch.context_length.reshape(b * g)
-    query, query_length, rate = map(each_segment, (batch.query, batch.query_length, batch.rate))
-    states, query_vector = encode(params, arch, batch.context.reshape(b * g, s), lengths, query, query_length)
+    c, g, s = batch.context.shape
+    b = batch.query.shape[0]
+    query, query_length, rate = (jnp.repeat(x, g, axis=0) for x in (batch.query, batch.query_length, batch.rate))
+    context, lengths = batch.context.reshape(c * g, s), batch.context_length.reshape(c * g)
+    if b == c:
+        states, query_vector = encode(params, arch, context, lengths, query, query_length)
+    else:  # a context that is asked several questions is encoded once
+        states, cache = encode_context(params, arch, context, room=query.shape[1])
+        row = jnp.repeat(jnp.arange(c * g).reshape(c, g), b // c, axis=0).reshape(b * g)
+        cache = jax.tree.map(lambda x: x[:, row], cache)
+        states, lengths = states[row], lengths[row]
+        query_vector = encode_query(params, arch, cache, lengths, query, query_length)
     with jax.named_scope("compress"):
         slots = max_groups(s, min_rate)
         out = compress(states, query_vector, lengths, rate, params["mig"], arch.compression, slots)

@@ -2,7 +2,8 @@
 
 The letters of array shapes, in annotations, einsums and name suffixes:
 
-    B batch           G segments of a context   S context tokens    Q query tokens   A answer tokens
+    B batch           C contexts of a batch     G segments of a context
+    S context tokens  Q query tokens            A answer tokens
     M groups, which are the memory slots        T tokens of a row   L layers         V vocabulary
     D model width     N query heads             K key/value heads   H head width     F feed-forward width
     R rank of a low-rank adapter
@@ -221,6 +222,7 @@ class Train:
     output: str = ""  # folder of the run; empty: runs/<config name>
     steps: int = 1000
     batch_size: int = 64  # examples per update, over all devices and micro-batches
+    share_context: int = 1  # up to so many neighbouring examples about one context are encoded together, the context once
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -229,7 +231,7 @@ class Train:
     compare_mean_pooling: bool = False  # also train group mean-pooling on the same data, for the closing table
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "share_context", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
 
 
@@ -262,9 +264,9 @@ class Config:
 
     def __post_init__(self):
         _require(
-            self.train.batch_size % self.optimizer.accumulate == 0,
+            self.train.batch_size % (self.optimizer.accumulate * self.train.share_context) == 0,
             f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate "
-            f"{self.optimizer.accumulate}",
+            f"{self.optimizer.accumulate} x train.share_context {self.train.share_context}",
         )
 
 

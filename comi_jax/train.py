@@ -44,8 +44,15 @@ class TrainState:
 
 
 def micro_batches(batch: comi.Batch, count: int) -> comi.Batch:
-    """``batch`` with a leading axis of ``count`` micro-batches, each of which has rows of every device: none moves."""
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    """``batch`` with a leading axis of ``count`` micro-batches, each of which has rows of every device: none moves.
+    Questions stay with their context."""
+    contexts = batch.context.shape[0]
+
+    def split(x: Array) -> Array:
+        parts = x.reshape(contexts // count, count, x.shape[0] // contexts, *x.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(count, -1, *x.shape[1:])
+
+    return jax.tree.map(split, batch)
 
 
 def train_step(
@@ -135,7 +142,8 @@ def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, l
     """Devices and batch shapes of a run; refuses what cannot work, before anything is written."""
     config = run.config
     mesh = sharding.make_mesh(config.mesh)
-    rows, devices = config.train.batch_size // config.optimizer.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    parts, devices = config.optimizer.accumulate * config.train.share_context, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.train.batch_size // parts
     if rows % devices:
         raise ConfigError(
             f"train.batch_size / optimizer.accumulate = {rows} examples do not divide over {devices} devices; change "
@@ -165,7 +173,9 @@ def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Ex
     mesh, shapes = plan(run, examples)
     update = optim.optimizer(config.optimizer, settings.steps)
     state, frozen = initial_state(run, params, update, mesh)
-    batches = loader.training_batches(examples, shapes, config.compression.rates, settings.batch_size, settings.seed)
+    batches = loader.training_batches(
+        examples, shapes, config.compression.rates, settings.batch_size, settings.seed, settings.share_context
+    )
     checkpoints = Checkpoints(output, settings.keep_checkpoints)
     done = checkpoints.latest() or 0
     if done:

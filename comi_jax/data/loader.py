@@ -153,14 +153,15 @@ class Shapes:
         return next(b for b in self.buckets if b >= length)
 
 
-def collate(examples: Sequence[Example], shapes: Shapes) -> Batch:
-    """Right-padded numpy arrays of ``examples``, contexts cut into segments of ``shapes.segment_size``."""
-    size = shapes.segment_size
-    segments = [[e.context[i : i + size] for i in range(0, len(e.context), size)] for e in examples]
+def collate(examples: Sequence[Example], shapes: Shapes, share: int = 1) -> Batch:
+    """Right-padded numpy arrays of ``examples``, contexts cut into segments of ``shapes.segment_size``. Every ``share``
+    examples in a row have one context, which the batch holds once."""
+    size, owners = shapes.segment_size, examples[::share]
+    segments = [[e.context[i : i + size] for i in range(0, len(e.context), size)] for e in owners]
     longest = max((len(s) for row in segments for s in row), default=1)
     count, length = max(max(map(len, segments)), 1), shapes.bucket(longest)
-    context = np.zeros((len(examples), count, length), np.int32)
-    lengths = np.zeros((len(examples), count), np.int32)
+    context = np.zeros((len(owners), count, length), np.int32)
+    lengths = np.zeros((len(owners), count), np.int32)
     for i, row in enumerate(segments):
         for j, segment in enumerate(row):
             context[i, j, : len(segment)], lengths[i, j] = segment, len(segment)
@@ -177,19 +178,33 @@ def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray
     return padded, np.array([len(row) for row in rows], np.int32)
 
 
+def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Example, ...]]:
+    """Neighbours with the same context in groups of ``share``; a group that is not full repeats its last example, without
+    an answer, so that nothing is learnt from the repetition."""
+    groups: list[list[Example]] = []
+    for example in examples:
+        if groups and len(groups[-1]) < share and np.array_equal(groups[-1][0].context, example.context):
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    blank = np.zeros(0, np.int32)
+    return [tuple(g + [dataclasses.replace(g[-1], answer=blank)] * (share - len(g))) for g in groups]
+
+
 def training_batches(
-    examples: Sequence[Example], shapes: Shapes, rates: tuple[int, ...], batch_size: int, seed: int
+    examples: Sequence[Example], shapes: Shapes, rates: tuple[int, ...], batch_size: int, seed: int, share: int = 1
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches, every epoch in another order, each example with a rate drawn from ``rates``.
+    """Endless shuffled batches, every epoch in another order, each example with a rate drawn from ``rates``; with
+    ``share``, neighbours about one context stay together, up to so many.
 
     Element i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step.
     """
 
-    def draw_rate(example: Example, rng: np.random.Generator) -> Example:
-        return dataclasses.replace(example, rate=int(rng.choice(rates)))
+    def draw_rates(group: tuple[Example, ...], rng: np.random.Generator) -> tuple[Example, ...]:
+        return tuple(dataclasses.replace(example, rate=int(rng.choice(rates))) for example in group)
 
-    def to_batch(rows: Sequence[Example]) -> Batch:
-        return collate(rows, shapes)
+    def to_batch(groups: Sequence[tuple[Example, ...]]) -> Batch:
+        return collate([example for group in groups for example in group], shapes, share)
 
-    data = grain.MapDataset.source(examples).seed(seed).shuffle().repeat().random_map(draw_rate)
-    return iter(data.batch(batch_size, batch_fn=to_batch).to_iter_dataset(grain.ReadOptions(1, 4)))
+    data = grain.MapDataset.source(share_contexts(examples, share)).seed(seed).shuffle().repeat().random_map(draw_rates)
+    return iter(data.batch(batch_size // share, batch_fn=to_batch).to_iter_dataset(grain.ReadOptions(1, 4)))

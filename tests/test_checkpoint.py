@@ -1,0 +1,230 @@
+"""A run's folder: what is in it comes back bit for bit, and nothing of anybody else's is touched or taken for a run."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import train_fixtures
+from jax.sharding import NamedSharding, PartitionSpec
+
+from comi_jax import checkpoint, comi, sharding
+from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
+from comi_jax.params import flatten, partition
+from comi_jax.train import TrainState
+
+TOKENIZER = train_fixtures.tokenizer()
+CONFIG = Config(
+    name="test",
+    model=Model(dtype="float32"),
+    compression=Compression(rates=(2, 4), encoder_layers=1, segment_size=32),
+    train=Train(output="here", steps=7),
+)
+
+
+def run_of(config=CONFIG):
+    return checkpoint.Run(config, train_fixtures.backbone(), (2, 5))
+
+
+def changed(section, **values):
+    return run_of(dataclasses.replace(CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **values)}))
+
+
+def contents(folder):
+    """Every file below ``folder`` with its bytes, and every folder."""
+    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def saved(folder, run, steps=(1,), keep=2):
+    """``folder`` as a training run would leave it; returns its weights."""
+    checkpoint.open_run(folder, run, TOKENIZER)
+    params = tiny_models.shaken(comi.specs(run.architecture), seed=3)
+    trained, frozen = partition(params, lambda path: comi.is_trained(path, run.architecture))
+    checkpoint.save_frozen(folder, frozen)
+    checkpoints = checkpoint.Checkpoints(folder, keep)
+    for step in steps:
+        state = TrainState(jnp.int32(step), {p: x + step for p, x in trained.items()}, {"count": jnp.int32(step)})
+        checkpoints.save(step, state, {"next": step})
+    checkpoints.close()
+    return flatten(params)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_back_as_it_was_written(tmp_path):
+    run = run_of(dataclasses.replace(CONFIG, lora=Lora(rank=4)))
+    checkpoint.open_run(tmp_path / "a" / "run", run, TOKENIZER)
+    assert checkpoint.read_run(tmp_path / "a" / "run") == run
+    from comi_jax import hf
+
+    tokenizer = hf.load_tokenizer(tmp_path / "a" / "run" / "tokenizer")
+    text = "the red box holds a silver coin ."
+    assert tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+    assert tokenizer.eos_token_id == TOKENIZER.eos_token_id
+
+
+def test_what_is_no_run_is_refused_and_not_touched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="is not a COMI run; choose another train.output"):
+        checkpoint.open_run(tmp_path, run_of(), TOKENIZER)
+    with pytest.raises(checkpoint.CheckpointError, match="is not a COMI run"):
+        checkpoint.open_run(tmp_path / "notes.txt", run_of(), TOKENIZER)
+    assert contents(tmp_path) == before
+
+
+def test_a_language_model_is_not_overwritten(tmp_path):
+    # It has a config.json as a run has.
+    before = contents(train_fixtures.language_model(tmp_path / "lm"))
+    with pytest.raises(checkpoint.CheckpointError, match="config.json is not a COMI checkpoint"):
+        checkpoint.open_run(tmp_path / "lm", run_of(), TOKENIZER)
+    assert contents(tmp_path / "lm") == before
+
+
+def test_another_run_is_refused_with_every_difference(tmp_path):
+    saved(tmp_path, run_of())
+    before = contents(tmp_path)
+    other = changed("train", steps=8, seed=1)
+    with pytest.raises(checkpoint.CheckpointError) as refused:
+        checkpoint.open_run(tmp_path, other, TOKENIZER)
+    for part in ("train.steps = 7 there, 8 here", "train.seed = 0 there, 1 here", "choose another train.output"):
+        assert part in str(refused.value)
+    assert str(refused.value).count(" there, ") == 2
+    assert contents(tmp_path) == before
+
+
+def test_another_backbone_is_a_difference(tmp_path):
+    saved(tmp_path, run_of())
+    other = dataclasses.replace(run_of(), backbone=train_fixtures.backbone(rope_theta=5e5))
+    with pytest.raises(checkpoint.CheckpointError, match="backbone.rope_theta = 10000.0 there, 500000.0 here"):
+        checkpoint.open_run(tmp_path, other, TOKENIZER)
+
+
+def test_a_run_that_was_moved_goes_on(tmp_path):
+    saved(tmp_path / "a", run_of())
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    before = contents(tmp_path / "b")
+    checkpoint.open_run(tmp_path / "b", changed("train", output=str(tmp_path / "b")), TOKENIZER)
+    assert contents(tmp_path / "b") == before
+
+
+def test_a_run_that_never_saved_anything_gives_way(tmp_path):
+    checkpoint.open_run(tmp_path, run_of(), TOKENIZER)
+    checkpoint.open_run(tmp_path, changed("train", steps=8), TOKENIZER)
+    assert checkpoint.read_run(tmp_path).config.train.steps == 8
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "is not a COMI checkpoint: it has no config.json"),
+        ("{", "does not describe a COMI checkpoint"),
+        ("[1]", "does not describe a COMI checkpoint"),
+        ('{"model_type": "qwen2"}', "is not a COMI checkpoint of format 1 .its format is None"),
+        ('{"format": 2}', "its format is 2"),
+        ('{"format": 1}', "does not describe a COMI checkpoint"),
+        ('{"format": 1, "config": {"trian": {}}, "backbone": {}, "stop": []}', "trian"),
+    ],
+)
+def test_a_folder_that_holds_no_run_is_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.load_params(tmp_path)
+
+
+def test_layers_that_the_backbone_does_not_have_are_refused():
+    with pytest.raises(ConfigError, match="encoder_layers is 3; the backbone has 2"):
+        changed("compression", encoder_layers=3)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def state_on(mesh, value):
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    weights = np.random.default_rng(value).standard_normal((8, 3)).astype(np.float32)
+    moments = {"mu": jax.device_put(jnp.asarray(-weights), split), "count": jax.device_put(jnp.int32(value), whole)}
+    return TrainState(jax.device_put(jnp.int32(value), whole), {"a/b": jax.device_put(weights, split)}, moments)
+
+
+def test_a_state_comes_back_bit_for_bit_where_it_was(tmp_path):
+    mesh = sharding.make_mesh(Mesh())
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    state = state_on(mesh, 5)
+    expected = jax.tree.map(np.array, state)
+    checkpoints.save(5, state, {"next": [1, 2]})
+    # The next step takes the arrays over while they may still be on their way to the disk.
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 0 + 1, s), donate_argnums=0)(state)
+    like = state_on(mesh, 0)
+    restored, position = checkpoints.restore(5, like)
+    checkpoints.close()
+    assert position == {"next": [1, 2]}
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() is None
+    for step in (2, 4, 6):
+        checkpoints.save(step, state_on(sharding.make_mesh(Mesh()), step), {})
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    again = checkpoint.Checkpoints(tmp_path, keep=2)
+    assert again.latest() == 6
+    again.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_weights_of_the_newest_checkpoint_are_loaded_and_nothing_is_written(tmp_path, dtype):
+    run = changed("model", dtype=dtype)
+    params = saved(tmp_path, run, steps=(1, 2))
+    before = contents(tmp_path)
+    loaded_run, loaded = checkpoint.load_params(tmp_path)
+    assert contents(tmp_path) == before
+    assert loaded_run == run
+    loaded = flatten(loaded)
+    assert set(loaded) == set(params)
+    for path, expected in params.items():
+        kept = jnp.float32 if path.startswith("mig/") else dtype
+        expected = (expected + 2 * comi.is_trained(path, run.architecture)).astype(kept)
+        assert loaded[path].dtype == kept
+        np.testing.assert_array_equal(loaded[path], expected, err_msg=path)
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    checkpoint.open_run(tmp_path, run_of(), TOKENIZER)
+    before = contents(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="has no complete checkpoint yet"):
+        checkpoint.load_params(tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("part", ["checkpoints/1", "frozen"])
+def test_a_damaged_folder_is_named(tmp_path, part):
+    saved(tmp_path, run_of())
+    where = tmp_path / part / ("trained" if part != "frozen" else "")
+    (where / "_METADATA").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=f"{part} cannot be read, files are damaged or missing"):
+        checkpoint.load_params(tmp_path)
+
+
+# --- other settings ---------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_use_can_be_changed_and_settings_of_the_weights_cannot():
+    run = checkpoint.change(run_of(), ["data.on_long=truncate", "compression.segment_size=64"])
+    assert (run.config.data.on_long, run.config.compression.segment_size) == ("truncate", 64)
+    for word in ("compression.encoder_layers=2", "compression.alpha_fine=2", "lora.rank=2", "train.steps=3", "steps=3"):
+        with pytest.raises(ConfigError, match=f"{word} cannot be set for a trained model; what can is data.max_context"):
+            checkpoint.change(run_of(), [word])
+    assert json.dumps(checkpoint.CHANGEABLE)  # every one of them exists
+    for path in checkpoint.CHANGEABLE:
+        section, _, leaf = path.partition(".")
+        assert hasattr(getattr(CONFIG, section), leaf)
