@@ -65,13 +65,17 @@ def read_config(folder: str | Path) -> Backbone:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    return backbone_of(_read_object(path), str(path))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a JSON {type(values).__name__}; an object is expected")
-    return backbone_of(values, str(path))
+    return values
 
 
 def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
@@ -140,7 +144,7 @@ def stop_tokens(folder: str | Path) -> tuple[int, ...]:
     """The end-of-sequence ids that ``folder`` names, in generation_config.json or else in config.json."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        ids = _read_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     raise ConfigError(f"{folder} names no eos_token_id in generation_config.json or config.json")

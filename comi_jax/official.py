@@ -49,9 +49,10 @@ def load(
     misshapen tensor.
     """
     tensors = hf.Tensors(path)
-    files = {
-        name.replace("icae.", "encoder.", 1) if name.startswith("icae.") else name: name for name in tensors.shapes
-    }
+    files = {re.sub(r"^icae\.", "encoder.", name): name for name in tensors.shapes}
+    if len(files) < len(tensors.shapes):
+        twice = sorted(set(tensors.shapes) - set(files.values()))
+        raise hf.WeightsError(f"{path} has tensors under their old name, icae., and under encoder. too: {twice}")
     have = {name: tensors.shapes[file] for name, file in files.items()}
     arch = read_architecture(have, backbone, compression, lora_alpha, str(path))
     specs = comi.specs(arch)

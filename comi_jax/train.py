@@ -11,7 +11,7 @@ import functools
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from comi_jax.params import combine, count, initialize, partition
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
+@no_type_check
 @struct.dataclass
 class TrainState:
     """All that an update changes. ``trained`` is flat ("encoder/layers/q") and float32."""
@@ -146,8 +147,8 @@ def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, l
     rows = config.train.batch_size // parts
     if rows % devices:
         raise ConfigError(
-            f"train.batch_size / optimizer.accumulate = {rows} examples do not divide over {devices} devices; change "
-            "either, or mesh.data"
+            f"train.batch_size / optimizer.accumulate / train.share_context = {rows} contexts do not divide over "
+            f"{devices} devices; change one of them, or the mesh"
         )
     loader.check_positions(examples, run.backbone, config.compression, min(config.compression.rates))
     return mesh, loader.Shapes.of(examples, config.data, config.compression)

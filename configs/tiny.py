@@ -1,6 +1,10 @@
 """The main job: a tiny language model becomes a compressor, from generated question answering; no download, no GPU.
 
     python -m comi_jax.train --config=tiny
+
+Hardware: 2 CPU cores. The language model that the package carries (0.37 million parameters, comi_jax/pretrain.py) is
+trained to answer from about 170 tokens of 16 facts, merged into about 21 vectors; then the same again with plain mean
+pooling of equal groups. The closing table is on 512 questions about people that no training text names.
 """
 
 from comi_jax.config import Compression, Config, Data, Generation, Model, Optimizer, Train
@@ -9,7 +13,8 @@ from comi_jax.config import Compression, Config, Data, Generation, Model, Optimi
 def get_config() -> Config:
     return Config(
         model=Model(path="tiny", dtype="float32", remat=False),
-        compression=Compression(rates=(8,), encoder_layers=2, lsa_layers=1, segment_size=192),
+        # The paper has alpha_fine 1; 4 makes closeness to the query choose more sharply among the tokens of a group.
+        compression=Compression(rates=(8,), encoder_layers=2, lsa_layers=1, segment_size=192, alpha_fine=4.0),
         data=Data(
             train=("synthetic",),
             eval=("synthetic",),
@@ -21,6 +26,6 @@ def get_config() -> Config:
             buckets=(192,),
         ),
         optimizer=Optimizer(learning_rate=2e-3, schedule="linear", warmup=0.05, weight_decay=0.01, beta2=0.98),
-        train=Train(steps=600, batch_size=32, log_every=20, compare_mean_pooling=True),
+        train=Train(steps=300, batch_size=128, share_context=16, log_every=20, compare_mean_pooling=True),
         generation=Generation(max_new_tokens=4),
     )

@@ -135,14 +135,13 @@ def test_model_is_transformers(kind):
     np.testing.assert_allclose(logits / scale, out.logits.numpy() / scale, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "qwen3"])
-def test_bfloat16_is_as_close_to_float32_as_transformers_is(kind):
+def test_bfloat16_is_as_close_to_float32_as_transformers_is():
     """Against the float32 result, our rounding error is held against transformers' own in bfloat16."""
-    p, ids = pair(kind), random_ids(3)
+    p, ids = pair("qwen3"), random_ids(3)
     exact, _ = run(p.params, lm.embed_tokens(p.params, jnp.asarray(ids), jnp.float32), p.backbone)
     ours, _ = run(p.params, lm.embed_tokens(p.params, jnp.asarray(ids), jnp.bfloat16), p.backbone)
     assert ours.dtype == jnp.bfloat16
-    twin = tiny_models.transformers_model(kind).bfloat16()
+    twin = tiny_models.transformers_model("qwen3").bfloat16()
     with p.torch.no_grad():
         theirs = twin.model(p.torch.from_numpy(ids)).last_hidden_state.float().numpy()
     error, reference = (np.sqrt(np.mean((np.asarray(x, np.float32) - exact) ** 2)) for x in (ours, theirs))

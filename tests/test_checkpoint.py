@@ -1,7 +1,6 @@
 """A run's folder: what is in it comes back bit for bit, and nothing of anybody else's is touched or taken for a run."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -12,7 +11,7 @@ import tiny_models
 import train_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax import checkpoint, comi, sharding
+from comi_jax import checkpoint, comi, hf, sharding
 from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
 from comi_jax.params import flatten, partition
 from comi_jax.train import TrainState
@@ -60,8 +59,6 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path):
     run = run_of(dataclasses.replace(CONFIG, lora=Lora(rank=4)))
     checkpoint.open_run(tmp_path / "a" / "run", run, TOKENIZER)
     assert checkpoint.read_run(tmp_path / "a" / "run") == run
-    from comi_jax import hf
-
     tokenizer = hf.load_tokenizer(tmp_path / "a" / "run" / "tokenizer")
     text = "the red box holds a silver coin ."
     assert tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
@@ -222,9 +219,8 @@ def test_settings_of_use_can_be_changed_and_settings_of_the_weights_cannot():
     run = checkpoint.change(run_of(), ["data.on_long=truncate", "compression.segment_size=64"])
     assert (run.config.data.on_long, run.config.compression.segment_size) == ("truncate", 64)
     for word in ("compression.encoder_layers=2", "compression.alpha_fine=2", "lora.rank=2", "train.steps=3", "steps=3"):
-        with pytest.raises(ConfigError, match=f"{word} cannot be set for a trained model; what can is data.max_context"):
+        with pytest.raises(ConfigError, match=f"{word} cannot be set for a trained model; what can is data.max"):
             checkpoint.change(run_of(), [word])
-    assert json.dumps(checkpoint.CHANGEABLE)  # every one of them exists
     for path in checkpoint.CHANGEABLE:
         section, _, leaf = path.partition(".")
-        assert hasattr(getattr(CONFIG, section), leaf)
+        assert hasattr(getattr(CONFIG, section), leaf)  # every one of them exists

@@ -165,6 +165,27 @@ def test_stop_tokens_come_from_the_generation_config_first(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="names no eos_token_id"):
         hf.stop_tokens(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="generation_config.json is not valid JSON"):
+        hf.stop_tokens(tmp_path)
+
+
+def test_a_tokenizer_splits_words_as_its_file_says(tmp_path):
+    """Beside a Qwen2 config, transformers would put Qwen2's own splitting in the place of the file's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[E]": 0, "[U]": 1, "red": 2, "fox-y": 3}, "[U]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[E]", unk_token="[U]").save_pretrained(tmp_path)
+    tokenizer = hf.load_tokenizer(tmp_path)
+    assert tokenizer.encode("red fox-y", add_special_tokens=False) == [2, 3] and tokenizer.eos_token_id == 0
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[U]").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        hf.load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
+        hf.load_tokenizer(tmp_path / "nowhere")
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

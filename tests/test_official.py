@@ -92,9 +92,7 @@ def test_what_the_release_computes(name):
 def test_the_subset_covers_what_it_should():
     """To be quick, not everything of every case; gradients and generation of the whole set are in the slow test."""
     assert {name.rsplit("/", 1)[0] for name in SUBSET} == {"compress", "llama2/full", "qwen2/full", "qwen3/lora"}
-    have = {name: {"grad_norms", "generated"} & set(case) for name, (case, _) in SUBSET.items()}
-    assert have["qwen3/lora/r4"] == {"grad_norms", "generated"}
-    assert have["qwen2/full/alpha_beta"] == {"grad_norms"} and have["llama2/full/segments"] == {"generated"}
+    assert {part for case, _ in SUBSET.values() for part in case} > {"grad_norms", "generated"}
 
 
 @pytest.mark.slow
@@ -192,6 +190,9 @@ def test_names_of_older_files_are_understood(tmp_path):
     assert sum(name.startswith("icae.") for name in old) > 10
     params, found = load(old, arch, tmp_path)
     assert official.tensors(params, found).keys() == tensors.keys()
+    both = tensors | {"icae.model.norm.weight": np.zeros(32, np.float32)}
+    with pytest.raises(hf.WeightsError, match="under encoder. too: .*model.norm.weight"):
+        load(both, arch, tmp_path)
 
 
 def test_tensors_that_nothing_computes_with_may_be_there(tmp_path):

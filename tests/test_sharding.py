@@ -9,7 +9,6 @@ import optax
 import pytest
 import train_fixtures
 from jax.sharding import AxisType, PartitionSpec
-from train_fixtures import quick_compilation  # noqa: F401
 
 from comi_jax import backbone as lm
 from comi_jax import comi, sharding, train

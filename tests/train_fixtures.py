@@ -127,28 +127,23 @@ class World:
     outcome: Outcome
 
     def command(self, output, *more):
-        return command(self.lm, self.data, output, *more)
+        """The command line of that run, into another folder or with other settings."""
+        return command(self.lm, self.data, output, f"data.eval={self.dev}", "train.compare_mean_pooling=true", *more)
 
 
 @functools.cache
 def make_world(folder):
     lm = language_model(folder / "lm")
     data, dev = write(folder / "train.jsonl", records(16)), write(folder / "dev.jsonl", records(6, seed=1))
-    outcome = run(command(lm, data, folder / "run", f"data.eval={dev}"))
-    return World(lm, data, dev, folder / "run", outcome)
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """Made once, whichever test module asks first."""
-    return make_world(tmp_path_factory.getbasetemp() / "world")
+    made = World(lm, data, dev, folder / "run", Outcome("", 0))
+    made.outcome = run(made.command(made.run))
+    return made
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(tmp_path_factory):
-    """Programs as small as these take longer to optimise than to run, and some are compiled again by a later test."""
+    """Some programs are compiled by several tests, in functions of their own: the second time they come from a file."""
     settings = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compilations"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -161,3 +156,9 @@ def quick_compilation(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def world(quick_compilation, tmp_path_factory):
+    """Made once, whichever test module asks first."""
+    return make_world(tmp_path_factory.getbasetemp() / "world")

@@ -180,21 +180,21 @@ def examples(
         yield Example(" ".join(sentences), tuple(pairs), tuple(triples))
 
 
-def records(split: str, count: int, seed: int, *, questions: int = 16, **difficulty: int) -> list[Record]:
+def records(split: str, count: int, seed: int, *, questions: int | None = None, **difficulty: int) -> list[Record]:
     """`count` records of a split; up to `questions` consecutive ones, in random order of the facts, share a context.
 
-    `difficulty`: facts, people, relations, as in `examples`, which also documents the errors.
+    `questions` None is 16 for training, where a context is encoded once for all of them, and 4 for evaluation, where
+    many contexts tell more. `difficulty`: facts, people, relations, as in `examples`, which documents the errors.
     """
+    questions = (16 if split == "train" else 4) if questions is None else questions
     if count < 1 or questions < 1:
         raise ValueError(f"synthetic data: count={count} and questions={questions} must be at least 1")
     order = np.random.default_rng([seed, zlib.crc32(split.encode()), 1])
     out: list[Record] = []
     for example in examples(split, seed, **difficulty):
-        for i in order.permutation(len(example.pairs))[:questions]:
+        for i in order.permutation(len(example.pairs))[: min(questions, count - len(out))]:
             question, answer = example.pairs[i]
             out.append(Record(context=(example.context,), prompt=question, answers=(answer,)))
-            if len(out) == count:
-                break
         if len(out) == count:
             break
     return out

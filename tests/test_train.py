@@ -1,0 +1,233 @@
+"""Training from the command line: it learns, goes on where it stopped, and refuses before it writes."""
+
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import train_fixtures
+from rich.console import Console
+from train_fixtures import LOG_EVERY, SAVE_EVERY, STEPS
+
+from comi_jax import checkpoint, comi, config, train
+from comi_jax.params import flatten
+
+quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
+
+
+def contents(folder):
+    """Every file below ``folder`` with its bytes, and every folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def metrics(folder):
+    """metrics.jsonl, but for the one number that no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def weights(folder):
+    return {path: np.asarray(x) for path, x in flatten(checkpoint.load_params(folder)[1]).items()}
+
+
+def refusal(arguments):
+    """What ``main`` says to a user as it gives up."""
+    with pytest.raises(SystemExit) as refused:
+        train_fixtures.run(arguments)
+    assert refused.value.code.startswith("error: ")
+    return refused.value.code
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_what_it_should(world):
+    lines = metrics(world.run)
+    assert [line["step"] for line in lines] == list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"] and lines[-1]["accuracy"] > lines[0]["accuracy"]
+    assert lines[-1]["learning_rate"] == pytest.approx(0.01 / (0.9 * STEPS))
+    assert all(np.isfinite(list(line.values())).all() and line["gradient_norm"] > 0 for line in lines)
+    assert sorted(p.name for p in (world.run / "checkpoints").iterdir()) == [str(SAVE_EVERY), str(STEPS)]
+    assert list((world.run / "tensorboard").glob("events.*"))
+    table = json.loads((world.run / "results.json").read_text())
+    assert list(table) == ["COMI", "mean-pooling", "closed book"]
+    assert [row["n"] for row in table.values()] == [6, 6, 6]
+    assert 0 < table["COMI"]["ratio"] <= 2 * 30 / 29 and table["closed book"]["ratio"] == 0
+
+
+def test_a_run_says_what_it_does(world):
+    said = world.outcome.printed
+    assert "training data: 16 examples, 474 context tokens; cut to fit: 0 contexts, 0 queries, 0 answers" in said
+    count = sum(x.size for x in weights(world.run).values())
+    assert f"COMI: {count:,} parameters" in said and "trained on 4 cpu device(s)" in said
+    for step in range(LOG_EVERY, STEPS + 1, LOG_EVERY):
+        assert re.search(rf"COMI  step {step}/{STEPS}  loss \d\.\d+  accuracy \d\.\d+  [\d,]+ tokens/s", said)
+    assert f"COMI: checkpoint in {world.run}" in said
+    assert "6 held-out questions" in said and "mean-pooling" in said and "closed book" in said
+
+
+def test_the_step_is_compiled_once_for_each_system(world):
+    assert world.outcome.compiled == 2  # COMI and mean-pooling
+
+
+def test_the_step_is_compiled_once_for_each_bucket(world, tmp_path):
+    # One of 16 records is long: every epoch has a batch with it and one without.
+    rows = train_fixtures.records(15, facts=2) + train_fixtures.records(1, facts=4)
+    data = train_fixtures.write(tmp_path / "data.jsonl", rows)
+    outcome = train_fixtures.run(train_fixtures.command(world.lm, data, tmp_path / "run", "data.buckets=16,32"))
+    assert outcome.compiled == 2
+
+
+def test_the_same_command_again_has_nothing_to_do(world, tmp_path):
+    shutil.copytree(world.run, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    outcome = train_fixtures.run(world.command(tmp_path / "run"))
+    after = contents(tmp_path / "run")
+    assert f"COMI: going on from step {STEPS} of {STEPS}" in outcome.printed and outcome.compiled == 0
+    new = {name for name in after if "events.out" in name} - set(before)
+    assert {name: after[name] for name in set(after) - new} == before
+
+
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(world, tmp_path):
+    shutil.copytree(world.run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 3')  # killed as it wrote
+    outcome = train_fixtures.run(world.command(tmp_path / "run"))
+    assert f"COMI: going on from step {SAVE_EVERY} of {STEPS}" in outcome.printed
+    assert outcome.compiled == 1
+    assert metrics(tmp_path / "run") == metrics(world.run)
+    ended, expected = weights(tmp_path / "run"), weights(world.run)
+    for path, array in expected.items():
+        np.testing.assert_array_equal(ended[path], array, err_msg=path)
+
+
+def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
+    more = ("lora.rank=2", "lora.alpha=4", "model.dtype=bfloat16", "model.attention=", "model.remat=true")
+    steps = ("train.steps=2", "train.checkpoint_every=0", "optimizer.accumulate=2")
+    train_fixtures.run(train_fixtures.command(world.lm, world.data, tmp_path / "run", *more, *steps))
+    run, after = checkpoint.load_params(tmp_path / "run")
+    before = train.initial_params(run.config, run, world.lm)
+    after, before = flatten(after), flatten(before)
+    assert set(after) == set(before) and run.architecture.lora.rank == 2
+    for path, array in after.items():
+        kept = np.array_equal(np.asarray(array), np.asarray(before[path], array.dtype))
+        assert kept == path.startswith(("decoder/", "mig/")), path
+        assert np.isfinite(np.asarray(array, np.float32)).all()
+    assert not np.asarray(before["lora/q/b"]).any()  # adapters start without effect
+    saved = {path for path in before if comi.is_trained(path, run.architecture)}
+    assert all(path.startswith(("encoder/", "lsa/", "lora/")) for path in saved)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_on_the_same_folder_are_refused_with_the_difference(world):
+    before = contents(world.run)
+    said = refusal(world.command(world.run, "train.steps=31", "compression.rates=4"))
+    assert "already holds another run" in said
+    assert f"train.steps = {STEPS} there, 31 here" in said and "compression.rates = [2, 4] there, [4] here" in said
+    assert contents(world.run) == before
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(world, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    before = contents(tmp_path)
+    assert "exists and is not a COMI run; choose another train.output" in refusal(world.command(tmp_path))
+    assert contents(tmp_path) == before
+
+
+def test_the_folder_of_the_language_model_is_not_a_place_for_a_run(world):
+    before = contents(world.lm)
+    assert "is not a COMI checkpoint" in refusal(world.command(world.lm))
+    assert contents(world.lm) == before
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.batch_size=6", "= 6 contexts do not divide over 4 devices"),
+        ("mesh.data=3", "= 3 x 1 x 1 does not make the 4 devices"),
+        ("compression.encoder_layers=3", "encoder_layers is 3; the backbone has 2 layers"),
+        ("compression.lsa_layers=3", "lsa_layers is 3; the backbone has 2 layers"),
+        ("data.max_context=20", "16 of 16 records are too long, the first is record 1"),
+        ("generation.max_new_tokens=120", "data.eval: record 1: 15 memory vectors, a query of 7 and an answer of 120"),
+        ("data.train=", "data.train is not set"),
+        ("data.train=none.jsonl", "none.jsonl: does not exist"),
+        ("data.eval=none.jsonl", "none.jsonl: does not exist"),
+        ("data.train=synthetic", "data.synthetic_examples is 0"),
+        ("model.tokenizer=none", "none holds no tokenizer"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(world, tmp_path, override, message):
+    assert message in refusal(world.command(tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_do_not_fit_are_listed_before_anything_is_written(world, tmp_path):
+    shutil.copytree(world.lm, tmp_path / "lm")
+    values = json.loads((tmp_path / "lm" / "config.json").read_text())
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(values | {"intermediate_size": 50}))
+    with pytest.raises(SystemExit) as refused:
+        train.main(world.command(tmp_path / "run", f"model.path={tmp_path / 'lm'}"))
+    assert "6 problem(s)" in refused.value.code and "mlp.gate_proj.weight has shape (48, 32)" in refused.value.code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(world, tmp_path):
+    tokenizer = train_fixtures.tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(80)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    said = refusal(world.command(tmp_path / "run", f"model.tokenizer={tmp_path / 'tokenizer'}"))
+    assert re.search(r"the tokenizer has \d+ tokens, the model only 100", said)
+
+
+@pytest.mark.parametrize("path", ["", "nowhere"])
+@pytest.mark.parametrize("name", ["qwen2", "llama2", "qwen3"])
+def test_missing_weights_say_what_to_download_and_which_option_names_it(name, path):
+    said = refusal([f"--config={name}", f"model.path={path}", "data.train=x.jsonl"])
+    hub = config.load(name).model.hub
+    assert hub.count("/") == 1
+    assert f"download {hub}: hf download {hub} --local-dir=DIR, then pass model.path=DIR" in said
+    assert (f"{path} is not one" if path else "model.path is not set") in said
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    said = refusal(["--config=qwen"])
+    assert "there is no config 'qwen'; the nearest are qwen3, qwen2" in said and "llama2" in said
+    assert "no setting 'train.step'; the nearest are train.steps" in refusal(["--config=qwen2", "train.step=1"])
+
+
+def test_options_and_overrides_may_stand_in_any_order(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda config, console: seen.append(config))
+    train.main(["train.steps=7", "--config=qwen2", "model.path=x", "--skip-bad-records", "train.seed=3"])
+    (got,) = seen
+    assert (got.train.steps, got.model.path, got.train.seed, got.data.skip_bad_records) == (7, "x", 3, True)
+
+
+def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
+    rows = train_fixtures.records(3)
+    rows[1]["answer"] = "[/b]", 7  # a bracket, as in the markup of the console
+    data = train_fixtures.write(tmp_path / "data.jsonl", rows)
+    with data.open("a") as end:
+        end.write('{"input": "[/i]\n')
+    said = refusal(world.command(tmp_path / "run", f"data.train={data}"))
+    assert f"{data}, line 2: " in said and "a number (7)" in said
+    assert not (tmp_path / "run").exists()
+    settings = config.load("qwen2", ["data.skip_bad_records=true"])
+    printed = io.StringIO()
+    kept = train.read_data((str(data),), "train", settings, Console(file=printed, soft_wrap=True))
+    assert [record.prompt for record in kept] == [rows[0]["prompt"], rows[2]["prompt"]]
+    assert "left out 2 bad records:" in printed.getvalue()
+    assert f"{data}, line 2: " in printed.getvalue() and f"{data}, line 4: " in printed.getvalue()
+
+
+def test_only_the_first_records_are_evaluated_if_asked(world):
+    settings = config.load("qwen2", ["data.eval_examples=2"])
+    quiet = Console(file=io.StringIO())
+    names = (str(world.dev),)
+    assert len(train.read_data(names, "eval", settings, quiet)) == 2
+    assert len(train.read_data(names, "train", settings, quiet)) == 6
