@@ -141,7 +141,8 @@ class Comi:
         compression = self.run.config.compression
         loader.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
         shapes = loader.Shapes.of(examples, self.run.config.data, compression)
-        shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)  # calls of like length share a compilation
+        # Calls of like length share a compilation.
+        shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
         for first in range(0, len(order), self.batch_size):
             rows = order[first : first + self.batch_size]

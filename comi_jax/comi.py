@@ -50,8 +50,8 @@ class Architecture:
 class Batch:
     """Token ids, right-padded, and how many of them are real. An empty segment has length 0.
 
-    B is a multiple of the number of contexts C: examples i·B/C to (i+1)·B/C - 1 ask about context i. A row that only fills
-    up has an answer of length 0.
+    B is a multiple of the number of contexts C: examples i·B/C to (i+1)·B/C - 1 ask about context i. A row that only
+    fills up has an answer of length 0.
     """
 
     context: Int[Array, "C G S"]

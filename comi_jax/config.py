@@ -222,7 +222,7 @@ class Train:
     output: str = ""  # folder of the run; empty: runs/<config name>
     steps: int = 1000
     batch_size: int = 64  # examples per update, over all devices and micro-batches
-    share_context: int = 1  # up to so many neighbouring examples about one context are encoded together, the context once
+    share_context: int = 1  # up to so many neighbouring examples about one context are taken together, encoding it once
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end

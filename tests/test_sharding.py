@@ -18,7 +18,7 @@ from comi_jax.data.records import Record
 from comi_jax.params import ParamSpec, partition
 
 ARCH = comi.Architecture(
-    train_fixtures.backbone(),
+    train_fixtures.backbone(num_hidden_layers=1),
     Compression(rates=(2, 4), encoder_layers=1, segment_size=16),
     runtime=lm.Runtime(attention="dense"),
 )

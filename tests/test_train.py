@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_fixtures
@@ -72,12 +73,20 @@ def test_the_step_is_compiled_once_for_each_system(world):
     assert world.outcome.compiled == 2  # COMI and mean-pooling
 
 
-def test_the_step_is_compiled_once_for_each_bucket(world, tmp_path):
+def test_the_step_is_compiled_once_for_each_bucket(world, tmp_path, monkeypatch):
+    def train_step(state, frozen, batch, key, *, arch, update, accumulate):
+        number = jnp.float32(batch.context.shape[2])
+        return state.replace(step=state.step + 1), {"loss": number, "accuracy": number}
+
+    monkeypatch.setattr(train, "train_step", train_step)
     # One of 16 records is long: every epoch has a batch with it and one without.
     rows = train_fixtures.records(15, facts=2) + train_fixtures.records(1, facts=4)
     data = train_fixtures.write(tmp_path / "data.jsonl", rows)
-    outcome = train_fixtures.run(train_fixtures.command(world.lm, data, tmp_path / "run", "data.buckets=16,32"))
+    more = ("data.buckets=16,32", "train.log_every=1")
+    outcome = train_fixtures.run(train_fixtures.command(world.lm, data, tmp_path / "run", *more))
     assert outcome.compiled == 2
+    lengths = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert {tuple(sorted(lengths[i : i + 2])) for i in range(0, STEPS, 2)} == {(16.0, 32.0)}
 
 
 def test_the_same_command_again_has_nothing_to_do(world, tmp_path):
@@ -105,9 +114,8 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(world, tmp_path):
 
 
 def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
-    more = ("lora.rank=2", "lora.alpha=4", "model.dtype=bfloat16", "model.attention=", "model.remat=true")
-    steps = ("train.steps=2", "train.checkpoint_every=0", "optimizer.accumulate=2")
-    train_fixtures.run(train_fixtures.command(world.lm, world.data, tmp_path / "run", *more, *steps))
+    more = ("lora.rank=2", "lora.alpha=4", "model.dtype=bfloat16", "train.steps=2", "train.checkpoint_every=0")
+    train_fixtures.run(train_fixtures.command(world.lm, world.data, tmp_path / "run", *more))
     run, after = checkpoint.load_params(tmp_path / "run")
     before = train.initial_params(run.config, run, world.lm)
     after, before = flatten(after), flatten(before)

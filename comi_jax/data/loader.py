@@ -179,8 +179,8 @@ def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray
 
 
 def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Example, ...]]:
-    """Neighbours with the same context in groups of ``share``; a group that is not full repeats its last example, without
-    an answer, so that nothing is learnt from the repetition."""
+    """Neighbours with the same context in groups of ``share``; a group that is not full repeats its last example,
+    without an answer, so that nothing is learnt from the repetition."""
     groups: list[list[Example]] = []
     for example in examples:
         if groups and len(groups[-1]) < share and np.array_equal(groups[-1][0].context, example.context):
