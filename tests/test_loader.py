@@ -232,3 +232,35 @@ def test_a_rate_is_drawn_for_every_example_anew():
     assert {rate for _, rate in drawn} == set(RATES) and 0.4 < share < 0.6
     assert all({rate for length, rate in drawn if length == n} == set(RATES) for n in range(1, 11))
     assert any(len({rate for _, rate in batch}) == 2 for batch in take(batches(), 3))  # one batch mixes them
+
+
+# --- questions about one context --------------------------------------------------------------------------------------
+
+
+def test_neighbours_about_one_context_are_grouped_and_groups_filled_up_without_answers():
+    def ask(context, query):
+        return dataclasses.replace(example(context), query=np.full(2, query, np.int32))
+
+    asked = [ask(5, 1), ask(5, 2), ask(5, 3), ask(6, 4), ask(5, 5)]
+    groups = loader.share_contexts(asked, 2)
+    assert [[(len(e.context), int(e.query[0]), len(e.answer)) for e in group] for group in groups] == [
+        [(5, 1, 2), (5, 2, 2)],
+        [(5, 3, 2), (5, 3, 0)],
+        [(6, 4, 2), (6, 4, 0)],
+        [(5, 5, 2), (5, 5, 0)],  # not a neighbour of the first three
+    ]
+    shapes = loader.Shapes.of(asked, Data(), Compression(rates=RATES))
+    batch = loader.collate([e for group in groups for e in group], shapes, share=2)
+    assert batch.context_length[:, 0].tolist() == [5, 5, 6, 5]  # each context once
+    assert batch.query[:, 0].tolist() == [1, 2, 3, 3, 4, 4, 5, 5]
+    assert batch.answer_length.tolist() == [2, 2, 2, 0, 2, 0, 2, 0]
+
+
+def test_shared_contexts_come_once_an_epoch_with_a_rate_for_each_question():
+    asked = [e for e in EXAMPLES for _ in range(4)]
+    shapes = loader.Shapes.of(asked, Data(), Compression(rates=RATES))
+    drawn = list(islice(loader.training_batches(asked, shapes, RATES, 8, seed=0, share=4), 10))
+    seen = [int(n) for batch in drawn for n in batch.context_length.sum(axis=1)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(1, 11)) and seen[:10] != seen[10:]
+    assert all(batch.query.shape[0] == 8 for batch in drawn)
+    assert any(len(set(batch.rate[:4].tolist())) == 2 for batch in drawn)
