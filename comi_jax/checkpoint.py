@@ -9,7 +9,7 @@ checkpoints/N/   after update N: trained weights, optimizer state, position in t
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 
 from comi_jax.comi import Architecture, is_trained, specs
 from comi_jax.config import Backbone, Config, ConfigError, from_dict, override, to_dict
-from comi_jax.params import combine, flatten
+from comi_jax.params import flatten, partition, unflatten
+from comi_jax.weights import Placement, as_stored
 
 FORMAT = 1
 # Settings that a trained model can be used with in another way than it was trained with.
@@ -30,6 +31,9 @@ CHANGEABLE = (
     "compression.coarse_redundancy", "compression.fine_redundancy", "generation.max_new_tokens",
     "generation.repetition_penalty",
 )  # fmt: skip
+
+
+BEFORE = "; with that folder removed, the checkpoint before it is used"
 
 
 class CheckpointError(ValueError):
@@ -43,6 +47,7 @@ class Run:
     config: Config
     backbone: Backbone
     stop: tuple[int, ...]
+    imported: bool = False  # converted, not trained here: weights are stored in the dtypes they came in
 
     def __post_init__(self):
         self.config.compression.check(self.backbone)
@@ -50,6 +55,14 @@ class Run:
     @property
     def architecture(self) -> Architecture:
         return Architecture.of(self.backbone, self.config)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether ``folder`` has the description of a COMI run, as opposed to a language model's config.json."""
+    try:
+        return "format" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_run(folder: str | Path) -> Run:
@@ -64,7 +77,7 @@ def read_run(folder: str | Path) -> Run:
                 f"{path} is not a COMI checkpoint of format {FORMAT} (its format is {values.get('format')!r})"
             )
         config, backbone = from_dict(Config, values["config"]), from_dict(Backbone, values["backbone"], "backbone")
-        return Run(config, backbone, tuple(values["stop"]))
+        return Run(config, backbone, tuple(values["stop"]), bool(values.get("imported", False)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -98,10 +111,17 @@ def open_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
     """
     if check_folder(folder, run):
         return
+    write_run(folder, run, tokenizer)
+
+
+def write_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
+    """The description of ``run`` and its tokenizer, as files in ``folder``."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         values = {"format": FORMAT, "config": to_dict(run.config), "backbone": to_dict(run.backbone), "stop": run.stop}
+        if run.imported:
+            values["imported"] = True
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:
@@ -142,13 +162,17 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Start writing what ``state`` (train.TrainState) holds; its arrays may be donated once this returns."""
+        """Start writing what ``state`` (step.TrainState) holds; its arrays may be donated once this returns."""
         items = {
             "trained": ocp.args.StandardSave(state.trained),
             "optimizer": ocp.args.StandardSave(state.optimizer),
             "data": ocp.args.JsonSave(data),
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def save_trained(self, step: int, trained: Any) -> None:
+        """Write trained weights alone, without anything that a training run could go on from."""
+        self._manager.save(step, args=ocp.args.Composite(trained=ocp.args.StandardSave(trained)))
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         """The state after ``step`` updates, placed like the arrays of ``state``, and the position in the data."""
@@ -169,13 +193,30 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         place = Path(self._manager.directory) / str(step)
-        with _reading(place, "; with that folder removed, the checkpoint before it is used"):
+        with _reading(place, BEFORE):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
         """Wait until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_import(folder: str | Path, run: Run, arrays: Mapping[str, jax.Array], tokenizer: Any) -> None:
+    """Make ``folder``, which must be new, the folder of a model that was trained elsewhere or not yet: ``arrays`` by
+    flat path, in their own dtypes, as a checkpoint after 0 updates."""
+    check_new(folder)
+    trained, frozen = partition(arrays, lambda path: is_trained(path, run.architecture))
+    write_run(folder, run, tokenizer)
+    save_frozen(folder, frozen)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save_trained(0, trained)
+
+
+def check_new(folder: str | Path) -> None:
+    """Refuse a folder that holds anything."""
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; choose another --output")
 
 
 def save_frozen(folder: str | Path, frozen: dict[str, Any]) -> None:
@@ -201,23 +242,54 @@ def load_params(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Run,
     """
     run = change(read_run(folder), overrides)
     arch = run.architecture
+    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), None)))
+
+
+def load_flat(folder: str | Path, arch: Architecture, place: Placement = as_stored) -> dict[str, jax.Array]:
+    """All weights of the run in ``folder`` after its newest checkpoint, by flat path, in the dtypes and places that
+    ``place`` gives (None: as stored, on the first device). Raises CheckpointError if it has no checkpoint yet."""
+    folder = Path(folder)
+    if not all((folder / name).is_dir() for name in ("checkpoints", "frozen")):
+        raise CheckpointError(f"{folder} has no complete checkpoint yet")
+    with contextlib.closing(Checkpoints(folder, create=False)) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise CheckpointError(f"{folder} has no complete checkpoint yet")
+        trained, frozen = stored_arrays(folder, step)
+        shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def abstract(path: str, stored: Any) -> jax.ShapeDtypeStruct:
+            dtype, sharding = place(path)
+            return jax.ShapeDtypeStruct(shapes[path], dtype or stored[path].dtype, sharding=sharding or first)
+
+        with _reading(folder):
+            wanted = {path: abstract(path, trained) for path in shapes if is_trained(path, arch)}
+            kept = {path: abstract(path, frozen) for path in shapes if not is_trained(path, arch)}
+        arrays = checkpoints.restore_trained(step, wanted)
+    place_of_frozen = (folder / "frozen").absolute()
+    with ocp.StandardCheckpointer() as checkpointer, _reading(place_of_frozen):
+        return arrays | checkpointer.restore(place_of_frozen, kept)
+
+
+def newest(folder: str | Path) -> int | None:
+    """The number of updates in the newest complete checkpoint of ``folder``, if it has one."""
     if not all((Path(folder) / name).is_dir() for name in ("checkpoints", "frozen")):
-        raise CheckpointError(f"{folder} has no complete checkpoint yet")
-    checkpoints = Checkpoints(folder, create=False)
-    step = checkpoints.latest()
-    if step is None:
-        checkpoints.close()
-        raise CheckpointError(f"{folder} has no complete checkpoint yet")
-    shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return None
+    with contextlib.closing(Checkpoints(folder, create=False)) as checkpoints:
+        return checkpoints.latest()
 
-    def abstract(path: str) -> jax.ShapeDtypeStruct:
-        dtype = "float32" if path.startswith("mig/") else arch.dtype
-        return jax.ShapeDtypeStruct(shapes[path], dtype, sharding=sharding)
 
-    trained = checkpoints.restore_trained(step, {path: abstract(path) for path in shapes if is_trained(path, arch)})
-    checkpoints.close()
-    place = (Path(folder) / "frozen").absolute()
-    with ocp.StandardCheckpointer() as checkpointer, _reading(place):
-        frozen = checkpointer.restore(place, {path: abstract(path) for path in shapes if not is_trained(path, arch)})
-    return run, combine(trained, frozen)
+def stored_arrays(folder: str | Path, step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What is on disk, by flat path, with shape and dtype: of checkpoint ``step``, and of the frozen weights."""
+    newest_one, frozen = Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen"
+    found = []
+    for place, items in ((newest_one, newest_one / "trained"), (frozen, frozen)):
+        with ocp.StandardCheckpointer() as checkpointer, _reading(place, BEFORE if place is newest_one else ""):
+            found.append(checkpointer.metadata(items.absolute()).item_metadata.tree)
+    return found[0], found[1]
+
+
+def frozen_dtype(path: str, arch: Architecture) -> str:
+    """Frozen weights are kept in the model's dtype, COMI's scalars in float32."""
+    return "float32" if path.startswith("mig/") else arch.dtype

@@ -96,16 +96,10 @@ def specs(arch: Architecture) -> dict[str, Any]:
     return tree
 
 
-def from_backbone(weights: Tree, arch: Architecture) -> dict[str, Any]:
-    """A fresh model from one causal LM: encoder its first blocks, LSA its first ones, decoder all. Adapters are added
-    by the caller, who has the random key."""
-    body = {name: weights[name] for name in ("layers", "norm")}
-    return {
-        "encoder": {**lm.first_layers(body, arch.compression.encoder_layers), "embed": weights["embed"]},
-        "lsa": lm.first_layers(body, arch.compression.lsa_layers),
-        "decoder": dict(weights),
-        "mig": {name: jnp.float32(getattr(arch.compression, name)) for name in SCALARS},
-    }
+def parts_of_backbone(arch: Architecture) -> dict[str, Tree]:
+    """The spec trees of what a fresh model takes from one causal LM: encoder its first blocks, LSA its first ones,
+    decoder all. The scalars and any adapters are not in it."""
+    return {part: tree for part, tree in specs(arch).items() if part in ("encoder", "lsa", "decoder")}
 
 
 def is_trained(path: str, arch: Architecture) -> bool:

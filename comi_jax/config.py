@@ -140,9 +140,14 @@ class Lora:
     rank: int = 0
     alpha: float = 32.0
     dropout: float = 0.05
+    targets: tuple[str, ...] = ("q", "k", "v", "o")
 
     def __post_init__(self):
         _require(self.rank >= 0, f"lora.rank is {self.rank}; it is 0 (off) or positive")
+        _require(
+            bool(self.targets) and set(self.targets) <= set("qkvo") and len(set(self.targets)) == len(self.targets),
+            f"lora.targets is {','.join(self.targets)!r}; give some of q,k,v,o, each once",
+        )
         _require(0.0 <= self.dropout < 1.0, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
 
     @property

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from comi_jax import hf, metrics
+from comi_jax import metrics, weights
 from comi_jax.answer import Answer, Comi
 from comi_jax.checkpoint import CheckpointError
 from comi_jax.config import ConfigError, Generation
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         result["skipped_records"] = len(report.skipped)
         save_table({"model": result}, output / "results.json")
-    except (CheckpointError, ConfigError, DataError, loader.LengthError, hf.WeightsError, OSError) as error:
+    except (CheckpointError, ConfigError, DataError, loader.LengthError, weights.WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(

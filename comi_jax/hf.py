@@ -1,27 +1,20 @@
 """Hugging Face folders of LLaMA and Qwen: config.json to a Backbone, and one table between their tensors and our tree.
 
 A projection is stored by Hugging Face as [out, in] and per layer; by us as it is applied, [in, heads, head] or [in,
-out], with all layers stacked.
+out], with all layers stacked. ``TABLE`` is the only place that knows the names; reading and writing both follow it.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
+from comi_jax import weights
 from comi_jax.backbone import specs as lm_specs
 from comi_jax.config import Backbone, ConfigError, Llama3Rope
 from comi_jax.params import Tree, flatten, unflatten
-
-
-class WeightsError(ValueError):
-    """Weights that do not fit the model; the message lists every one of them."""
-
+from comi_jax.weights import Layout, Source, Tensors
 
 # --- config.json ------------------------------------------------------------------------------------------------------
 
@@ -140,6 +133,25 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | No
     )
 
 
+def config_values(backbone: Backbone, *, head: bool = True, **more: Any) -> dict[str, Any]:
+    """config.json of ``backbone`` in the dialect that every version of transformers reads, the inverse of
+    ``backbone_of``; ``head`` says whether the folder has a language model's output head. ``more`` is added as it is."""
+    values = dataclasses.asdict(backbone)
+    for name in ("qkv_bias", "qk_norm"):  # said by the model type
+        del values[name]
+    if values["rope_scaling"] is not None:
+        values["rope_scaling"] = {"rope_type": "llama3", **values["rope_scaling"]}
+    family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[backbone.model_type]
+    name = f"{family}ForCausalLM" if head else f"{family}Model"
+    return {"architectures": [name], **values, "hidden_act": "silu", "use_cache": True, **more}
+
+
+def is_base(folder: str | Path) -> bool:
+    """Whether ``folder``'s config.json names a model without a language model's head."""
+    names = _read_object(Path(folder) / "config.json").get("architectures") or []
+    return bool(names) and not any("ForCausalLM" in str(name) for name in names)
+
+
 def stop_tokens(folder: str | Path) -> tuple[int, ...]:
     """The end-of-sequence ids that ``folder`` names, in generation_config.json or else in config.json."""
     for name in ("generation_config.json", "config.json"):
@@ -168,182 +180,87 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One of our parameters in Hugging Face's terms: its name, with {layer} if it is stacked, and whether it is a
-    projection whose in and out axes are swapped; ``inputs`` says how many of our axes are input axes."""
-
-    name: str
-    inputs: int = 0
-
-    def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return tensor.T.reshape(shape) if self.inputs else tensor.reshape(shape)
-
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        if self.inputs:
-            return array.reshape(int(np.prod(array.shape[: self.inputs])), -1).T
-        return array.reshape(-1) if "bias" in self.name else array
-
-    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor of one layer, for our ``shape`` of one layer."""
-        if self.inputs:
-            return int(np.prod(shape[self.inputs :])), int(np.prod(shape[: self.inputs]))
-        return (int(np.prod(shape)),) if "bias" in self.name else shape
-
-
+_AS_IS, _FLAT, _FROM_1, _FROM_2 = Layout(), Layout(flat=True), Layout(inputs=1), Layout(inputs=2)
 _LAYER = "model.layers.{layer}."
-TABLE: dict[str, Entry] = {
-    "embed": Entry("model.embed_tokens.weight"),
-    "norm": Entry("model.norm.weight"),
-    "head": Entry("lm_head.weight", inputs=1),
-    "layers/attention_norm": Entry(_LAYER + "input_layernorm.weight"),
-    "layers/mlp_norm": Entry(_LAYER + "post_attention_layernorm.weight"),
-    "layers/q": Entry(_LAYER + "self_attn.q_proj.weight", inputs=1),
-    "layers/k": Entry(_LAYER + "self_attn.k_proj.weight", inputs=1),
-    "layers/v": Entry(_LAYER + "self_attn.v_proj.weight", inputs=1),
-    "layers/o": Entry(_LAYER + "self_attn.o_proj.weight", inputs=2),
-    "layers/q_bias": Entry(_LAYER + "self_attn.q_proj.bias"),
-    "layers/k_bias": Entry(_LAYER + "self_attn.k_proj.bias"),
-    "layers/v_bias": Entry(_LAYER + "self_attn.v_proj.bias"),
-    "layers/q_norm": Entry(_LAYER + "self_attn.q_norm.weight"),
-    "layers/k_norm": Entry(_LAYER + "self_attn.k_norm.weight"),
-    "layers/gate": Entry(_LAYER + "mlp.gate_proj.weight", inputs=1),
-    "layers/up": Entry(_LAYER + "mlp.up_proj.weight", inputs=1),
-    "layers/down": Entry(_LAYER + "mlp.down_proj.weight", inputs=1),
+TABLE: dict[str, tuple[str, Layout]] = {
+    "embed": ("model.embed_tokens.weight", _AS_IS),
+    "norm": ("model.norm.weight", _AS_IS),
+    "head": ("lm_head.weight", _FROM_1),
+    "layers/attention_norm": (_LAYER + "input_layernorm.weight", _AS_IS),
+    "layers/mlp_norm": (_LAYER + "post_attention_layernorm.weight", _AS_IS),
+    "layers/q": (_LAYER + "self_attn.q_proj.weight", _FROM_1),
+    "layers/k": (_LAYER + "self_attn.k_proj.weight", _FROM_1),
+    "layers/v": (_LAYER + "self_attn.v_proj.weight", _FROM_1),
+    "layers/o": (_LAYER + "self_attn.o_proj.weight", _FROM_2),
+    "layers/q_bias": (_LAYER + "self_attn.q_proj.bias", _FLAT),
+    "layers/k_bias": (_LAYER + "self_attn.k_proj.bias", _FLAT),
+    "layers/v_bias": (_LAYER + "self_attn.v_proj.bias", _FLAT),
+    "layers/q_norm": (_LAYER + "self_attn.q_norm.weight", _AS_IS),
+    "layers/k_norm": (_LAYER + "self_attn.k_norm.weight", _AS_IS),
+    "layers/gate": (_LAYER + "mlp.gate_proj.weight", _FROM_1),
+    "layers/up": (_LAYER + "mlp.up_proj.weight", _FROM_1),
+    "layers/down": (_LAYER + "mlp.down_proj.weight", _FROM_1),
 }
 
 
-def names_of(specs: Tree) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """For each of our parameters the Hugging Face tensors that make it up, layer by layer, with their shapes."""
-    names = {}
+def sources(specs: Tree, rename: Callable[[str], str] = lambda name: name) -> dict[str, Source]:
+    """The tensors that make up each parameter of a causal LM's ``specs``, or of a part of one; ``rename`` turns Hugging
+    Face's name of a tensor into the file's."""
+    found = {}
     for path, spec in flatten(specs).items():
-        entry = TABLE[path]
-        if "{layer}" not in entry.name:
-            names[path] = [(entry.name, entry.their_shape(spec.shape))]
-        else:
-            shape = entry.their_shape(spec.shape[1:])
-            names[path] = [(entry.name.format(layer=layer), shape) for layer in range(spec.shape[0])]
-    return names
+        name, layout = TABLE[path]
+        stacked = "{layer}" in name
+        names = [name.format(layer=layer) for layer in range(spec.shape[0])] if stacked else [name]
+        found[path] = Source(tuple(map(rename, names)), spec.shape, layout, stacked)
+    return found
 
 
-def assemble(
-    specs: Tree, read: Callable[[str], np.ndarray], rename: Callable[[str, str], str] = lambda p, n: n
-) -> Tree:
-    """Our tree for ``specs`` from single tensors, in the dtype of the tensors. ``rename(path, name)`` is the name under
-    which ``read`` knows a tensor."""
-    tree = {}
-    names = names_of(specs)
-    for path, spec in flatten(specs).items():
-        entry = TABLE[path]
-        if "{layer}" not in entry.name:
-            tree[path] = entry.to_ours(read(rename(path, entry.name)), spec.shape)
-        else:
-            layers = [entry.to_ours(read(rename(path, name)), spec.shape[1:]) for name, _ in names[path]]
-            tree[path] = np.stack(layers)
-    return unflatten(tree)
+def load_parts(
+    folder: str | Path,
+    backbone: Backbone,
+    parts: Mapping[str, Tree],
+    place: weights.Placement = weights.as_stored,
+) -> dict[str, Any]:
+    """Parameters for the spec trees in ``parts``, each from the causal LM in ``folder``, by flat path ("encoder/norm").
 
-
-def disassemble(tree: Tree) -> dict[str, np.ndarray]:
-    """The inverse of ``assemble``: Hugging Face tensors of our tree."""
-    tensors = {}
-    for path, array in flatten(tree).items():
-        entry = TABLE[path]
-        if "{layer}" not in entry.name:
-            tensors[entry.name] = np.ascontiguousarray(entry.to_theirs(np.asarray(array)))
-        else:
-            for layer, one in enumerate(np.asarray(array)):
-                tensors[entry.name.format(layer=layer)] = np.ascontiguousarray(entry.to_theirs(one))
-    return tensors
-
-
-# --- safetensors ------------------------------------------------------------------------------------------------------
-
-
-class Tensors:
-    """The tensors of one safetensors file, of an index over several, or of a folder with either; read one at a time."""
-
-    def __init__(self, path: str | Path):
-        path = Path(path)
-        if path.is_dir():
-            index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-            if not index.is_file() and not single.is_file():
-                raise WeightsError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
-            path = index if index.is_file() else single
-        self.path = path
-        listed = _read_index(path) if path.suffix == ".json" else None
-        files = [path.name] if listed is None else sorted(set(listed.values()))
-        self._files = {name: _open(path.parent / name) for name in files}
-        self._where = {key: name for name, file in self._files.items() for key in file.keys()}
-        if listed is not None and self._where != listed:
-            wrong = sorted(set(self._where.items()) ^ set(listed.items()))
-            raise WeightsError(
-                f"{path} does not list what its files hold: {wrong[:10]}{' ...' if len(wrong) > 10 else ''}"
-            )
-        self.shapes = {key: tuple(self._files[name].get_slice(key).get_shape()) for key, name in self._where.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in its own dtype (bfloat16 through ml_dtypes)."""
-        return self._files[self._where[name]].get_tensor(name)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(name, str) and Path(name).name == name for name in listed.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not an index of safetensors files: {error!r}") from None
-    if not plain:
-        raise WeightsError(f"{path} names files outside its own folder")
-    return listed
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from None
-
-
-def check_names(
-    want: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int, ...]],
-    have: Mapping[str, tuple[int, ...]],
-    where: str,
-) -> None:
-    """Raise WeightsError listing every tensor of ``have`` that is missing, unexpected or not of the shape expected."""
-    known = {**optional, **want}
-    problems = [f"missing {name} {shape}" for name, shape in want.items() if name not in have]
-    problems += [f"unexpected {name} {shape}" for name, shape in have.items() if name not in known]
-    problems += [
-        f"{name} has shape {shape}, expected {known[name]}"
-        for name, shape in have.items()
-        if name in known and shape != known[name]
-    ]
-    if problems:
-        raise WeightsError(f"{where} does not fit the model, {len(problems)} problem(s):\n  " + "\n  ".join(problems))
-
-
-def load_backbone(folder: str | Path, backbone: Backbone) -> Tree:
-    """The weights of the causal LM in ``folder``, in the dtypes of its files.
-
-    Raises WeightsError listing every missing, unexpected or misshapen tensor. Rotary frequencies that old files store
-    are left out, as is a repeated lm_head where embeddings are tied.
+    A part with fewer layers than the LM has gets its first ones. Raises WeightsError listing every tensor of the folder
+    that is missing, unexpected, misshapen or not finite. Rotary frequencies that old files store are left out, as is a
+    repeated lm_head where embeddings are tied.
     """
-    specs = lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
-    tensors = Tensors(folder)
-    want = {name: shape for names in names_of(specs).values() for name, shape in names}
+    held = Tensors(folder)
+    whole = sources(lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True))
     optional = {
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (backbone.head_dim // 2,)
         for layer in range(backbone.num_hidden_layers)
     }
     if backbone.tie_word_embeddings:
-        optional[TABLE["head"].name] = (backbone.vocab_size, backbone.hidden_size)
-    check_names(want, optional, tensors.shapes, str(tensors.path))
-    return assemble(specs, tensors.read)
+        optional[TABLE["head"][0]] = (backbone.vocab_size, backbone.hidden_size)
+    weights.check(whole, optional, held, str(held.path))
+    wanted = {f"{part}/{path}": s for part, specs in parts.items() for path, s in sources(specs).items()}
+    return weights.load(held, wanted, place)
 
 
-def save_backbone(folder: str | Path, tree: Tree, config: Mapping[str, Any]) -> None:
-    """Write ``tree`` as model.safetensors and ``config`` as config.json into ``folder``, which must exist."""
-    save_file(disassemble(tree), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+def load_backbone(folder: str | Path, backbone: Backbone) -> Tree:
+    """The weights of the causal LM in ``folder``, in the dtypes of its files; raises as ``load_parts`` does."""
+    specs = lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
+    return unflatten(load_parts(folder, backbone, {"lm": specs}))["lm"]
+
+
+def save_backbone(
+    folder: str | Path,
+    specs: Tree,
+    arrays: Tree,
+    config: Mapping[str, Any],
+    dtype: Any = None,
+    *,
+    base: bool = False,
+    shard_bytes: int = weights.SHARD_BYTES,
+) -> int:
+    """Write ``arrays`` (of ``specs``) as safetensors and ``config`` as config.json into ``folder``, which must exist.
+
+    ``dtype`` None keeps each array's own; ``base`` names tensors as the model without a head does. Returns the bytes of
+    the weights.
+    """
+    named = sources(specs, (lambda name: name.removeprefix("model.")) if base else (lambda name: name))
     (Path(folder) / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+    return weights.save(folder, weights.writables(named, flatten(arrays), dtype), shard_bytes)

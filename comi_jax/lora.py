@@ -39,19 +39,19 @@ def specs(backbone: Backbone, lora: Lora) -> dict[str, Any]:
             "a": ParamSpec((layers, sizes[name][0], rank), ("layers", axes[name][0], None), "normal", sizes[name][0]),
             "b": ParamSpec((layers, rank, sizes[name][1]), ("layers", None, axes[name][1]), 0.0),
         }
-        for name in TARGETS
+        for name in lora.targets
     }
 
 
 def adapters(weights: Tree, lora: Lora, dropout_key: Array | None = None) -> Adapters:
     """``weights`` ready for ``backbone.forward``; with a key, their inputs are dropped out (training)."""
-    layers = weights["q"]["a"].shape[0]
+    layers = next(iter(weights.values()))["a"].shape[0]
     keys = None if dropout_key is None or lora.dropout == 0 else jax.random.split(dropout_key, layers)
     return Adapters(dict(weights), keys, lora.scale, lora.dropout)
 
 
 def apply(adapters: Adapters, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T out"]:
-    """The low-rank term that is added to projection ``name`` of one layer's input ``x``."""
+    """The low-rank term that is added to projection ``name``, one of the adapted ones, of one layer's input ``x``."""
     a, b = (adapters.weights[name][part].astype(x.dtype) for part in ("a", "b"))
     if adapters.keys is not None:
         key = jax.random.fold_in(adapters.keys, TARGETS.index(name))
@@ -63,8 +63,8 @@ def apply(adapters: Adapters, name: str, x: Float[Array, "B T D"]) -> Float[Arra
 def merge(layers: Tree, weights: Tree, lora: Lora) -> dict[str, Any]:
     """The stacked ``layers`` with every adapted projection W replaced by W + scale · A B, computed in float32."""
     merged = dict(layers)
-    for name in TARGETS:
-        a, b = (weights[name][part].astype(jnp.float32) for part in ("a", "b"))
+    for name, pair in weights.items():
+        a, b = (pair[part].astype(jnp.float32) for part in ("a", "b"))
         delta = lora.scale * jnp.einsum("lir,lro->lio", a, b)
         merged[name] = (layers[name].astype(jnp.float32) + delta.reshape(layers[name].shape)).astype(layers[name].dtype)
     return merged

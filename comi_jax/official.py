@@ -1,25 +1,27 @@
-"""The official release's flat state dict, read into our tree and named again.
+"""The official release's flat state dict, read into our tree and written again.
 
     encoder.model.*                 the encoder            memory_fusion_layer.model.*   the LSA
     decoder.model.*, decoder.lm_head.weight                decoder.base_model.model.*    the decoder under PEFT's LoRA
     alpha_select beta_select alpha_merge beta_merge        the coarse and the fine scalars
 
 The release also stores tensors that nothing computes with: the encoder's and the LSA's vocabulary heads, the LSA's
-embedding table and the semantic_alignment_layer (used only between models of different width). They may be there.
+embedding table and the semantic_alignment_layer (used only between models of different width). Reading, they may be
+there; its own strict loading wants them all, so writing, they always are: as they were read, or ``filled``.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from comi_jax import comi, hf
-from comi_jax import lora as lora_module
+from comi_jax import comi, hf, weights
 from comi_jax.config import Backbone, Compression, ConfigError, Lora
-from comi_jax.params import Tree, flatten, unflatten
+from comi_jax.params import flatten, unflatten
+from comi_jax.weights import Layout, Shape, Source, Tensors, WeightsError
 
 SCALARS = {
     "mig/alpha_coarse": "alpha_select",
@@ -32,61 +34,101 @@ PEFT = "decoder.base_model.model."
 ADAPTER = PEFT + "model.layers.{layer}.self_attn.{target}_proj.lora_{part}.default.weight"
 
 
-def tensor_name(part: str, name: str, lora: bool) -> str:
-    """The official name of Hugging Face tensor ``name`` of our ``part``."""
-    if part != "decoder" or not lora:
-        return PREFIX[part] + name
-    return PEFT + re.sub(r"(self_attn\.[qkvo]_proj)\.", r"\1.base_layer.", name)
+def sources(arch: comi.Architecture) -> dict[str, Source]:
+    """The official tensors that make up each parameter of ``arch``, by flat path."""
+    specs, found = comi.specs(arch), {}
+    adapted = rf"(self_attn\.[{''.join(arch.lora.targets)}]_proj)\."
+
+    def named(part: str, name: str) -> str:
+        if part != "decoder" or not arch.lora.rank:
+            return PREFIX[part] + name
+        return PEFT + re.sub(adapted, r"\1.base_layer.", name)
+
+    for part in PREFIX:
+        under = hf.sources(specs[part], lambda name, part=part: named(part, name))
+        found |= {f"{part}/{path}": source for path, source in under.items()}
+    found |= {path: Source((name,), (), Layout(), stacked=False) for path, name in SCALARS.items()}
+    for path, spec in flatten({"lora": specs.get("lora", {})}).items():
+        _, target, side = path.split("/")
+        names = [ADAPTER.format(layer=i, target=target, part=side.upper()) for i in range(spec.shape[0])]
+        found[path] = Source(tuple(names), spec.shape, Layout(inputs=1), stacked=True)
+    return found
+
+
+def unused(arch: comi.Architecture) -> dict[str, Shape]:
+    """Names and shapes of the tensors in an official file that nothing computes with."""
+    table, width = (arch.backbone.vocab_size, arch.backbone.hidden_size), arch.backbone.hidden_size
+    decoder = PEFT if arch.lora.rank else PREFIX["decoder"]
+    tied = {decoder + "lm_head.weight": table} if arch.backbone.tie_word_embeddings else {}
+    return tied | {
+        "encoder.lm_head.weight": table,
+        "memory_fusion_layer.lm_head.weight": table,
+        "memory_fusion_layer.model.embed_tokens.weight": table,
+        "semantic_alignment_layer.weight": (width, width),
+        "semantic_alignment_layer.bias": (width,),
+    }
+
+
+def filled(name: str, arch: comi.Architecture, arrays: Mapping[str, Any]) -> np.ndarray:
+    """What an unused tensor holds when nothing else is known: the tables of the language model that encoder and LSA
+    were cut from, which the frozen decoder still has; for the alignment layer, the identity."""
+    dtype = arrays["decoder/embed"].dtype
+    if name == "semantic_alignment_layer.weight":
+        return np.eye(arch.backbone.hidden_size, dtype=dtype)
+    if name == "semantic_alignment_layer.bias":
+        return np.zeros(arch.backbone.hidden_size, dtype)
+    if name.endswith("lm_head.weight") and not arch.backbone.tie_word_embeddings:
+        return np.ascontiguousarray(np.asarray(arrays["decoder/head"]).T)
+    return np.asarray(arrays["encoder/embed" if name == "encoder.lm_head.weight" else "decoder/embed"])
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class OfficialTensors(Tensors):
+    """An official file under its present names: older ones say icae. for encoder."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._files_name = {re.sub(r"^icae\.", "encoder.", name): name for name in self.shapes}
+        if len(self._files_name) < len(self.shapes):
+            twice = sorted(set(self.shapes) - set(self._files_name.values()))
+            raise WeightsError(f"{path} has tensors under their old name, icae., and under encoder. too: {twice}")
+        self.shapes = {name: self.shapes[file] for name, file in self._files_name.items()}
+        self.dtypes = {name: self.dtypes[file] for name, file in self._files_name.items()}
+
+    def read(self, name: str, index: weights.Index = ()) -> np.ndarray:
+        return super().read(self._files_name[name], index)
 
 
 def load(
-    path: str | Path, backbone: Backbone, compression: Compression, lora_alpha: float | None = None
+    path: str | Path,
+    backbone: Backbone,
+    compression: Compression,
+    lora_alpha: float | None = None,
+    place: weights.Placement = weights.as_stored,
 ) -> tuple[dict[str, Any], comi.Architecture]:
-    """An official checkpoint as parameters (numpy, in the file's dtypes) and the architecture they belong to.
+    """An official checkpoint as parameters and the architecture they belong to.
 
-    Layer counts and the LoRA rank are read off the tensors; what no tensor holds (``backbone``, the switches, rates and
-    segment size in ``compression``, ``lora_alpha``) is given. Raises WeightsError listing every missing, unexpected or
-    misshapen tensor.
+    Layer counts, the rank and the targets of LoRA are read off the tensors; what no tensor holds (``backbone``, the
+    switches, rates and segment size in ``compression``, ``lora_alpha``) is given. Raises WeightsError listing every
+    missing, unexpected, misshapen or non-finite tensor.
     """
-    tensors = hf.Tensors(path)
-    files = {re.sub(r"^icae\.", "encoder.", name): name for name in tensors.shapes}
-    if len(files) < len(tensors.shapes):
-        twice = sorted(set(tensors.shapes) - set(files.values()))
-        raise hf.WeightsError(f"{path} has tensors under their old name, icae., and under encoder. too: {twice}")
-    have = {name: tensors.shapes[file] for name, file in files.items()}
-    arch = read_architecture(have, backbone, compression, lora_alpha, str(path))
-    specs = comi.specs(arch)
-    want, optional = expected(arch)
-    hf.check_names(want, optional, have, str(path))
-
-    def read(name: str) -> np.ndarray:
-        return tensors.read(files[name])
-
-    params: dict[str, Any] = {
-        part: hf.assemble(specs[part], lambda name, part=part: read(tensor_name(part, name, bool(arch.lora.rank))))
-        for part in PREFIX
-    }
-    params["mig"] = {path.split("/")[1]: read(name).reshape(()) for path, name in SCALARS.items()}
-    if arch.lora.rank:
-        layers = range(backbone.num_hidden_layers)
-        params["lora"] = {
-            target: {
-                part.lower(): np.stack([read(ADAPTER.format(layer=i, target=target, part=part)).T for i in layers])
-                for part in "AB"
-            }
-            for target in lora_module.TARGETS
-        }
-    return params, arch
+    tensors = OfficialTensors(path)
+    arch = read_architecture(tensors.shapes, backbone, compression, lora_alpha, str(path))
+    wanted = sources(arch)
+    weights.check(wanted, unused(arch), tensors, str(path))
+    return unflatten(weights.load(tensors, wanted, place)), arch
 
 
 def read_architecture(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     backbone: Backbone,
     compression: Compression,
     lora_alpha: float | None,
     where: str,
 ) -> comi.Architecture:
-    """The layer counts and the LoRA rank that the tensors show, in ``compression`` and a Lora."""
+    """The layer counts and adapters that the tensors show, in ``compression`` and a Lora."""
 
     def layers(prefix: str) -> int:
         found = [re.match(re.escape(prefix) + r"model\.layers\.(\d+)\.", name) for name in shapes]
@@ -95,58 +137,45 @@ def read_architecture(
     counts = {"encoder_layers": layers(PREFIX["encoder"]), "lsa_layers": layers(PREFIX["lsa"])}
     for field, count in counts.items():
         if not count:
-            raise hf.WeightsError(f"{where} is not an official COMI checkpoint: it has no tensors for {field}")
-    ranks = sorted({shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.default.weight")})
+            raise WeightsError(f"{where} is not an official COMI checkpoint: it has no tensors for {field}")
+    adapters = {name: shape for name, shape in shapes.items() if name.endswith(".lora_A.default.weight")}
+    if not adapters:
+        return comi.Architecture(backbone, dataclasses.replace(compression, **counts))
+    ranks = sorted({shape[0] for shape in adapters.values()})
     if len(ranks) > 1:
-        raise hf.WeightsError(f"{where} has adapters of several ranks {ranks}; one rank for all is implemented")
-    if ranks and lora_alpha is None:
+        raise WeightsError(f"{where} has adapters of several ranks {ranks}; one rank for all is implemented")
+    if lora_alpha is None:
         raise ConfigError(
             f"{where} has LoRA adapters of rank {ranks[0]}; their alpha is not stored in it and must be given"
         )
-    lora = Lora(rank=ranks[0], alpha=float(lora_alpha)) if ranks else Lora()
+    found = {match[1] for name in adapters if (match := re.search(r"\.self_attn\.([qkvo])_proj\.lora_A", name))}
+    targets = tuple(target for target in "qkvo" if target in found)
+    if not targets:
+        raise WeightsError(f"{where} has adapters, but none on q_proj, k_proj, v_proj or o_proj: {sorted(adapters)[0]}")
+    lora = Lora(rank=ranks[0], alpha=float(lora_alpha), targets=targets)
     return comi.Architecture(backbone, dataclasses.replace(compression, **counts), lora)
 
 
-def expected(arch: comi.Architecture) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors that an official checkpoint of ``arch`` must hold, and of those it may hold."""
-    specs, backbone, lora = comi.specs(arch), arch.backbone, bool(arch.lora.rank)
-    want = {
-        tensor_name(part, name, lora): shape
-        for part in PREFIX
-        for names in hf.names_of(specs[part]).values()
-        for name, shape in names
-    }
-    want |= dict.fromkeys(SCALARS.values(), ())
-    for target, pair in specs.get("lora", {}).items():
-        for part in "AB":
-            layers, *shape = pair[part.lower()].shape
-            names = [ADAPTER.format(layer=layer, target=target, part=part) for layer in range(layers)]
-            want |= dict.fromkeys(names, tuple(shape[::-1]))
-    table, width = (backbone.vocab_size, backbone.hidden_size), backbone.hidden_size
-    optional = {
-        "encoder.lm_head.weight": table,
-        "memory_fusion_layer.lm_head.weight": table,
-        "memory_fusion_layer.model.embed_tokens.weight": table,
-        tensor_name("decoder", "lm_head.weight", lora): table,
-        "semantic_alignment_layer.weight": (width, width),
-        "semantic_alignment_layer.bias": (width,),
-    }
-    return want, {name: shape for name, shape in optional.items() if name not in want}
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def tensors(params: Tree, arch: comi.Architecture) -> dict[str, np.ndarray]:
+def writables(
+    params: Mapping[str, Any], arch: comi.Architecture, kept: Tensors | None = None, dtype: Any = None
+) -> Iterator[weights.Writable]:
+    """Every tensor of the official state dict of ``params``, so that the release loads it with strict=True. ``kept``
+    has unused tensors of the file that the model came from; the others are ``filled``."""
+    arrays = flatten(params)
+    yield from weights.writables(sources(arch), arrays, dtype)
+    for name, shape in unused(arch).items():
+        stored = kept is not None and name in kept.shapes
+        width = jnp.dtype(dtype or (kept.dtypes[name] if stored else arrays["decoder/embed"].dtype))
+
+        def make(name: str = name, stored: bool = stored, width: Any = width) -> np.ndarray:
+            return (kept.read(name) if stored else filled(name, arch, arrays)).astype(width, copy=False)
+
+        yield weights.Writable(name, shape, width, make)
+
+
+def tensors(params: Mapping[str, Any], arch: comi.Architecture) -> dict[str, np.ndarray]:
     """``params``, whole or in part (gradients of what is trained, say), under their official names and layouts."""
-    named: dict[str, np.ndarray] = {}
-    for path, array in flatten(params).items():
-        part, _, rest = path.partition("/")
-        if part == "mig":
-            named[SCALARS[path]] = np.asarray(array)
-        elif part == "lora":
-            target, side = rest.split("/")
-            for layer, one in enumerate(np.asarray(array)):
-                name = ADAPTER.format(layer=layer, target=target, part=side.upper())
-                named[name] = np.ascontiguousarray(one.T)
-        else:
-            for name, tensor in hf.disassemble(unflatten({rest: array})).items():
-                named[tensor_name(part, name, bool(arch.lora.rank))] = tensor
-    return named
+    return {one.name: one.make() for one in weights.writables(sources(arch), flatten(params))}

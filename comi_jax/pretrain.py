@@ -85,22 +85,6 @@ def shape(vocab_size: int) -> Backbone:
     )
 
 
-def hf_config(backbone: Backbone, tokenizer: Any) -> dict[str, Any]:
-    """config.json of ``backbone``, as Hugging Face's Qwen2 reads it."""
-    names = (
-        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings",
-    )  # fmt: skip
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        **{name: getattr(backbone, name) for name in names},
-        "hidden_act": "silu",
-        "dtype": "float16",
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
@@ -243,8 +227,10 @@ def pretrain(tokenizer: Any, backbone: Backbone, seed: int, stages: tuple[Stage,
 def save(folder: Path, params: Tree, backbone: Backbone, tokenizer: Any) -> None:
     """A Hugging Face folder, weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
-    hf.save_backbone(folder, jax.tree.map(lambda x: np.asarray(x, np.float16), params), hf_config(backbone, tokenizer))
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = hf.config_values(backbone, torch_dtype="float16", **ends)
+    specs = lm.specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
+    hf.save_backbone(folder, specs, params, config, dtype="float16")
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
 

@@ -1,98 +1,45 @@
 """Train a compressor: ``python -m comi_jax.train --config=NAME [path=value ...]``.
 
-    loss (9) = mean over the answer tokens of a batch of -log p(token | memory, query, answer tokens before it)
-
-The order of a run: settings, data, weights, folder, loop, closing table. The same command goes on where it stopped.
+The update itself is in ``step``. The order of a run: settings, data, weights, folder, loop, closing table. The same
+command goes on where it stopped.
 """
 
 import argparse
 import dataclasses
-import functools
 import sys
 import time
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import comi, evaluate, hf, optim, sharding
+from comi_jax import comi, evaluate, hf, optim, sharding, weights
 from comi_jax import lora as lora_module
 from comi_jax.answer import Comi
-from comi_jax.checkpoint import CheckpointError, Checkpoints, Run, check_folder, load_params, open_run, save_frozen
-from comi_jax.config import Backbone, Config, ConfigError, load
+from comi_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Run,
+    check_folder,
+    frozen_dtype,
+    is_run,
+    load_flat,
+    load_params,
+    open_run,
+    read_run,
+    save_frozen,
+)
+from comi_jax.config import Backbone, Config, ConfigError, load, to_dict
 from comi_jax.data import loader, synthetic
 from comi_jax.data.records import DataError, Record, read_records
 from comi_jax.logs import RunLog
-from comi_jax.params import combine, count, initialize, partition
-
-# --- the step ---------------------------------------------------------------------------------------------------------
-
-
-@no_type_check
-@struct.dataclass
-class TrainState:
-    """All that an update changes. ``trained`` is flat ("encoder/layers/q") and float32."""
-
-    step: Int[Array, ""]
-    trained: dict[str, Array]
-    optimizer: Any
-
-
-def micro_batches(batch: comi.Batch, count: int) -> comi.Batch:
-    """``batch`` with a leading axis of ``count`` micro-batches, each of which has rows of every device: none moves.
-    Questions stay with their context."""
-    contexts = batch.context.shape[0]
-
-    def split(x: Array) -> Array:
-        parts = x.reshape(contexts // count, count, x.shape[0] // contexts, *x.shape[1:]).swapaxes(0, 1)
-        return parts.reshape(count, -1, *x.shape[1:])
-
-    return jax.tree.map(split, batch)
-
-
-def train_step(
-    state: TrainState,
-    frozen: dict[str, Array],
-    batch: comi.Batch,
-    key: Array,
-    *,
-    arch: comi.Architecture,
-    update: optax.GradientTransformation,
-    accumulate: int,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from ``batch``, whose rows are taken in ``accumulate`` micro-batches; equal to one big batch."""
-    micro = micro_batches(batch, accumulate)
-    keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
-
-    def loss_sum(trained, rows, dropout_key):
-        sums = comi.loss(combine(trained, frozen), arch, rows, min(arch.compression.rates), dropout_key)
-        return sums.loss, sums
-
-    def add_micro(total, rows_and_key):
-        (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.trained, *rows_and_key)
-        return jax.tree.map(jnp.add, total, (grads, sums)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    nothing = (jax.tree.map(jnp.zeros_like, state.trained), comi.LossSums(zero, zero, zero))
-    (grads, sums), _ = jax.lax.scan(add_micro, nothing, (micro, keys))
-    grads = jax.tree.map(lambda g: g / sums.tokens, grads)
-    # optax raises Python floats to int32 counters, which the tests' strict promotion refuses.
-    with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
-        updates, optimizer = update.update(grads, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-    metrics = {
-        "loss": sums.loss / sums.tokens,
-        "accuracy": sums.correct / sums.tokens,
-        "gradient_norm": optax.tree.norm(grads),
-    }
-    return TrainState(state.step + 1, trained, optimizer), metrics
-
+from comi_jax.params import count, flatten, initialize, partition
+from comi_jax.step import CompiledStep, TrainState
 
 # --- what a run starts from -------------------------------------------------------------------------------------------
 
@@ -112,13 +59,42 @@ def backbone_folder(config: Config) -> Path:
     return Path(config.model.path)
 
 
+def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[int, ...]]:
+    """Backbone, tokenizer and stop tokens of the language model, or of the COMI checkpoint, in ``folder``."""
+    if is_run(folder):
+        start = read_run(folder)
+        check_same_parts(start, config, folder)
+        backbone, words, known = start.backbone, folder / "tokenizer", start.stop
+    else:
+        backbone, words, known = hf.read_config(folder), folder, hf.stop_tokens(folder)
+    tokenizer = hf.load_tokenizer(config.model.tokenizer or words)
+    if len(tokenizer) > backbone.vocab_size:
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
+    stop = {tokenizer.eos_token_id} | set(() if config.model.tokenizer else known)
+    return backbone, tokenizer, tuple(sorted(stop))
+
+
+def check_same_parts(start: Run, config: Config, folder: Path) -> None:
+    """Refuse to start from a COMI checkpoint whose weights are not of the shapes that ``config`` asks for."""
+    names = ("compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets")
+    there, here = (flatten(to_dict(c)) for c in (start.config, config))
+    other = [name for name in names if there[name.replace(".", "/")] != here[name.replace(".", "/")]]
+    if not start.config.lora.rank and not config.lora.rank:
+        other = [name for name in other if not name.startswith("lora.")]
+    if other:
+        values = (there[name.replace(".", "/")] for name in other)
+        texts = (",".join(map(str, value)) if isinstance(value, list) else value for value in values)
+        words = (f"{name}={text}" for name, text in zip(other, texts, strict=True))
+        raise ConfigError(f"the COMI checkpoint in {folder} has other parts than this run; pass {' '.join(words)}")
+
+
 def read_data(names: tuple[str, ...], split: str, config: Config, console: Console) -> list[Record]:
     """The records of JSON Lines files, or generated ones for the name "synthetic"."""
     if names == ("synthetic",):
         setting = "synthetic_examples" if split == "train" else "eval_examples"
         made = getattr(config.data, setting)
         if made < 1:
-            raise ConfigError(f"data.{setting} is {made}; it says how many records \"synthetic\" makes")
+            raise ConfigError(f'data.{setting} is {made}; it says how many records "synthetic" makes')
         return synthetic.records(split, made, seed=config.train.seed)
     records, report = read_records(names, skip_bad=config.data.skip_bad_records)
     if report.skipped:
@@ -127,12 +103,22 @@ def read_data(names: tuple[str, ...], split: str, config: Config, console: Conso
     return records if split == "train" or not config.data.eval_examples else records[: config.data.eval_examples]
 
 
-def initial_params(config: Config, run: Run, folder: Path) -> dict[str, Any]:
-    """A fresh model around the pretrained language model in ``folder``; adapters, if any, at random."""
+def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Array]:
+    """A model to start from, by flat path and on its devices: from the COMI checkpoint in ``folder``, or fresh around
+    the language model in it, with adapters, if any, at random."""
     arch = run.architecture
-    params = comi.from_backbone(hf.load_backbone(folder, run.backbone), arch)
+    placed = sharding.parameters(comi.specs(arch), mesh)
+
+    def place(path: str) -> tuple[str, Any]:
+        return ("float32" if comi.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
+
+    if is_run(folder):
+        return load_flat(folder, arch, place)
+    params = hf.load_parts(folder, run.backbone, comi.parts_of_backbone(arch), place)
+    params |= {f"mig/{name}": jnp.float32(getattr(arch.compression, name)) for name in comi.SCALARS}
     if arch.lora.rank:
-        params["lora"] = initialize(lora_module.specs(run.backbone, arch.lora), jax.random.key(config.train.seed))
+        adapters = lora_module.specs(run.backbone, arch.lora)
+        params |= flatten({"lora": initialize(adapters, jax.random.key(run.config.train.seed))})
     return params
 
 
@@ -155,7 +141,7 @@ def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, l
 
 
 def initial_state(
-    run: Run, params: dict[str, Any], update: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    run: Run, params: dict[str, Array], update: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, dict[str, Array]]:
     """``params`` on the devices: what is trained in float32 with its optimizer state, and the frozen rest, flat."""
     arch = run.architecture
@@ -168,7 +154,7 @@ def initial_state(
     return jax.tree.map(lambda x: jax.device_put(x, sharding.like(x, mesh)), state), frozen
 
 
-def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Example], title: str, console: Console):
+def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.Example], title: str, console: Console):
     """Train ``params`` until the run's last step, from its newest checkpoint if it has one; leaves a checkpoint."""
     config, settings = run.config, run.config.train
     mesh, shapes = plan(run, examples)
@@ -186,11 +172,7 @@ def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Ex
     else:
         save_frozen(output, frozen)
     describe(state, frozen, config, shapes, title, console)
-    step_fn = jax.jit(
-        functools.partial(train_step, arch=run.architecture, update=update, accumulate=config.optimizer.accumulate),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    )
+    step_fn = CompiledStep(run.architecture, update, config.optimizer.accumulate)
     key, rate = jax.random.key(settings.seed), optim.schedule(config.optimizer, settings.steps)
     meter = Meter()
     with RunLog(output, title, settings.steps, done, console) as log:
@@ -208,11 +190,6 @@ def fit(run: Run, output: Path, params: dict[str, Any], examples: list[loader.Ex
             meter.add(settings.steps + 1, {}, None)
             log.write(settings.steps, meter.read(float(rate(settings.steps - 1))))
     checkpoints.close()
-
-
-def frozen_dtype(path: str, arch: comi.Architecture) -> str:
-    """Frozen weights are kept in the model's dtype, COMI's scalars in float32."""
-    return "float32" if path.startswith("mig/") else arch.dtype
 
 
 class Meter:
@@ -273,11 +250,7 @@ def run(config: Config, console: Console) -> None:
             "data.train is not set; pass data.train=FILE.jsonl (several separated by commas, .gz allowed)"
         )
     folder, output = backbone_folder(config), Path(config.train.output or f"runs/{config.name}")
-    backbone = hf.read_config(folder)
-    tokenizer = hf.load_tokenizer(config.model.tokenizer or folder)
-    if len(tokenizer) > backbone.vocab_size:
-        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
-    stop = {tokenizer.eos_token_id} | set(() if config.model.tokenizer else hf.stop_tokens(folder))
+    backbone, tokenizer, stop = starting_point(config, folder)
     records = read_data(config.data.train, "train", config, console)
     examples, report = loader.encode(records, tokenizer, config.data)
     console.print(f"training data: {report}", highlight=False)
@@ -287,12 +260,12 @@ def run(config: Config, console: Console) -> None:
     if config.train.compare_mean_pooling:
         plain = dataclasses.replace(config.compression, coarse=False, fine=False)
         variants["mean-pooling"] = (dataclasses.replace(config, compression=plain), output / "mean_pooling")
-    runs = {title: Run(settings, backbone, tuple(sorted(stop))) for title, (settings, _) in variants.items()}
+    runs = {title: Run(settings, backbone, stop) for title, (settings, _) in variants.items()}
     for title, (_, place) in variants.items():
-        plan(runs[title], examples)
+        mesh, _ = plan(runs[title], examples)
         check_folder(place, runs[title])
-    for title, (settings, place) in variants.items():
-        params = initial_params(settings, runs[title], folder)
+    for title, (_, place) in variants.items():
+        params = initial_params(runs[title], folder, mesh)
         open_run(place, runs[title], tokenizer)
         fit(runs[title], place, params, examples, title, console)
         console.print(f"{title}: checkpoint in {place}", highlight=False)
@@ -335,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
     try:
         run(load(options.config, overrides), console)
-    except (ConfigError, DataError, loader.LengthError, CheckpointError, hf.WeightsError) as error:
+    except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from comi_jax import checkpoint, comi, hf, sharding
 from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
 from comi_jax.params import flatten, partition
-from comi_jax.train import TrainState
+from comi_jax.step import TrainState
 
 TOKENIZER = train_fixtures.tokenizer()
 CONFIG = Config(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax import backbone as lm
 from comi_jax import comi
 from comi_jax.params import flatten
 
@@ -273,20 +272,6 @@ def test_per_head_norms_and_tied_embeddings_of_the_decoder_stay_frozen():
     arch = tiny_models.architecture("qwen3")
     trained = {p for p in flatten(comi.specs(arch)) if p.startswith("decoder/") and comi.is_trained(p, arch)}
     assert trained == {f"decoder/layers/{name}" for name in "qkvo"}
-
-
-@pytest.mark.parametrize("kind", tiny_models.BACKBONES)
-def test_a_fresh_model_is_cut_from_one_language_model(kind):
-    arch = tiny_models.architecture(kind)
-    weights = tiny_models.shaken(lm.specs(arch.backbone, 3, embed=True, head=True))
-    fresh = flatten(comi.from_backbone(weights, arch))
-    want = flatten(comi.specs(arch))
-    assert {p: np.shape(x) for p, x in fresh.items()} == {p: spec.shape for p, spec in want.items()}
-    np.testing.assert_array_equal(fresh["encoder/layers/down"], weights["layers"]["down"][:2])
-    np.testing.assert_array_equal(fresh["lsa/layers/o"], weights["layers"]["o"][:1])
-    np.testing.assert_array_equal(fresh["decoder/layers/q"], weights["layers"]["q"])
-    np.testing.assert_array_equal(fresh["encoder/embed"], weights["embed"])
-    assert fresh["mig/beta_fine"] == arch.compression.beta_fine
 
 
 def test_without_the_lsa_memory_is_what_was_merged(params):

@@ -12,7 +12,7 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 
 from comi_jax import backbone as lm
-from comi_jax import hf
+from comi_jax import comi, hf, weights
 from comi_jax.config import ConfigError, Llama3Rope
 from comi_jax.params import flatten
 
@@ -38,6 +38,10 @@ def folders(tmp_path_factory):
 def logits(params, ids, backbone):
     states, _ = lm.forward(params, lm.embed_tokens(params, ids, jnp.float32), backbone)
     return lm.logits(params, states)
+
+
+def specs_of(backbone):
+    return lm.specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
 
 
 def config_of(folder):
@@ -216,7 +220,8 @@ def test_a_folder_computes_what_transformers_computes(kind, dtype, shard, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_and_out_again_is_byte_identical(kind, folders, tmp_path):
     folder, _ = folders(kind)
-    hf.save_backbone(tmp_path, hf.load_backbone(folder, hf.read_config(folder)), config_of(folder))
+    specs = specs_of(tiny_models.BACKBONES[kind])
+    hf.save_backbone(tmp_path, specs, hf.load_backbone(folder, hf.read_config(folder)), config_of(folder))
     theirs, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
@@ -237,6 +242,18 @@ def copy(folders, tmp_path):
         return tmp_path, tensors, lambda: save_file(tensors, path, metadata={"format": "pt"})
 
     return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_model_is_cut_from_one_language_model(kind, folders):
+    folder, _ = folders(kind)
+    arch = tiny_models.architecture(kind)
+    fresh = hf.load_parts(folder, arch.backbone, comi.parts_of_backbone(arch))
+    want = {path: spec.shape for path, spec in flatten(comi.specs(arch)).items() if not path.startswith("mig/")}
+    assert {path: x.shape for path, x in fresh.items()} == want
+    whole = flatten(hf.load_backbone(folder, arch.backbone))
+    for path, array in fresh.items():
+        np.testing.assert_array_equal(array, whole[path.partition("/")[2]][: len(array)], err_msg=path)
 
 
 def load(folder):
@@ -263,7 +280,7 @@ def test_every_tensor_that_does_not_fit_is_listed(copy):
     tensors["model.layers.2.self_attn.q_proj.weight"] = np.zeros((32, 31), np.float32)
     tensors["model.norm.weight"] = np.zeros((32, 1), np.float32)
     write()
-    with pytest.raises(hf.WeightsError) as error:
+    with pytest.raises(weights.WeightsError) as error:
         load(folder)
     message = str(error.value)
     assert message.count("\n") == 6 and "6 problem(s)" in message
@@ -282,13 +299,13 @@ def test_a_truncated_file_is_refused(copy):
     folder, _, _ = copy("llama2")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(hf.WeightsError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(weights.WeightsError, match="model.safetensors cannot be read as safetensors"):
         load(folder)
     path.write_bytes(b"")
-    with pytest.raises(hf.WeightsError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(weights.WeightsError, match="model.safetensors cannot be read as safetensors"):
         load(folder)
     path.unlink()
-    with pytest.raises(hf.WeightsError, match="neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(weights.WeightsError, match="has none of model.safetensors.index.json, model.safetensors, "):
         load(folder)
 
 
@@ -303,7 +320,9 @@ def sharded(folders, tmp_path):
 def test_a_missing_shard_is_refused(sharded):
     folder, _, index = sharded
     (folder / index["weight_map"]["model.norm.weight"]).unlink()
-    with pytest.raises(hf.WeightsError, match=f"{index['weight_map']['model.norm.weight']} cannot be read"):
+    with pytest.raises(
+        weights.WeightsError, match=f"files that are not there: {index['weight_map']['model.norm.weight']}"
+    ):
         load(folder)
 
 
@@ -314,7 +333,7 @@ def test_an_index_that_names_files_outside_is_refused(sharded, name):
     folder, path, index = sharded
     index["weight_map"]["model.norm.weight"] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(hf.WeightsError, match="outside its own folder"):
+    with pytest.raises(weights.WeightsError, match="outside its own folder"):
         load(folder)
 
 
@@ -322,7 +341,7 @@ def test_an_index_that_names_files_outside_is_refused(sharded, name):
 def test_an_index_that_is_none_is_refused(sharded, text):
     folder, path, _ = sharded
     path.write_text(text)
-    with pytest.raises(hf.WeightsError, match="is not an index of safetensors files"):
+    with pytest.raises(weights.WeightsError, match="is not an index of weight files"):
         load(folder)
 
 
@@ -331,9 +350,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(sharded):
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
     assert index["weight_map"]["lm_head.weight"] != index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(hf.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+    with pytest.raises(weights.WeightsError, match="does not list what its files hold.*model.norm.weight"):
         load(folder)
     del index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(hf.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+    with pytest.raises(weights.WeightsError, match="does not list what its files hold.*model.norm.weight"):
         load(folder)

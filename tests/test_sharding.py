@@ -11,11 +11,12 @@ import train_fixtures
 from jax.sharding import AxisType, PartitionSpec
 
 from comi_jax import backbone as lm
-from comi_jax import comi, sharding, train
+from comi_jax import comi, sharding
 from comi_jax.config import Compression, ConfigError, Data, Mesh
 from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.params import ParamSpec, partition
+from comi_jax.step import TrainState, micro_batches, train_step
 
 ARCH = comi.Architecture(
     train_fixtures.backbone(num_hidden_layers=1),
@@ -83,7 +84,7 @@ def start():
 
 def test_micro_batches_leave_every_row_on_its_device(start):
     batch = sharding.put_batch(start[1], sharding.make_mesh(Mesh()))
-    split = jax.jit(functools.partial(train.micro_batches, count=2)).lower(batch).compile()
+    split = jax.jit(functools.partial(micro_batches, count=2)).lower(batch).compile()
     assert not [name for name in ("all-gather", "all-to-all", "collective-permute") if name in split.as_text()]
     answers = split(batch).answer
     assert answers.shape[:2] == (2, 4)
@@ -104,8 +105,8 @@ def step(start, mesh, accumulate):
         for part in partition(params, lambda path: comi.is_trained(path, ARCH))
     )
     update = optax.sgd(1.0)
-    state = train.TrainState(jnp.int32(0), trained, update.init(trained))
-    function = jax.jit(functools.partial(train.train_step, arch=ARCH, update=update, accumulate=accumulate))
+    state = TrainState(jnp.int32(0), trained, update.init(trained))
+    function = jax.jit(functools.partial(train_step, arch=ARCH, update=update, accumulate=accumulate))
     new, metrics = function(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
     change = {path: np.asarray(new.trained[path]) - np.asarray(x) for path, x in trained.items()}
     return {name: float(value) for name, value in metrics.items()}, change

@@ -50,10 +50,10 @@ def language_model(folder, **changes):
     """``folder`` as Hugging Face would have it: config.json, model.safetensors and the tokenizer."""
     shape = backbone(**changes)
     folder.mkdir(parents=True)
-    weights = tiny_models.shaken(backbone_module.specs(shape, shape.num_hidden_layers, embed=True, head=True))
+    specs = backbone_module.specs(shape, shape.num_hidden_layers, embed=True, head=True)
     names = set(hf.READ) & set(Backbone.__dataclass_fields__)
     config = {name: getattr(shape, name) for name in names} | {"eos_token_id": 2, "hidden_act": "silu"}
-    hf.save_backbone(folder, weights, config)
+    hf.save_backbone(folder, specs, tiny_models.shaken(specs), config)
     tokenizer().save_pretrained(folder)
     return folder
 

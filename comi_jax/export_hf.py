@@ -1,0 +1,163 @@
+"""A COMI checkpoint as three folders that plain transformers and serving engines load, without any code of ours.
+
+    decoder/   the causal LM that answers, adapters merged, with tokenizer and generation config
+    encoder/   the model that reads [context; question]        lsa/   the model that aligns merged vectors
+    comi.json  what happens between them: rates, scalars, switches, token conventions
+    README.md  model card
+
+``launch/replay_pytorch.py`` puts the three together again in PyTorch.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from comi_jax import comi, hf, weights
+from comi_jax import lora as lora_module
+from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run
+from comi_jax.config import Lora
+from comi_jax.params import flatten, unflatten
+
+DTYPES = ("float32", "float16", "bfloat16")
+SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy", "lsa")
+
+
+def export_hf(
+    checkpoint: str | Path, output: str | Path, dtype: str = "", shard_bytes: int = weights.SHARD_BYTES
+) -> dict[str, int]:
+    """Write the COMI checkpoint into the new folder ``output``. ``dtype`` is one of DTYPES; empty: as it came for an
+    imported model, the model's dtype for a trained one. Returns the bytes of each part's weights."""
+    check_new(output)
+    run, output = read_run(checkpoint), Path(output)
+    tokenizer = hf.load_tokenizer(Path(checkpoint) / "tokenizer")
+    arch, flat = merged(run.architecture, load_flat(checkpoint, run.architecture))
+    kept = dtype_of(run, dtype)
+    params = unflatten(flat)
+    params["lsa"]["embed"] = params["decoder"]["embed"]  # never read: the LSA is given vectors
+    written = {}
+    for part, layers in (
+        ("decoder", arch.backbone.num_hidden_layers),
+        ("encoder", arch.compression.encoder_layers),
+        ("lsa", arch.compression.lsa_layers),
+    ):
+        written[part] = _save_part(output / part, part, layers, params[part], run, tokenizer, kept, shard_bytes)
+    tokenizer.save_pretrained(output / "decoder")
+    ends = {"eos_token_id": list(run.stop), "do_sample": False} | _special(tokenizer)
+    _write_json(output / "decoder" / "generation_config.json", ends)
+    _write_json(output / "comi.json", protocol(run, arch, params["mig"]))
+    (output / "README.md").write_text(card(run, arch, results_of(checkpoint)), encoding="utf-8")
+    return written
+
+
+def _save_part(
+    folder: Path, part: str, layers: int, tree: Any, run: Run, tokenizer: Any, dtype: str | None, shard_bytes: int
+) -> int:
+    folder.mkdir(parents=True)
+    head = part == "decoder"
+    backbone = dataclasses.replace(run.backbone, num_hidden_layers=layers)
+    specs = hf.lm_specs(backbone, layers, embed=True, head=head)
+    stored = dtype or str(tree["embed"].dtype)
+    more = _special(tokenizer) if head else {}
+    values = hf.config_values(backbone, head=head, torch_dtype=stored, eos_token_id=list(run.stop), **more)
+    return hf.save_backbone(folder, specs, tree, values, dtype, base=not head, shard_bytes=shard_bytes)
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+    names = ("bos_token_id", "pad_token_id")
+    return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
+
+
+def merged(arch: comi.Architecture, flat: Mapping[str, Any]) -> tuple[comi.Architecture, dict[str, Any]]:
+    """The same model with its adapters merged into the decoder's projections."""
+    if not arch.lora.rank:
+        return arch, dict(flat)
+    params = unflatten(flat)
+    params["decoder"]["layers"] = lora_module.merge(params["decoder"]["layers"], params.pop("lora"), arch.lora)
+    return dataclasses.replace(arch, lora=Lora()), flatten(params)
+
+
+def dtype_of(run: Run, dtype: str) -> str | None:
+    """The dtype that weights are written in; None: each in its own. A trained run keeps float32 masters of what it
+    trains, which are written in the dtype of everything else."""
+    if dtype and dtype not in DTYPES:
+        raise CheckpointError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    return dtype or (None if run.imported else run.config.model.dtype)
+
+
+def protocol(run: Run, arch: comi.Architecture, scalars: Mapping[str, Any]) -> dict[str, Any]:
+    """comi.json: everything about the computation that the weights do not say."""
+    compression = arch.compression
+    return {
+        "format": 1,
+        "rates": list(compression.rates),
+        "segment_size": compression.segment_size,
+        "scalars": {name: float(jnp.asarray(scalars[name])) for name in comi.SCALARS},
+        "switches": {name: getattr(compression, name) for name in SWITCHES},
+        "compression_dtype": "float32",
+        "tokens": {
+            "encoder_input": "[context; question]",
+            "decoder_input": "[memory; question]",
+            "special_tokens": "none are added to context, question or answer; no chat template, no separators",
+            "stop": list(run.stop),
+        },
+        "generation": {"method": "greedy", **dataclasses.asdict(run.config.generation)},
+    }
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+
+def results_of(checkpoint: str | Path) -> dict[str, Any]:
+    """The summaries that training or ``comi_jax.evaluate`` left beside the checkpoint, by system."""
+    for path in (Path(checkpoint) / "evaluation" / "results.json", Path(checkpoint) / "results.json"):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; mend or remove it") from None
+        return found
+    return {}
+
+
+def card(run: Run, arch: comi.Architecture, results: Mapping[str, Any]) -> str:
+    """README.md of an exported model."""
+    backbone, compression = run.backbone, arch.compression
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [context-compression, comi, comi_jax]",
+        "---",
+        "",
+        "# COMI context compressor",
+        "",
+        f"A {backbone.model_type} model of {backbone.num_hidden_layers} layers and width {backbone.hidden_size} that "
+        f"answers from compressed contexts: {compression.encoder_layers} encoder layers, {compression.lsa_layers} "
+        f"alignment layer(s), rates {', '.join(map(str, compression.rates))}, segments of {compression.segment_size:,} "
+        "tokens. Method: COMI, arXiv 2602.01719.",
+        "",
+        "`decoder/` is a causal LM; `encoder/` and `lsa/` load with `AutoModel`. `comi.json` says what is computed "
+        "between them. The decoder reads prompt embeddings `[memory; embedded question]`.",
+        "",
+    ]
+    if not results:
+        return "\n".join([*lines, "No measured results came with this checkpoint."]) + "\n"
+    lines += ["| system | n | em | f1_max | rougeL | ratio | decoding |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for title, row in results.items():
+        scores = (_score(row["metrics"].get(name)) for name in ("em", "f1_max", "rougeL"))
+        ratio = f"{row['ratio']:.1f}" if row["ratio"] else "-"
+        how = ", ".join(f"{name} {value}" for name, value in row["decoding"].items())
+        lines.append(f"| {' | '.join([title, str(row['n']), *scores, ratio, how])} |")
+    return "\n".join([*lines, "", "95 % bootstrap intervals in brackets."]) + "\n"
+
+
+def _score(value: Mapping[str, float] | None) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value else "-"

@@ -1,0 +1,177 @@
+"""What a folder or file of weights is: its architecture, parameters by part, dtypes, and what is missing."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from comi_jax import comi, hf, official
+from comi_jax.checkpoint import CheckpointError, is_run, newest, read_run, stored_arrays
+from comi_jax.config import Backbone
+from comi_jax.params import flatten
+from comi_jax.weights import Shape, Tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The arrays of one part of a model."""
+
+    name: str
+    arrays: int
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What ``inspect`` found."""
+
+    kind: str
+    architecture: str
+    parts: tuple[Part, ...]
+    missing: tuple[str, ...]  # what the kind needs and is not there
+    notes: tuple[str, ...] = ()
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Say what ``path`` is. Raises WeightsError, ConfigError or CheckpointError for what cannot be read."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if path.is_dir() and is_run(path):
+        return _run(path)
+    if (path / "comi.json").is_file():
+        return _export(path)
+    if (path / "config.json").is_file():
+        return _language_model(path)
+    tensors = Tensors(path)
+    if any(name.startswith(("memory_fusion_layer.", "icae.")) for name in tensors.shapes):
+        return _official(path)
+    return Inspection(
+        f"weights without a config.json ({tensors.path.name})",
+        "unknown: put the file beside its config.json",
+        (_part("tensors", {name: (tensors.shapes[name], tensors.dtypes[name]) for name in tensors.shapes}),),
+        ("config.json",),
+    )
+
+
+def describe(backbone: Backbone) -> str:
+    """``backbone`` in a line."""
+    queries, keys = backbone.num_attention_heads, backbone.num_key_value_heads
+    tied = ", tied embeddings" if backbone.tie_word_embeddings else ""
+    return (
+        f"{backbone.model_type}: {backbone.num_hidden_layers} layers, width {backbone.hidden_size}, {queries} heads "
+        f"over {keys} key/value heads of {backbone.head_dim}, feed-forward {backbone.intermediate_size}, vocabulary "
+        f"{backbone.vocab_size:,}{tied}"
+    )
+
+
+def _part(name: str, arrays: Mapping[str, tuple[Shape, str]]) -> Part:
+    sizes = {key: math.prod(shape) for key, (shape, _) in arrays.items()}
+    held = sum(sizes[key] * jnp.dtype(dtype).itemsize for key, (_, dtype) in arrays.items())
+    return Part(name, len(arrays), sum(sizes.values()), held, tuple(sorted({dtype for _, dtype in arrays.values()})))
+
+
+def _by_part(arrays: Mapping[str, tuple[Shape, str]], part_of: Any) -> tuple[Part, ...]:
+    grouped: dict[str, dict[str, tuple[Shape, str]]] = {}
+    for name, value in arrays.items():
+        grouped.setdefault(part_of(name), {})[name] = value
+    return tuple(_part(name, held) for name, held in grouped.items())
+
+
+def _run(path: Path) -> Inspection:
+    run = read_run(path)
+    arch, step = run.architecture, newest(path)
+    origin = "no checkpoint" if step is None else "imported" if run.imported else f"after {step} updates"
+    compression, lora = arch.compression, arch.lora
+    words = (
+        f"{describe(run.backbone)}; {compression.encoder_layers} encoder and {compression.lsa_layers} LSA layers, "
+        f"rates {', '.join(map(str, compression.rates))}, segments of {compression.segment_size:,}"
+    )
+    if lora.rank:
+        words += f", LoRA of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}"
+    arrays: dict[str, tuple[Shape, str]] = {}
+    missing = ["a complete checkpoint"] if step is None else []
+    if step is not None:
+        for stored in stored_arrays(path, step):
+            arrays |= {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in stored.items()}
+        wanted = {name: tuple(spec.shape) for name, spec in flatten(comi.specs(arch)).items()}
+        missing += [f"{name} {shape}" for name, shape in wanted.items() if name not in arrays]
+        wrong = [name for name, shape in wanted.items() if name in arrays and arrays[name][0] != shape]
+        missing += [f"{name} {wanted[name]} (it is {arrays[name][0]})" for name in wrong]
+    if not (path / "tokenizer").is_dir():
+        missing.append("tokenizer/")
+    parts = _by_part(arrays, lambda name: name.split("/")[0])
+    return Inspection(f"COMI checkpoint of config {run.config.name!r}, {origin}", words, parts, tuple(missing))
+
+
+def _language_model(path: Path) -> Inspection:
+    backbone = hf.read_config(path)
+    tensors, base = Tensors(path), hf.is_base(path)
+    rename = (lambda name: name.removeprefix("model.")) if base else (lambda name: name)
+    specs = hf.lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=not base)
+    wanted = {n: s for source in hf.sources(specs, rename).values() for n, s in source.expected().items()}
+    held = {name: (tensors.shapes[name], tensors.dtypes[name]) for name in tensors.shapes}
+    kind = "Hugging Face model without a head" if base else "Hugging Face causal language model"
+    try:
+        hf.stop_tokens(path)
+        notes: tuple[str, ...] = ()
+    except ValueError as error:
+        notes = (str(error),)
+
+    def part_of(name: str) -> str:
+        if re.search(r"(^|\.)layers\.", name):
+            return "layers"
+        return "embeddings and head" if re.search("embed_tokens|lm_head", name) else "other"
+
+    return Inspection(kind, describe(backbone), _by_part(held, part_of), _missing(wanted, tensors), notes)
+
+
+def _official(path: Path) -> Inspection:
+    tensors = official.OfficialTensors(path)
+    shapes = tensors.shapes
+    layers = {prefix: 1 + max((int(m[1]) for n in shapes if (m := _layer(prefix, n))), default=-1) for prefix in
+              official.PREFIX.values()}  # fmt: skip
+    table = shapes.get("encoder.model.embed_tokens.weight", (0, 0))
+    ranks = sorted({shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.default.weight")})
+    words = (
+        f"width {table[1]}, vocabulary {table[0]:,}; {layers['encoder.']} encoder, "
+        f"{layers['memory_fusion_layer.']} LSA and {layers['decoder.']} decoder layers; "
+        f"{f'LoRA of rank {ranks[0]}' if ranks else 'no LoRA'}"
+    )
+    held = {name: (shapes[name], tensors.dtypes[name]) for name in shapes}
+    missing = [name for name in official.SCALARS.values() if name not in shapes]
+    missing += [f"{prefix}model.layers.*" for prefix, count in layers.items() if not count]
+    parts = _by_part(held, lambda name: name.split(".")[0] if "." in name else "scalars")
+    note = "backbone, rates, segment size and the alpha of LoRA are not stored in such a file: import-official is told"
+    return Inspection("official COMI state dict", words, parts, tuple(missing), (note,))
+
+
+def _layer(prefix: str, name: str) -> re.Match[str] | None:
+    return re.match(re.escape(prefix) + r"(?:base_model\.model\.)?model\.layers\.(\d+)\.", name)
+
+
+def _missing(wanted: Mapping[str, Shape], tensors: Tensors) -> tuple[str, ...]:
+    found = [f"{name} {shape}" for name, shape in wanted.items() if name not in tensors.shapes]
+    wrong = [name for name, shape in wanted.items() if tensors.shapes.get(name, shape) != shape]
+    return tuple(found + [f"{name} {wanted[name]} (it is {tensors.shapes[name]})" for name in wrong])
+
+
+def _export(path: Path) -> Inspection:
+    parts, missing, words = [], [], ""
+    for name in ("decoder", "encoder", "lsa"):
+        if not (path / name).is_dir():
+            missing.append(f"{name}/")
+            continue
+        found = _language_model(path / name)
+        words = words or found.architecture
+        total = [sum(getattr(part, field) for part in found.parts) for field in ("arrays", "parameters", "bytes")]
+        dtypes = tuple(sorted({dtype for part in found.parts for dtype in part.dtypes}))
+        parts.append(Part(name, *total, dtypes))
+        missing += [f"{name}/{one}" for one in found.missing]
+    return Inspection("COMI exported for Hugging Face", words, tuple(parts), tuple(missing))

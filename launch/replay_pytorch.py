@@ -1,0 +1,133 @@
+"""COMI in plain PyTorch, from the folders that ``python -m comi_jax.convert export-hf`` writes.
+
+    python launch/replay_pytorch.py EXPORTED --context=FILE --question=TEXT [--rate=16]
+
+Needs torch and transformers, nothing of comi_jax. It is also the documentation of the method for PyTorch users: the
+encoder reads [context; question], the context's states are merged into memory vectors, the LSA aligns them, and the
+decoder answers from [memory; embedded question]. Numbers in parentheses are the paper's equations (arXiv 2602.01719).
+"""
+
+import argparse
+import json
+import types
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+def load(folder, dtype="auto"):
+    """The three models, the tokenizer and what comi.json says."""
+    folder = Path(folder)
+    return types.SimpleNamespace(
+        **json.loads((folder / "comi.json").read_text()),
+        # AutoTokenizer would put the own word splitting of some architectures in the place of what tokenizer.json says.
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "decoder"),
+        encoder=AutoModel.from_pretrained(folder / "encoder", dtype=dtype).eval(),
+        aligner=AutoModel.from_pretrained(folder / "lsa", dtype=dtype).eval(),
+        decoder=AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=dtype).eval(),
+    )
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def redundancy(units):
+    """The largest cosine of each vector to another one; 0 for one alone."""
+    if len(units) < 2:
+        return units.new_zeros(len(units))
+    return (units @ units.T).fill_diagonal_(-torch.inf).max(dim=1).values
+
+
+def gain(relevance, units, alpha, beta, use_redundancy):
+    """(1) Marginal information gain."""
+    return alpha * relevance - beta * redundancy(units) * use_redundancy
+
+
+def group_sizes(relevance, units, rate, model):
+    """(4)-(6) A size for each of ceil(n / rate) groups; they sum to n."""
+    n, scalars = len(units), model.scalars
+    if not model.switches["coarse"]:
+        groups = max(1, round(n / rate))
+        return [n // groups + (i < n % groups) for i in range(groups)]
+    chosen = [first + int(part.argmax()) for first, part in zip(range(0, n, rate), relevance.split(rate), strict=True)]
+    if len(chosen) == 1:
+        return [n]
+    gains = gain(
+        relevance[chosen],
+        units[chosen],
+        scalars["alpha_coarse"],
+        scalars["beta_coarse"],
+        model.switches["coarse_redundancy"],
+    )
+    quota = n * torch.softmax(-gains, dim=0)
+    sizes = quota.floor().long()
+    largest_fraction_first = torch.argsort(-(quota - sizes), stable=True)
+    sizes[largest_fraction_first[: n - int(sizes.sum())]] += 1
+    return sizes.tolist()
+
+
+def compress(states, query, rate, model):
+    """Context states [n, d] and the query vector [d] to memory vectors, one for each group that is not empty."""
+    states, query = states.float(), query.float()
+    units = unit(states)
+    relevance = units @ unit(query)
+    sizes = [size for size in group_sizes(relevance, units, rate, model) if size]
+    memory = []
+    for group in torch.arange(len(states)).split(sizes):
+        gains = gain(
+            relevance[group],
+            units[group],
+            model.scalars["alpha_fine"],
+            model.scalars["beta_fine"],
+            model.switches["fine_redundancy"],
+        )
+        weights = torch.softmax(gains if model.switches["fine"] else torch.zeros_like(gains), dim=0)
+        memory.append(weights @ states[group])  # (7), (8)
+    return torch.stack(memory)
+
+
+@torch.no_grad()
+def remember(model, context_ids, question_ids, rate):
+    """Token ids to the memory that the decoder reads, segment by segment."""
+    memory = []
+    for segment in context_ids.split(model.segment_size):
+        states = model.encoder(torch.cat([segment, question_ids])[None]).last_hidden_state[0]
+        query = states[len(segment) :].float().mean(dim=0)  # (3)
+        vectors = compress(states[: len(segment)], query, rate, model).to(states.dtype)
+        if model.switches["lsa"]:
+            vectors = model.aligner(inputs_embeds=vectors[None]).last_hidden_state[0]
+        memory.append(vectors)
+    return torch.cat(memory)
+
+
+@torch.no_grad()
+def answer(model, context, question, rate=None, max_new_tokens=None):
+    """The greedy answer's token ids, and the memory it was read from."""
+    context_ids, question_ids = (
+        torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids) for text in (context, question)
+    )
+    memory = remember(model, context_ids, question_ids, rate or model.rates[0])
+    embedded = model.decoder.get_input_embeddings()(question_ids)
+    prompt = torch.cat([memory.to(embedded.dtype), embedded])[None]
+    length = max_new_tokens or model.generation["max_new_tokens"]
+    out = model.decoder.generate(inputs_embeds=prompt, max_new_tokens=length, do_sample=False)
+    return out[0], memory
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Answer a question from a compressed text, in PyTorch.")
+    parser.add_argument("folder", help="written by python -m comi_jax.convert export-hf")
+    parser.add_argument("--context", required=True, type=Path, help="text file")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--rate", type=int, help="context tokens per memory vector")
+    given = parser.parse_args()
+    model = load(given.folder)
+    ids, memory = answer(model, given.context.read_text(encoding="utf-8"), given.question, given.rate)
+    print(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    print(f"[{len(memory)} memory vectors]")
+
+
+if __name__ == "__main__":
+    main()
