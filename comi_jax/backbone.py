@@ -21,6 +21,8 @@ from comi_jax.attention import attention
 from comi_jax.config import Backbone
 from comi_jax.params import ParamSpec, Tree
 
+CPU_SLICE = 512  # tokens of a row that the feed-forward layer takes at a time on CPU
+
 
 @no_type_check
 @struct.dataclass
@@ -75,11 +77,6 @@ def specs(backbone: Backbone, layers: int, *, embed: bool, head: bool) -> dict[s
     if head and not backbone.tie_word_embeddings:
         tree["head"] = ParamSpec((d, v), ("embed", "vocab"), "normal", d)
     return tree
-
-
-def first_layers(params: Tree, layers: int) -> dict[str, Any]:
-    """``params`` cut to its first ``layers`` blocks; everything else is kept."""
-    return {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -161,7 +158,9 @@ def forward(
         return (x, cache), None
 
     if runtime.remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+        # What attention gave is kept: it costs most to compute again, and nothing of size T x T is kept with it.
+        kept = jax.checkpoint_policies.save_only_these_names("attention")
+        body = jax.checkpoint(body, prevent_cse=False, policy=kept)
     layers = params["layers"]["q"].shape[0]
     (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora))
     return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
@@ -195,10 +194,24 @@ def block(
         out = attention(q, k, v, start=start, implementation=runtime.attention)
         x = x + _project_out(w, lora, out)
     with jax.named_scope("mlp"):
-        n = rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps)
-        hidden = jax.nn.silu(jnp.einsum("btd,df->btf", n, w["gate"])) * jnp.einsum("btd,df->btf", n, w["up"])
-        x = x + jnp.einsum("btf,fd->btd", hidden, w["down"])
+        x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps))
     return x, cache
+
+
+def mlp(w: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The gated feed-forward layer. On CPU a long row is taken in slices, whose F wide intermediate results stay in its
+    caches and are recomputed, not kept, for the gradient."""
+
+    def whole(x):
+        hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, w["gate"])) * jnp.einsum("btd,df->btf", x, w["up"])
+        return jnp.einsum("btf,fd->btd", hidden, w["down"])
+
+    batch, length, width = x.shape
+    if jax.default_backend() != "cpu" or length < 2 * CPU_SLICE:
+        return whole(x)
+    slices = jnp.pad(x, ((0, 0), (0, -length % CPU_SLICE), (0, 0))).reshape(batch, -1, CPU_SLICE, width)
+    out = jax.lax.map(jax.checkpoint(whole), slices.swapaxes(0, 1))
+    return out.swapaxes(0, 1).reshape(batch, -1, width)[:, :length]
 
 
 def _project(
@@ -207,14 +220,14 @@ def _project(
     out = jnp.einsum("btd,dnh->btnh", x, w[name])
     if f"{name}_bias" in w:
         out = out + w[f"{name}_bias"][None, None]
-    if lora is not None:
+    if lora is not None and name in lora.weights:
         out = out + lora_module.apply(lora, name, x).reshape(out.shape)
     return out
 
 
 def _project_out(w: Tree, lora: lora_module.Adapters | None, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     out = jnp.einsum("btnh,nhd->btd", x, w["o"])
-    if lora is not None:
+    if lora is not None and "o" in lora.weights:
         out = out + lora_module.apply(lora, "o", x.reshape(*x.shape[:2], -1))
     return out
 

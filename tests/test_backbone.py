@@ -1,6 +1,7 @@
 """Norm, rotary embedding, block and whole model against transformers; causality, padding and the key/value cache."""
 
 import functools
+import tempfile
 import types
 
 import jax
@@ -22,9 +23,9 @@ def pair(kind):
     torch = pytest.importorskip("torch")
     model = tiny_models.transformers_model(kind)
     backbone = tiny_models.BACKBONES[kind]
-    specs = lm.specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    params = jax.tree.map(jnp.asarray, hf.assemble(specs, tensors.__getitem__))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        params = hf.load_backbone(folder, backbone)
     return types.SimpleNamespace(torch=torch, model=model, params=params, backbone=backbone)
 
 
@@ -217,10 +218,3 @@ def test_specs_leave_out_what_a_part_does_not_have():
     tied = lm.specs(tiny_models.BACKBONES["qwen3"], 2, embed=True, head=True)
     assert "head" not in tied and "embed" in tied and "q_bias" not in tied["layers"]
     assert tied["layers"]["q_norm"].shape == (2, 12) and tied["layers"]["o"].shape == (2, 4, 12, 32)
-
-
-def test_first_layers_keeps_all_but_the_later_blocks(model):
-    params, _ = model
-    cut = lm.first_layers(params, 2)
-    assert cut["embed"] is params["embed"]
-    np.testing.assert_array_equal(cut["layers"]["k_norm"], params["layers"]["k_norm"][:2])

@@ -1,0 +1,149 @@
+"""Memory and speed of reading and importing a large checkpoint: ``python -m comi_jax.bench_convert --folder=DIR``.
+
+Writes a Hugging Face folder with the tensor shapes and shard sizes of Qwen2-7B, cut to --layers, filled at random in
+bfloat16, and removes it again. Each line of the table is a process of its own over the same files:
+
+    read       every tensor with safetensors alone, one after another
+    load       the language model as stacked, transposed device arrays (hf.load_parts), and split over 8 fake devices
+    import-hf  the whole command: a COMI checkpoint on disk (2 encoder layers)
+
+The result may be exceeded by the largest tensor and 1 GB at most. Peak memory is that of the process.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from comi_jax import comi, convert, hf, sharding, weights
+from comi_jax.bench import peak_memory
+from comi_jax.config import Backbone, Compression, Config, Mesh
+from comi_jax.params import count
+
+QWEN2_7B = Backbone(
+    model_type="qwen2", vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None,
+    max_position_embeddings=32_768, tie_word_embeddings=False, qkv_bias=True, qk_norm=False,
+)  # fmt: skip
+SHARD_BYTES = 3_950_000_000  # of the published files
+GB = 1e9
+
+
+def random_bfloat16(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Values of either sign in [0.5, 1): random bits around a fixed exponent, which is fast and never infinite."""
+    bits = np.frombuffer(np.random.default_rng(seed).bytes(2 * math.prod(shape)), np.uint16)
+    return ((bits & 0x807F) | 0x3F00).view(ml_dtypes.bfloat16).reshape(shape)
+
+
+def write_model(folder: Path, layers: int) -> int:
+    """A language model of QWEN2_7B's shapes with fewer layers, and a tokenizer. Returns the bytes of its weights."""
+    backbone = _cut(layers)
+    specs = hf.lm_specs(backbone, layers, embed=True, head=True)
+    tensors = [
+        weights.Writable(name, shape, np.dtype(ml_dtypes.bfloat16), functools.partial(random_bfloat16, shape, seed))
+        for source in hf.sources(specs).values()
+        for seed, (name, shape) in enumerate(source.expected().items())
+    ]
+    config = hf.config_values(backbone, torch_dtype="bfloat16", eos_token_id=0)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in (Path(__file__).parent / "tiny_lm").glob("*token*"):
+        shutil.copy(file, folder)
+    return weights.save(folder, tensors, SHARD_BYTES)
+
+
+def _cut(layers: int) -> Backbone:
+    return dataclasses.replace(QWEN2_7B, num_hidden_layers=layers)
+
+
+def read(folder: Path, devices: int) -> dict[str, float]:
+    """Every tensor by safetensors itself."""
+    since, size, largest = time.perf_counter(), 0, 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():
+                held = tensors.get_tensor(name).nbytes
+                size, largest = size + held, max(largest, held)
+    return {"seconds": time.perf_counter() - since, "read": size / GB, "result": 0.0, "largest": largest / GB}
+
+
+def load(folder: Path, devices: int) -> dict[str, float]:
+    """The language model on ``devices``, split over them where there are several."""
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
+    backbone = hf.read_config(folder)
+    specs = {"lm": hf.lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True)}
+    place = weights.as_stored
+    if devices > 1:
+        placed = sharding.parameters(specs, sharding.make_mesh(Mesh(data=1, fsdp=devices // 2, tensor=2)))
+        place = lambda path: (None, placed[path])  # noqa: E731
+    jax.devices()
+    since = time.perf_counter()
+    arrays = jax.block_until_ready(hf.load_parts(folder, backbone, specs, place))
+    seconds = time.perf_counter() - since
+    size = sum(array.nbytes for array in arrays.values()) / GB
+    largest = max(weights.Tensors(folder).sizes().values()) / GB
+    return {"seconds": seconds, "read": size, "result": size, "largest": largest}
+
+
+def import_hf(folder: Path, devices: int) -> dict[str, float]:
+    """The command, from folder to folder."""
+    output = folder / "comi"
+    since = time.perf_counter()
+    config = Config(compression=Compression(encoder_layers=2))
+    run = convert.import_hf(folder, output, config)
+    seconds = time.perf_counter() - since
+    size = 2 * count(comi.specs(run.architecture)) / GB
+    shutil.rmtree(output)
+    largest = max(weights.Tensors(folder).sizes().values()) / GB
+    return {"seconds": seconds, "read": size, "result": size, "largest": largest}
+
+
+TASKS = {"read": (read, 1), "load": (load, 1), "load on 8 devices": (load, 8), "import-hf": (import_hf, 1)}
+
+
+def main() -> None:
+    """Write the model, run every task in a process of its own, print the table, remove the model."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_convert", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="where to write the model (default: the temporary folder)")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--only", choices=list(TASKS), nargs="+", default=list(TASKS))
+    parser.add_argument("--here", metavar="MODEL", type=Path, help="one task on a written model, as JSON")
+    given = parser.parse_args()
+    if given.here:
+        task, devices = TASKS[given.only[0]]
+        print(json.dumps({**task(given.here, devices), "peak": peak_memory()}))
+        return
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        size = write_model(Path(folder), given.layers)
+        console = Console()
+        console.print(f"{given.layers} layers of Qwen2-7B's shapes, {size / GB:.2f} GB in bfloat16")
+        table = Table("", "s", "GB/s", "result, GB", "peak memory, GB", "result + largest tensor + 1 GB")
+        for name in given.only:
+            command = [sys.executable, "-m", "comi_jax.bench_convert", f"--here={folder}", "--only", name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                table.add_row(name, "failed", (done.stderr.strip().splitlines() or ["?"])[-1][:60])
+                continue
+            row = json.loads(done.stdout.splitlines()[-1])
+            allowed = row["result"] + row["largest"] + 1
+            cells = (row["seconds"], row["read"] / row["seconds"], row["result"], row["peak"], allowed)
+            table.add_row(name, *(f"{value:.2f}" for value in cells))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
