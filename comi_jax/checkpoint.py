@@ -170,10 +170,6 @@ class Checkpoints:
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def save_trained(self, step: int, trained: Any) -> None:
-        """Write trained weights alone, without anything that a training run could go on from."""
-        self._manager.save(step, args=ocp.args.Composite(trained=ocp.args.StandardSave(trained)))
-
     def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         """The state after ``step`` updates, placed like the arrays of ``state``, and the position in the data."""
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -209,8 +205,9 @@ def save_import(folder: str | Path, run: Run, arrays: Mapping[str, jax.Array], t
     trained, frozen = partition(arrays, lambda path: is_trained(path, run.architecture))
     write_run(folder, run, tokenizer)
     save_frozen(folder, frozen)
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save_trained(0, trained)
+    place, handlers = (Path(folder) / "checkpoints").absolute(), {"trained": _frugal(trained)}
+    with ocp.CheckpointManager(place, item_handlers=handlers) as manager:
+        manager.save(0, args=ocp.args.Composite(trained=ocp.args.StandardSave(trained)))
 
 
 def check_new(folder: str | Path) -> None:
@@ -221,8 +218,14 @@ def check_new(folder: str | Path) -> None:
 
 def save_frozen(folder: str | Path, frozen: dict[str, Any]) -> None:
     """Write the weights that are not trained."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((Path(folder) / "frozen").absolute(), frozen, force=True)
+    with ocp.Checkpointer(_frugal(frozen)) as checkpointer:
+        checkpointer.save((Path(folder) / "frozen").absolute(), args=ocp.args.StandardSave(frozen), force=True)
+
+
+def _frugal(arrays: Mapping[str, jax.Array]) -> ocp.StandardCheckpointHandler:
+    """Writes about an array at a time: a model that fills the memory has no room for a copy of itself."""
+    largest = max((array.nbytes for array in arrays.values()), default=0)
+    return ocp.StandardCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1)
 
 
 def change(run: Run, overrides: Sequence[str]) -> Run:
