@@ -68,16 +68,27 @@ def import_official(
     scalars = {name: float(flat[f"mig/{name}"]) for name in comi.SCALARS}
     arch = dataclasses.replace(arch, compression=dataclasses.replace(arch.compression, **scalars))
     run = _run_of(config, arch, flat, backbone, tokenizer, dtype)
+    kept = _unused(official.OfficialTensors(checkpoint), arch, flat)
     save_import(output, run, flat, tokenizer)
-    held = official.OfficialTensors(checkpoint)
-    kept = [
-        weights.Writable(name, held.shapes[name], jnp.dtype(held.dtypes[name]), functools.partial(held.read, name))
-        for name in official.unused(arch)
-        if name in held.shapes and not _same(held.read(name), official.filled(name, arch, flat))
-    ]
     if kept:
         weights.save_file(Path(output) / UNUSED, kept)
     return run
+
+
+def _unused(held: weights.Tensors, arch: comi.Architecture, flat: Mapping[str, Any]) -> list[weights.Writable]:
+    """The tensors of an official file that nothing reads, where the way back would not make them up the same."""
+    kept, bad = [], []
+    for name in official.unused(arch):
+        if name not in held.shapes:
+            continue
+        tensor = held.read(name)
+        if not weights.is_finite(tensor):
+            bad.append(name)
+        elif not _same(tensor, official.filled(name, arch, flat)):
+            kept.append(weights.Writable(name, tensor.shape, tensor.dtype, functools.partial(held.read, name)))
+    if bad:
+        raise weights.WeightsError(f"{held.path}: infinities or NaN in {', '.join(bad)}")
+    return kept
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ import train_fixtures
 from rich.console import Console
 from train_fixtures import LOG_EVERY, SAVE_EVERY, STEPS
 
-from comi_jax import checkpoint, comi, config, sharding, train
+from comi_jax import checkpoint, comi, config, convert, hf, sharding, train
 from comi_jax.params import flatten
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
@@ -126,6 +126,20 @@ def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
     assert not np.asarray(before["lora/q/b"]).any()  # adapters start without effect
     saved = {path for path in before if comi.is_trained(path, run.architecture)}
     assert all(path.startswith(("encoder/", "lsa/", "lora/")) for path in saved)
+
+
+def test_a_trained_run_goes_out_with_its_results(world, tmp_path):
+    """Its float32 masters in the model's dtype, and the closing table in the card."""
+    convert.main(["export-hf", f"--checkpoint={world.run}", f"--output={tmp_path / 'out'}"])
+    run, after = checkpoint.load_params(world.run)
+    decoder = {"decoder": comi.specs(run.architecture)["decoder"]}
+    out = hf.load_parts(tmp_path / "out" / "decoder", run.backbone, decoder)
+    for path, array in out.items():
+        np.testing.assert_array_equal(array, flatten(after)[path].astype(run.config.model.dtype), err_msg=path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    results = json.loads((world.run / "results.json").read_text())
+    assert f"| COMI | {results['COMI']['n']} | {results['COMI']['metrics']['em']['mean']:.3f} [" in card
+    assert "| closed book |" in card
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
