@@ -50,8 +50,8 @@ def attention(
 def choose(q, k, start, causal) -> str:
     """The implementation that None stands for: the fused one of the backend where it can, else blocked or dense.
 
-    Dense where its scores are small and a loop over blocks would not pay: up to 8 queries on CPU, up to 1 GiB of scores
-    on an accelerator, and there only where the fused kernel is out (a `start`, or a dtype or shape it does not take).
+    Dense where its scores are small and a loop over blocks would not pay: up to 8 queries or 4 MiB of scores on CPU, up
+    to 1 GiB of scores on an accelerator, and there only where the fused kernel is out (a `start`, or a dtype or shape it does not take).
     """
     (B, T, N, H), S = q.shape, k.shape[1]
     backend = jax.default_backend()
@@ -61,7 +61,7 @@ def choose(q, k, start, causal) -> str:
                 return "cudnn"
         if backend == "tpu" and q.dtype == jnp.bfloat16:
             return "splash"
-    few = T <= 8 if backend == "cpu" else B * N * T * S <= 2**28
+    few = B * N * T * S <= (2**20 if backend == "cpu" else 2**28) or (backend == "cpu" and T <= 8)
     return "dense" if few else "blocked"
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 TILE = 128
+SHORT_TILE = 32  # of short rows, whose groups are far smaller than 128 tokens
 NO_GROUP = jnp.iinfo(jnp.int32).max  # sorts behind every group
 PRECISION = jax.lax.Precision.HIGHEST  # float32 means float32: the default is TF32 on a GPU, bfloat16 on a TPU
 
@@ -60,7 +61,7 @@ max_cosine.defvjp(_forward, _backward)
 
 def _banded(unit, group):
     batch, length, width = unit.shape
-    tile = min(TILE, max(8, length))
+    tile = TILE if length > 8 * TILE else SHORT_TILE
     tiles = -(-length // tile)
     padding = tiles * tile - length
     group = jnp.where(group < 0, NO_GROUP, group)
