@@ -51,7 +51,8 @@ def choose(q, k, start, causal) -> str:
     """The implementation that None stands for: the fused one of the backend where it can, else blocked or dense.
 
     Dense where its scores are small and a loop over blocks would not pay: up to 8 queries or 4 MiB of scores on CPU, up
-    to 1 GiB of scores on an accelerator, and there only where the fused kernel is out (a `start`, or a dtype or shape it does not take).
+    to 1 GiB of scores on an accelerator, and there only where the fused kernel is out (a `start`, or a dtype or shape
+    that it does not take).
     """
     (B, T, N, H), S = q.shape, k.shape[1]
     backend = jax.default_backend()

@@ -288,8 +288,8 @@ def stored_arrays(folder: str | Path, step: int) -> tuple[Mapping[str, Any], Map
     newest_one, frozen = Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen"
     found = []
     for place, items in ((newest_one, newest_one / "trained"), (frozen, frozen)):
-        with ocp.StandardCheckpointer() as checkpointer, _reading(place, BEFORE if place is newest_one else ""):
-            found.append(checkpointer.metadata(items.absolute()).item_metadata.tree)
+        with _reading(place, BEFORE if place is newest_one else ""):
+            found.append(ocp.StandardCheckpointHandler().metadata(items.absolute()).tree)
     return found[0], found[1]
 
 

@@ -6,6 +6,7 @@ out], with all layers stacked. ``TABLE`` is the only place that knows the names;
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ def stop_tokens(folder: str | Path) -> tuple[int, ...]:
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer in ``folder``; never one that brings code of its own, never from the network."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there, which nobody misses
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, of use to those who read text
 
     # Beside a Qwen2 config, AutoTokenizer puts Qwen2's own splitting of words in the place of tokenizer.json's.
