@@ -11,11 +11,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from comi_jax.data.records import Record
 
@@ -208,12 +207,14 @@ def corpus(seed: int, count: int, **difficulty: float) -> list[str]:
     ]
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     """A byte-level BPE of `vocab_size` entries with end-of-sequence and padding tokens; any text can be encoded.
 
     Every text is read as if a space stood before it, so that a word is the same token at the start of an answer as
     within a sentence: context, question and answer are tokenised separately.
     """
+    from transformers import PreTrainedTokenizerFast  # slow to import, of use to pretraining alone
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
