@@ -20,7 +20,7 @@ from comi_jax import backbone as lm
 from comi_jax import lora as lora_module
 from comi_jax.compress import Aux, compress, max_groups
 from comi_jax.config import Backbone, Compression, Config, Lora
-from comi_jax.params import ParamSpec, Tree
+from comi_jax.params import ParamSpec, Tree, flatten, initialize
 
 SCALARS = ("alpha_coarse", "beta_coarse", "alpha_fine", "beta_fine")
 ATTENTION_WEIGHTS = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias")
@@ -98,8 +98,17 @@ def specs(arch: Architecture) -> dict[str, Any]:
 
 def parts_of_backbone(arch: Architecture) -> dict[str, Tree]:
     """The spec trees of what a fresh model takes from one causal LM: encoder its first blocks, LSA its first ones,
-    decoder all. The scalars and any adapters are not in it."""
+    decoder all. ``own_parameters`` are the rest."""
     return {part: tree for part, tree in specs(arch).items() if part in ("encoder", "lsa", "decoder")}
+
+
+def own_parameters(arch: Architecture, seed: int) -> dict[str, Array]:
+    """The parameters of a fresh model that no language model has, by flat path: the scalars, and any adapters at
+    random."""
+    own: dict[str, Any] = {"mig": {name: jnp.float32(getattr(arch.compression, name)) for name in SCALARS}}
+    if arch.lora.rank:
+        own["lora"] = initialize(lora_module.specs(arch.backbone, arch.lora), jax.random.key(seed))
+    return flatten(own)
 
 
 def is_trained(path: str, arch: Architecture) -> bool:

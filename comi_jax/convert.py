@@ -16,17 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from comi_jax import comi, export_hf, hf, inspection, official, weights
-from comi_jax import lora as lora_module
 from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run, save_import
 from comi_jax.config import Config, ConfigError, override
-from comi_jax.params import flatten, initialize, unflatten
+from comi_jax.params import flatten, unflatten
 
 UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads
 
@@ -42,10 +40,7 @@ def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: s
     shape, tokenizer = hf.read_config(backbone), hf.load_tokenizer(backbone)
     arch = comi.Architecture(shape, config.compression, config.lora)
     params = hf.load_parts(backbone, shape, comi.parts_of_backbone(arch))
-    params |= {f"mig/{name}": jnp.float32(getattr(arch.compression, name)) for name in comi.SCALARS}
-    if arch.lora.rank:
-        adapters = initialize(lora_module.specs(shape, arch.lora), jax.random.key(config.train.seed))
-        params |= flatten({"lora": adapters})
+    params |= comi.own_parameters(arch, config.train.seed)
     run = _run_of(config, arch, params, backbone, tokenizer, dtype)
     save_import(output, run, params, tokenizer)
     return run

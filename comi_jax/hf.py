@@ -237,7 +237,7 @@ def load_parts(
     }
     if backbone.tie_word_embeddings:
         optional[TABLE["head"][0]] = (backbone.vocab_size, backbone.hidden_size)
-    weights.check(whole, optional, held, str(held.path))
+    weights.check(whole, optional, held)
     wanted = {f"{part}/{path}": s for part, specs in parts.items() for path, s in sources(specs).items()}
     return weights.load(held, wanted, place)
 

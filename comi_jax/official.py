@@ -117,7 +117,7 @@ def load(
     tensors = OfficialTensors(path)
     arch = read_architecture(tensors.shapes, backbone, compression, lora_alpha, str(path))
     wanted = sources(arch)
-    weights.check(wanted, unused(arch), tensors, str(path))
+    weights.check(wanted, unused(arch), tensors)
     return unflatten(weights.load(tensors, wanted, place)), arch
 
 

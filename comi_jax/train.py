@@ -19,7 +19,6 @@ from jaxtyping import Array
 from rich.console import Console
 
 from comi_jax import comi, evaluate, hf, optim, sharding, weights
-from comi_jax import lora as lora_module
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import (
     CheckpointError,
@@ -38,7 +37,7 @@ from comi_jax.config import Backbone, Config, ConfigError, load, to_dict
 from comi_jax.data import loader, synthetic
 from comi_jax.data.records import DataError, Record, read_records
 from comi_jax.logs import RunLog
-from comi_jax.params import count, flatten, initialize, partition
+from comi_jax.params import count, flatten, partition
 from comi_jax.step import CompiledStep, TrainState
 
 # --- what a run starts from -------------------------------------------------------------------------------------------
@@ -115,11 +114,7 @@ def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str,
     if is_run(folder):
         return load_flat(folder, arch, place)
     params = hf.load_parts(folder, run.backbone, comi.parts_of_backbone(arch), place)
-    params |= {f"mig/{name}": jnp.float32(getattr(arch.compression, name)) for name in comi.SCALARS}
-    if arch.lora.rank:
-        adapters = lora_module.specs(run.backbone, arch.lora)
-        params |= flatten({"lora": initialize(adapters, jax.random.key(run.config.train.seed))})
-    return params
+    return params | comi.own_parameters(arch, run.config.train.seed)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

@@ -53,9 +53,6 @@ class Layout:
     inputs: int = 0
     flat: bool = False
 
-    def to_ours(self, tensor: Any, shape: Shape) -> Any:
-        return tensor.T.reshape(shape) if self.inputs else tensor.reshape(shape)
-
     def copy(self, tensor: np.ndarray, into: np.ndarray) -> None:
         """Write ``tensor``, or some rows of it, into a block of ours, which need not be contiguous."""
         if not self.inputs:
@@ -261,9 +258,10 @@ def _check_dtypes(path: Path, dtypes: Mapping[str, str]) -> None:
         raise WeightsError(f"{path} holds tensors that are not {', '.join(DTYPES.values())}: {_some(other)}")
 
 
-def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors | Mapping[str, Shape], where: str) -> None:
-    """Raise WeightsError listing every tensor that is missing, unexpected or not of the shape expected."""
-    shapes = have.shapes if isinstance(have, Tensors) else have
+def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors) -> None:
+    """Raise WeightsError listing every tensor of ``have`` that is missing, unexpected, not of the shape expected, or of
+    another dtype than the same tensor of another layer. Those in ``optional`` may be there."""
+    shapes = have.shapes
     want = {name: shape for source in sources.values() for name, shape in source.expected().items()}
     known = {**optional, **want}
     problems = [f"missing {name} {shape}" for name, shape in want.items() if name not in shapes]
@@ -273,13 +271,13 @@ def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors | Mappi
         for name, shape in shapes.items()
         if name in known and shape != known[name]
     ]
-    if isinstance(have, Tensors) and not problems:
-        for source in sources.values():
-            found = sorted({have.dtypes[name] for name in source.names})
-            if len(found) > 1:
-                problems.append(f"{source.names[0]} and the same of other layers have several dtypes: {found}")
+    for source in sources.values():
+        found = sorted({have.dtypes[name] for name in source.names if name in shapes})
+        if len(found) > 1:
+            problems.append(f"{source.names[0]} and the same of other layers have several dtypes: {found}")
     if problems:
-        raise WeightsError(f"{where} does not fit the model, {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+        listed = "\n  ".join(problems)
+        raise WeightsError(f"{have.path} does not fit the model, {len(problems)} problem(s):\n  {listed}")
 
 
 # --- from files to devices --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from comi_jax.data import synthetic
 
@@ -101,7 +102,7 @@ def test_tokenizer_round_trips_any_text_and_survives_saving(tokenizer, tmp_path)
     text = "Zoë's 3 cafés — naïve: 東京?\n"
     assert tokenizer.decode(tokenizer(text).input_ids).strip(" ") == text
     tokenizer.save_pretrained(tmp_path)
-    again = synthetic.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert again(text).input_ids == tokenizer(text).input_ids
     assert (again.eos_token, again.pad_token) == (synthetic.EOS, synthetic.PAD)
     assert synthetic.train_tokenizer(synthetic.corpus(0, 300), 1024).get_vocab() == tokenizer.get_vocab()
