@@ -207,7 +207,7 @@ def save_import(folder: str | Path, run: Run, arrays: Mapping[str, jax.Array], t
     save_frozen(folder, frozen)
     place, handlers = (Path(folder) / "checkpoints").absolute(), {"trained": _frugal(trained)}
     with ocp.CheckpointManager(place, item_handlers=handlers) as manager:
-        manager.save(0, args=ocp.args.Composite(trained=ocp.args.StandardSave(trained)))
+        manager.save(0, args=ocp.args.Composite(trained=ocp.args.PyTreeSave(trained)))
 
 
 def check_new(folder: str | Path) -> None:
@@ -219,13 +219,14 @@ def check_new(folder: str | Path) -> None:
 def save_frozen(folder: str | Path, frozen: dict[str, Any]) -> None:
     """Write the weights that are not trained."""
     with ocp.Checkpointer(_frugal(frozen)) as checkpointer:
-        checkpointer.save((Path(folder) / "frozen").absolute(), args=ocp.args.StandardSave(frozen), force=True)
+        checkpointer.save((Path(folder) / "frozen").absolute(), args=ocp.args.PyTreeSave(frozen), force=True)
 
 
-def _frugal(arrays: Mapping[str, jax.Array]) -> ocp.StandardCheckpointHandler:
-    """Writes about an array at a time: a model that fills the memory has no room for a copy of itself."""
+def _frugal(arrays: Mapping[str, jax.Array]) -> ocp.PyTreeCheckpointHandler:
+    """Writes about an array at a time, and as it is: a model that fills the memory has no room for a copy of itself.
+    Compression, which gains little on weights, makes one and takes three times as long."""
     largest = max((array.nbytes for array in arrays.values()), default=0)
-    return ocp.StandardCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1)
+    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
 
 
 def change(run: Run, overrides: Sequence[str]) -> Run:
