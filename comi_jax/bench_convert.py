@@ -86,13 +86,10 @@ def load(folder: Path, devices: int) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", devices)
     backbone = hf.read_config(folder)
     specs = {"lm": hf.lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True)}
-    place = weights.as_stored
-    if devices > 1:
-        placed = sharding.parameters(specs, sharding.make_mesh(Mesh(data=1, fsdp=devices // 2, tensor=2)))
-        place = lambda path: (None, placed[path])  # noqa: E731
-    jax.devices()
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=devices // 2, tensor=2) if devices > 1 else Mesh())
+    placed = sharding.parameters(specs, mesh)
     since = time.perf_counter()
-    arrays = jax.block_until_ready(hf.load_parts(folder, backbone, specs, place))
+    arrays = jax.block_until_ready(hf.load_parts(folder, backbone, specs, lambda path: (None, placed[path])))
     seconds = time.perf_counter() - since
     size = sum(array.nbytes for array in arrays.values()) / GB
     largest = max(weights.Tensors(folder).sizes().values()) / GB

@@ -268,8 +268,9 @@ def load_flat(folder: str | Path, arch: Architecture, place: Placement = as_stor
             return jax.ShapeDtypeStruct(shapes[path], dtype or stored[path].dtype, sharding=sharding or first)
 
         with _reading(folder):
-            wanted = {path: abstract(path, trained) for path in shapes if is_trained(path, arch)}
-            kept = {path: abstract(path, frozen) for path in shapes if not is_trained(path, arch)}
+            # By what is stored, not by what ``arch`` trains: a run may train another part of a model than made it.
+            wanted = {path: abstract(path, trained) for path in shapes if path in trained}
+            kept = {path: abstract(path, frozen) for path in shapes if path not in trained}
         arrays = checkpoints.restore_trained(step, wanted)
     place_of_frozen = (folder / "frozen").absolute()
     with ocp.StandardCheckpointer() as checkpointer, _reading(place_of_frozen):

@@ -185,6 +185,17 @@ def _config(given: argparse.Namespace) -> Config:
     for name in ("rates", "segment_size", "encoder_layers", "lsa_layers"):
         if getattr(given, name, None) is not None:
             words.append(f"compression.{name}={getattr(given, name)}")
+    if given.command == "import-official":
+        known = (
+            "compression.encoder_layers",
+            "compression.lsa_layers",
+            "compression.alpha",
+            "compression.beta",
+            "lora.",
+        )
+        read = [word for word in words if word.startswith(known)]
+        if read:
+            raise ConfigError(f"{', '.join(read)}: the checkpoint says it itself; leave it out (--lora-alpha is given)")
     return override(Config(name=given.command), words)
 
 

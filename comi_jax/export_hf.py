@@ -35,7 +35,7 @@ def export_hf(
     run, output = read_run(checkpoint), Path(output)
     tokenizer = hf.load_tokenizer(Path(checkpoint) / "tokenizer")
     arch, flat = merged(run.architecture, load_flat(checkpoint, run.architecture))
-    kept = dtype_of(run, dtype)
+    kept, results = dtype_of(run, dtype), results_of(checkpoint)
     params = unflatten(flat)
     params["lsa"]["embed"] = params["decoder"]["embed"]  # never read: the LSA is given vectors
     written = {}
@@ -49,7 +49,7 @@ def export_hf(
     ends = {"eos_token_id": list(run.stop), "do_sample": False} | _special(tokenizer)
     _write_json(output / "decoder" / "generation_config.json", ends)
     _write_json(output / "comi.json", protocol(run, arch, params["mig"]))
-    (output / "README.md").write_text(card(run, arch, results_of(checkpoint)), encoding="utf-8")
+    (output / "README.md").write_text(card(run, arch, results), encoding="utf-8")
     return written
 
 

@@ -74,8 +74,9 @@ def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[i
 
 
 def check_same_parts(start: Run, config: Config, folder: Path) -> None:
-    """Refuse to start from a COMI checkpoint whose weights are not of the shapes that ``config`` asks for."""
-    names = ("compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets")
+    """Refuse to start from a COMI checkpoint whose parts or scalars are not those that ``config`` asks for."""
+    names = ["compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets"]
+    names += [f"compression.{name}" for name in comi.SCALARS]  # the checkpoint's are the ones that are used
     there, here = (flatten(to_dict(c)) for c in (start.config, config))
     other = [name for name in names if there[name.replace(".", "/")] != here[name.replace(".", "/")]]
     if not start.config.lora.rank and not config.lora.rank:

@@ -218,3 +218,28 @@ def test_specs_leave_out_what_a_part_does_not_have():
     tied = lm.specs(tiny_models.BACKBONES["qwen3"], 2, embed=True, head=True)
     assert "head" not in tied and "embed" in tied and "q_bias" not in tied["layers"]
     assert tied["layers"]["q_norm"].shape == (2, 12) and tied["layers"]["o"].shape == (2, 4, 12, 32)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def pulled(params, x, backbone, remat, number):
+    """Gradients of the squared states; ``number`` keeps compilations of other slices apart."""
+
+    def energy(params, x):
+        return jnp.sum(lm.forward(params, x, backbone, runtime=lm.Runtime(remat=remat))[0] ** 2)
+
+    return jax.value_and_grad(energy, (0, 1))(params, x)
+
+
+@pytest.mark.parametrize("size, remat", [(5, False), (7, True), (None, True)])
+def test_slices_on_cpu_and_remat_change_nothing(model, size, remat, monkeypatch):
+    """24 tokens in slices of 5 or 7, the last one partly padding; and blocks that are computed again."""
+    params, backbone = model
+    x = jnp.asarray(random_states())
+    want = pulled(params, x, backbone, False, 0)
+    if size:
+        monkeypatch.setattr(lm, "CPU_SLICE", size)
+        one = {name: params["layers"][name][0] for name in ("gate", "up", "down")}
+        assert "scan" in str(jax.make_jaxpr(functools.partial(lm.mlp, one))(x))  # the slices are taken
+    got = pulled(params, x, backbone, remat, size)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())

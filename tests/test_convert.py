@@ -270,6 +270,13 @@ def test_training_starts_from_an_imported_model(tmp_path):
     other = dataclasses.replace(run.config, lora=Lora(), compression=Compression(rates=(2,), encoder_layers=2))
     with pytest.raises(train.ConfigError, match="pass compression.encoder_layers=1 lora.rank=2$"):
         train.starting_point(other, ours)
+    sharper = dataclasses.replace(run.config, compression=dataclasses.replace(run.config.compression, alpha_fine=4.0))
+    with pytest.raises(train.ConfigError, match="pass compression.alpha_fine=1.0$"):
+        train.starting_point(sharper, ours)
+    # It may train what the run that made the checkpoint kept frozen.
+    learning = dataclasses.replace(run.config.compression, learn_mig=True)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, compression=learning))
+    assert train.initial_params(run, ours, mesh).keys() == before.keys()
 
 
 def test_the_card_has_what_evaluation_measured(tmp_path):
@@ -447,6 +454,20 @@ def test_a_folder_that_holds_something_is_not_written_into(whole, tmp_path):
     words = (f"--backbone={whole[0]}", f"--output={tmp_path / 'out'}", "--encoder-layers=2")
     assert "exists and is not empty" in refusal("import-hf", *words)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]
+
+
+def test_a_tensor_in_two_files_is_refused(whole, tmp_path):
+    lm = shutil.copytree(whole[0], tmp_path / "lm")
+    first, second = sorted(lm.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name]}, second)
+    assert f"several files hold {name}" in refusal("inspect", lm)
+
+
+def test_what_an_official_file_says_itself_cannot_be_told(whole, tmp_path):
+    words = (f"--checkpoint={whole[1]}", f"--backbone={whole[0]}", f"--output={tmp_path / 'out'}")
+    said = refusal("import-official", *words, "compression.alpha_fine=4", "lora.rank=3", "compression.fine=false")
+    assert "compression.alpha_fine=4, lora.rank=3: the checkpoint says it itself" in said
 
 
 # --- PyTorch's own files ----------------------------------------------------------------------------------------------

@@ -16,6 +16,18 @@ WIDTH = 4
 jitted = jax.jit(max_cosine)
 
 
+@pytest.fixture(params=[redundancy.SHORT_TILE, TILE], scope="module", autouse=True)
+def tile(request):
+    """Everything with the tiles of short rows and with those of long ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redundancy, "SHORT_TILE", request.param)
+        jax.clear_caches()
+        gradients.cache_clear()
+        yield request.param
+    jax.clear_caches()
+    gradients.cache_clear()
+
+
 def groups(sizes, length=LENGTH):
     """Group ids of consecutive groups of ``sizes``; -1 behind them."""
     ids = np.repeat(np.arange(len(sizes)), sizes)[:length]
