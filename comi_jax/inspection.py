@@ -147,9 +147,27 @@ def _official(path: Path) -> Inspection:
     held = {name: (shapes[name], tensors.dtypes[name]) for name in shapes}
     missing = [name for name in official.SCALARS.values() if name not in shapes]
     missing += [f"{prefix}model.layers.*" for prefix, count in layers.items() if not count]
+    missing += _incomplete_layers(shapes)
     parts = _by_part(held, lambda name: name.split(".")[0] if "." in name else "scalars")
     note = "backbone, rates, segment size and the alpha of LoRA are not stored in such a file: import-official is told"
     return Inspection("official COMI state dict", words, parts, tuple(missing), (note,))
+
+
+def _incomplete_layers(shapes: Mapping[str, Shape]) -> list[str]:
+    """What a layer of a part lacks that another layer of the same part has, and the parts' tensors outside layers."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for name in shapes:
+        if match := re.match(r"(.*model\.layers\.)(\d+)\.(.*)", name):
+            found.setdefault(match[1], {}).setdefault(match[2], set()).add(match[3])
+    missing = []
+    for prefix, layers in found.items():
+        numbers = map(str, range(1 + max(map(int, layers))))
+        wanted = sorted(set().union(*layers.values()))
+        missing += [f"{prefix}{n}.{rest}" for n in numbers for rest in wanted if rest not in layers.get(n, ())]
+        outside = ["norm"] if prefix.startswith("memory_fusion_layer.") else ["norm", "embed_tokens"]
+        names = (f"{prefix.removesuffix('layers.')}{name}.weight" for name in outside)
+        missing += [name for name in names if name not in shapes]
+    return missing
 
 
 def _layer(prefix: str, name: str) -> re.Match[str] | None:

@@ -336,6 +336,13 @@ def test_inspect_lists_what_is_missing(tmp_path, capsys):
     command("inspect", lm)
     assert "missing:\n  model.norm.weight (32,)" in capsys.readouterr().out
     assert "does not exist" in refusal("inspect", tmp_path / "nowhere")
+    file, tensors, _ = official_file(tmp_path / "theirs", "qwen2", 2)
+    gone = [
+        "beta_merge", "encoder.model.norm.weight", "encoder.model.layers.1.mlp.up_proj.weight",
+        "decoder.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    ]  # fmt: skip
+    save_file({name: tensor for name, tensor in tensors.items() if name not in gone}, file)
+    assert sorted(inspection.inspect(file).missing) == sorted(gone)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
