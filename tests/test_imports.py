@@ -30,6 +30,8 @@ ALLOWED = {
     "generate": {"backbone", "comi", "config", "params"},
     "weights": set(),
     "step": {"comi", "params"},
+    "flops": {"comi", "compress", "config"},
+    "chips": set(),
     "hf": {"backbone", "config", "params", "weights"},
     "official": {"comi", "config", "hf", "params", "weights"},
     "metrics": set(),

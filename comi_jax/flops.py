@@ -1,0 +1,127 @@
+"""Floating-point operations of the model's own arithmetic, counted from its shapes: no recomputation, no padding.
+
+A matrix product of [a, b] and [b, c] is 2abc; causal attention over T tokens is half of 2 · 2T²NH. A trained matrix
+costs the backward pass twice its forward product (its own gradient and its input's), a frozen one once. Norms,
+rotations, softmax and the embedding lookup are left out: together they are below one percent.
+"""
+
+import dataclasses
+
+from comi_jax.comi import Architecture
+from comi_jax.compress import max_groups
+from comi_jax.config import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Real tokens of one example and the rate it is compressed at."""
+
+    context: int
+    query: int
+    answer: int
+    rate: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Operations of one example, forward and backward, in FLOP."""
+
+    forward: float
+    backward: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forward + other.forward, self.backward + other.backward)
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def attention_weights(backbone: Backbone) -> int:
+    """Parameters of W_Q, W_K, W_V and W_O of one block."""
+    heads = 2 * backbone.num_attention_heads + 2 * backbone.num_key_value_heads
+    return backbone.hidden_size * heads * backbone.head_dim
+
+
+def mlp_weights(backbone: Backbone) -> int:
+    """Parameters of one block's feed-forward."""
+    return 3 * backbone.hidden_size * backbone.intermediate_size
+
+
+def blocks(backbone: Backbone, layers: int, tokens: int, trained: tuple[bool, bool]) -> Cost:
+    """``layers`` blocks over one row of ``tokens``, causal; ``trained``: attention matrices, feed-forward."""
+    width = backbone.num_attention_heads * backbone.head_dim
+    scores = 2.0 * layers * tokens**2 * width  # q·k and weights·v, half of each
+    cost = Cost(scores, 2 * scores)
+    for weights, has_gradient in zip((attention_weights(backbone), mlp_weights(backbone)), trained, strict=True):
+        product = 2.0 * layers * tokens * weights
+        cost += Cost(product, product * (2 if has_gradient else 1))
+    return cost
+
+
+def head(backbone: Backbone, positions: int) -> Cost:
+    """The vocabulary projection at ``positions``; it is frozen."""
+    product = 2.0 * positions * backbone.hidden_size * backbone.vocab_size
+    return Cost(product, product)
+
+
+def segments(arch: Architecture, context: int) -> list[int]:
+    """Lengths of the segments that a context is cut into."""
+    size = arch.compression.segment_size
+    return [min(size, context - first) for first in range(0, context, size)]
+
+
+def memory_length(arch: Architecture, lengths: Lengths) -> int:
+    """Memory vectors of a context, empty groups aside."""
+    return sum(max_groups(segment, lengths.rate) for segment in segments(arch, lengths.context))
+
+
+def by_part(arch: Architecture, lengths: Lengths) -> dict[str, Cost]:
+    """Operations of one training example in each part of the model."""
+    backbone, settings = arch.backbone, arch.compression
+    parts = segments(arch, lengths.context)
+    memory = memory_length(arch, lengths)
+    nothing = Cost(0.0)
+    encoder = (blocks(backbone, settings.encoder_layers, n + lengths.query, (True, True)) for n in parts)
+    lsa = (blocks(backbone, settings.lsa_layers, max_groups(n, lengths.rate), (True, True)) for n in parts)
+    rows = memory + lengths.query + lengths.answer
+    decoder = blocks(backbone, backbone.num_hidden_layers, rows, (not arch.lora.rank, False))
+    return {
+        "encoder": sum(encoder, nothing),
+        "compression": Cost(2.0 * memory**2 * backbone.hidden_size * settings.coarse * settings.coarse_redundancy),
+        "lsa": sum(lsa, nothing) if settings.lsa else nothing,
+        "decoder": decoder + adapters(arch, rows) + head(backbone, lengths.answer),
+    }
+
+
+def adapters(arch: Architecture, tokens: int) -> Cost:
+    """The decoder's low-rank adapters over one row."""
+    if not arch.lora.rank:
+        return Cost(0.0)
+    backbone = arch.backbone
+    queries, keys = (n * backbone.head_dim for n in (backbone.num_attention_heads, backbone.num_key_value_heads))
+    width = {"q": queries, "k": keys, "v": keys, "o": queries}
+    ranks = sum(backbone.hidden_size + width[name] for name in arch.lora.targets) * arch.lora.rank
+    product = 2.0 * backbone.num_hidden_layers * tokens * ranks
+    return Cost(product, 2 * product)
+
+
+def train_step(arch: Architecture, lengths: Lengths) -> float:
+    """FLOP of one example's loss and gradients; what model FLOP utilisation is measured by."""
+    return sum(cost.total for cost in by_part(arch, lengths).values())
+
+
+def compress(arch: Architecture, lengths: Lengths) -> float:
+    """FLOP from context and query to the memory."""
+    parts = by_part(arch, lengths)
+    return sum(parts[name].forward for name in ("encoder", "compression", "lsa"))
+
+
+def answer(arch: Architecture, lengths: Lengths, new_tokens: int) -> float:
+    """FLOP of reading memory and query and generating ``new_tokens``, once compressed."""
+    backbone, rows = arch.backbone, memory_length(arch, lengths) + lengths.query
+    layers, heads = backbone.num_hidden_layers, backbone.num_attention_heads * backbone.head_dim
+    weights = layers * (attention_weights(backbone) + mlp_weights(backbone))
+    cached = sum(4.0 * layers * (rows + i) * heads for i in range(1, new_tokens))
+    prefill = blocks(backbone, layers, rows, (False, False)).forward
+    return prefill + 2.0 * weights * (new_tokens - 1) + cached + head(backbone, new_tokens).forward
