@@ -5,12 +5,14 @@
 The implementations differ in where they run and in what they hold: dense all scores, the others a block of them.
 """
 
+import functools
 import logging
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from comi_jax.attention_blocked import blocked
@@ -28,6 +30,7 @@ def attention(
     lengths: Int[Array, " B"] | None = None,
     causal: bool = True,
     implementation: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention output (B T N H) in q's dtype; query head n reads kv head n // (N // K); softmax in float32 at least.
 
@@ -35,19 +38,46 @@ def attention(
     (not causal or j <= start[b] + i) and (lengths is None or j < lengths[b]). A query that sees no key gives 0, and 0
     gradients. `implementation` is a key of IMPLEMENTATIONS, or None for choose(). Raises ValueError for an unknown
     name, for heads that do not divide, and where a named implementation cannot do what is asked: none is substituted.
+
+    With a `mesh` of several devices each computes its own rows (axes data and fsdp) and heads (axis tensor), as the
+    fused kernels, which XLA cannot split, need it; rows or heads that do not divide are computed by all.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {k.shape[2]} kv heads do not divide {q.shape[2]} query heads.")
-    if implementation is None:
-        implementation = choose(q, k, start, causal)
-        _log_choice(implementation, jax.default_backend(), str(q.dtype))
-    elif implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention: no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+    run = functools.partial(_on_one_device, causal=causal, implementation=implementation, backend=platform(mesh))
+    if mesh is not None and mesh.size > 1:
+        run = _on_each_device(run, q, k, mesh)
     with jax.named_scope("attention"):
-        return IMPLEMENTATIONS[implementation](q, k, v, start, lengths, causal)
+        return run(q, k, v, start, lengths)
 
 
-def choose(q, k, start, causal) -> str:
+def platform(mesh: Mesh | None) -> str:
+    """The kind of ``mesh``'s devices, which need not be those of this process: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def _on_one_device(q, k, v, start, lengths, *, causal, implementation, backend):
+    if implementation is None:
+        implementation = choose(q, k, start, causal, backend)
+        _log_choice(implementation, backend, str(q.dtype))
+    return IMPLEMENTATIONS[implementation](q, k, v, start, lengths, causal)
+
+
+def _on_each_device(function, q, k, mesh):
+    """``function`` over the rows and heads of every device of ``mesh``."""
+    rows: tuple[str, ...] | None = ("data", "fsdp")
+    if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        rows = None
+    heads = None if k.shape[2] % mesh.shape["tensor"] else "tensor"
+    whole, vector = PartitionSpec(rows, None, heads, None), PartitionSpec(rows)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(whole, whole, whole, vector, vector), out_specs=whole, check_vma=False
+    )
+
+
+def choose(q, k, start, causal, backend) -> str:
     """The implementation that None stands for: the fused one of the backend where it can, else blocked or dense.
 
     Dense where its scores are small and a loop over blocks would not pay: up to 8 queries or 4 MiB of scores on CPU, up
@@ -55,7 +85,6 @@ def choose(q, k, start, causal) -> str:
     that it does not take).
     """
     (B, T, N, H), S = q.shape, k.shape[1]
-    backend = jax.default_backend()
     if start is None:
         if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128:
             if T == S or not causal:

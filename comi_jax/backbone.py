@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from comi_jax import lora as lora_module
-from comi_jax.attention import attention
+from comi_jax.attention import attention, platform
 from comi_jax.config import Backbone
 from comi_jax.params import ParamSpec, Tree
 
@@ -39,6 +40,7 @@ class Runtime:
 
     attention: str | None = struct.field(pytree_node=False, default=None)  # implementation name
     remat: bool = struct.field(pytree_node=False, default=False)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # None: one device, or as XLA splits it
 
 
 def specs(backbone: Backbone, layers: int, *, embed: bool, head: bool) -> dict[str, Any]:
@@ -191,14 +193,14 @@ def block(
             cache = _write(cache, index, start, k, v)
             if start is not None:  # a fresh cache holds nothing but k and v
                 k, v = cache.k[index], cache.v[index]
-        out = attention(q, k, v, start=start, implementation=runtime.attention)
+        out = attention(q, k, v, start=start, implementation=runtime.attention, mesh=runtime.mesh)
         x = x + _project_out(w, lora, out)
     with jax.named_scope("mlp"):
-        x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps))
+        x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps), platform(runtime.mesh))
     return x, cache
 
 
-def mlp(w: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def mlp(w: Tree, x: Float[Array, "B T D"], backend: str) -> Float[Array, "B T D"]:
     """The gated feed-forward layer. On CPU a long row is taken in slices, whose F wide intermediate results stay in its
     caches and are recomputed, not kept, for the gradient."""
 
@@ -207,7 +209,7 @@ def mlp(w: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return jnp.einsum("btf,fd->btd", hidden, w["down"])
 
     batch, length, width = x.shape
-    if jax.default_backend() != "cpu" or length < 2 * CPU_SLICE:
+    if backend != "cpu" or length < 2 * CPU_SLICE:
         return whole(x)
     slices = jnp.pad(x, ((0, 0), (0, -length % CPU_SLICE), (0, 0))).reshape(batch, -1, CPU_SLICE, width)
     out = jax.lax.map(jax.checkpoint(whole), slices.swapaxes(0, 1))

@@ -44,6 +44,10 @@ class Architecture:
         runtime = lm.Runtime(attention=config.model.attention or None, remat=config.model.remat)
         return cls(backbone, config.compression, config.lora, config.model.dtype, runtime)
 
+    def on(self, mesh: jax.sharding.Mesh) -> "Architecture":
+        """The same model, computed by the devices of ``mesh``."""
+        return dataclasses.replace(self, runtime=self.runtime.replace(mesh=mesh))
+
 
 @no_type_check
 @struct.dataclass

@@ -168,7 +168,7 @@ def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.
     else:
         save_frozen(output, frozen)
     describe(state, frozen, config, shapes, title, console)
-    step_fn = CompiledStep(run.architecture, update, config.optimizer.accumulate)
+    step_fn = CompiledStep(run.architecture.on(mesh), update, config.optimizer.accumulate)
     key, rate = jax.random.key(settings.seed), optim.schedule(config.optimizer, settings.steps)
     meter = Meter()
     with RunLog(output, title, settings.steps, done, console) as log:

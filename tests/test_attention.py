@@ -183,6 +183,36 @@ def test_blocked_in_shard_map(small_blocks):
     assert_same(with_gradients(sharded, arrays), with_gradients(blocked, arrays), 1e-6)
 
 
+MESHES = [(4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]  # the last does not divide 2 kv heads
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("implementation, start", [("dense", None), ("blocked", (3, 0, 7, 1))])
+def test_a_mesh_changes_nothing(implementation, start, sizes, small_blocks):
+    """Rows, heads, starts and lengths of every device; also recomputed but for what is named."""
+    arrays = inputs(4, 40, 50, 4, 2, 8)
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    alone = functools.partial(attention, implementation=implementation, **options(start, (50, 31, 0, 9), True))
+    names = jax.checkpoint_policies.save_only_these_names("attention")
+    sharded = jax.checkpoint(functools.partial(alone, mesh=mesh), policy=names)
+    assert_same(with_gradients(sharded, arrays), with_gradients(alone, arrays), 1e-6)
+
+
+def test_rows_that_do_not_divide_are_computed_by_all():
+    arrays = inputs(3, 10, 10, 4, 2, 8)
+    mesh = jax.make_mesh((4, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    dense = functools.partial(attention, implementation="dense")
+    assert_same(with_gradients(functools.partial(dense, mesh=mesh), arrays), with_gradients(dense, arrays), 1e-6)
+
+
+def test_each_device_holds_its_own_rows_and_heads_alone():
+    """Of 4 rows and 2 kv heads, one row and one head: a fused kernel on a chip sees exactly these."""
+    mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    q, k, v, _ = map(jnp.asarray, inputs(2, 40, 40, 4, 2, 8))
+    text = str(jax.make_jaxpr(functools.partial(attention, implementation="dense", mesh=mesh))(q, k, v))
+    assert "f32[1,1,2,40,40]" in text and "f32[2,2,2,40,40]" not in text
+
+
 def test_blocked_memory_is_linear():
     def temporaries(T):
         q, k = (jax.ShapeDtypeStruct((1, T, heads, 64), jnp.float32) for heads in (8, 2))
@@ -234,10 +264,9 @@ CHOICES = [  # backend, dtype, T, S, with start, choice
 
 
 @pytest.mark.parametrize("backend, dtype, T, S, cached, name", CHOICES)
-def test_choice(backend, dtype, T, S, cached, name, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_choice(backend, dtype, T, S, cached, name):
     q, k = (jax.ShapeDtypeStruct((1, *shape, 64), dtype) for shape in ((T, 8), (S, 2)))
-    assert module.choose(q, k, jnp.zeros(1, jnp.int32) if cached else None, True) == name
+    assert module.choose(q, k, jnp.zeros(1, jnp.int32) if cached else None, True, backend) == name
 
 
 def test_a_choice_is_logged_once(caplog):

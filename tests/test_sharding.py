@@ -106,7 +106,7 @@ def step(start, mesh, accumulate):
     )
     update = optax.sgd(1.0)
     state = TrainState(jnp.int32(0), trained, update.init(trained))
-    function = jax.jit(functools.partial(train_step, arch=ARCH, update=update, accumulate=accumulate))
+    function = jax.jit(functools.partial(train_step, arch=ARCH.on(mesh), update=update, accumulate=accumulate))
     new, metrics = function(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
     change = {path: np.asarray(new.trained[path]) - np.asarray(x) for path, x in trained.items()}
     return {name: float(value) for name, value in metrics.items()}, change
