@@ -39,6 +39,7 @@ class Runtime:
     """How to run a block, as opposed to what it computes."""
 
     attention: str | None = struct.field(pytree_node=False, default=None)  # implementation name
+    kernels: str | None = struct.field(pytree_node=False, default=None)  # of the compression: see kernels.dispatch
     remat: bool = struct.field(pytree_node=False, default=False)
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # None: one device, or as XLA splits it
 

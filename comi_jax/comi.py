@@ -18,8 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax import backbone as lm
 from comi_jax import lora as lora_module
+from comi_jax.attention import platform
 from comi_jax.compress import Aux, compress, max_groups
 from comi_jax.config import Backbone, Compression, Config, Lora
+from comi_jax.kernels import dispatch
 from comi_jax.params import ParamSpec, Tree, flatten, initialize
 
 SCALARS = ("alpha_coarse", "beta_coarse", "alpha_fine", "beta_fine")
@@ -41,7 +43,8 @@ class Architecture:
 
     @classmethod
     def of(cls, backbone: Backbone, config: Config) -> "Architecture":
-        runtime = lm.Runtime(attention=config.model.attention or None, remat=config.model.remat)
+        model = config.model
+        runtime = lm.Runtime(attention=model.attention or None, kernels=model.kernels or None, remat=model.remat)
         return cls(backbone, config.compression, config.lora, config.model.dtype, runtime)
 
     def on(self, mesh: jax.sharding.Mesh) -> "Architecture":
@@ -233,7 +236,11 @@ def remember(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> M
         query_vector = encode_query(params, arch, cache, lengths, query, query_length)
     with jax.named_scope("compress"):
         slots = max_groups(s, min_rate)
-        out = compress(states, query_vector, lengths, rate, params["mig"], arch.compression, slots)
+        kernels = dispatch.choose("compression", arch.runtime.kernels, states.dtype, platform(arch.runtime.mesh))
+        out = compress(
+            states, query_vector, lengths, rate, params["mig"], arch.compression, slots,
+            kernels=kernels, mesh=arch.runtime.mesh,
+        )  # fmt: skip
     aligned = align(params, arch, out.memory)
     count = jnp.sum(out.mask, axis=1, dtype=jnp.int32)
     vectors, length = join_segments(aligned.reshape(b, g, slots, -1), count.reshape(b, g))

@@ -1,20 +1,23 @@
 """COMI's compression, section 4 of the paper: coarse group sizes by MIG, equations (4) to (6), fine merging, (7) and
 (8).
 
-Everything has a static shape: group sizes are data, carried as one group id per token. All of it is computed in float32
-at least. Arrays here have S tokens of a context (or of a segment), right-padded, and up to M groups.
+Everything has a static shape: group sizes are data, carried as one group id per token. Products are summed, and all
+that follows is computed, in float32 at least. Arrays here have S tokens of a context (or of a segment), right-padded,
+and up to M groups. What touches the states themselves, the redundancy and the merge, is in ``kernels``.
 """
 
-from typing import Any, no_type_check
+import functools
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax import mig
 from comi_jax.config import Compression
+from comi_jax.kernels.merge import merge, weights
 from comi_jax.params import Tree
 
 
@@ -56,43 +59,67 @@ def compress(
     scalars: Tree,
     settings: Compression,
     slots: int,
+    *,
+    kernels: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Compressed:
-    """Merge each row's first ``lengths`` states into about lengths / rates memory vectors.
+    """Merge each row's first ``lengths`` states into about lengths / rates memory vectors, float32 at least.
 
     ``query`` is the query vector (3), ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine, ``slots``
-    is M, at least max_groups(S, smallest rate). Rates may differ from row to row. A row of length 0 gives no memory.
+    is M, at least max_groups(S, smallest rate), ``kernels`` an implementation of kernels.dispatch. Rates may differ
+    from row to row. A row of length 0 gives no memory.
+
+    With a ``mesh`` of several devices each computes its own rows (axes data and fsdp), and nothing passes between
+    them; rows that do not divide are computed by all.
     """
+    run = functools.partial(_compress, settings=settings, slots=slots, kernels=kernels)
+    if mesh is not None and mesh.size > 1:
+        rows = PartitionSpec(("data", "fsdp"))
+        if states.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+            rows = PartitionSpec()
+        run = jax.shard_map(
+            run, mesh=mesh, in_specs=(rows, rows, rows, rows, PartitionSpec()), out_specs=rows, check_vma=False
+        )
+    return run(states, query, lengths, rates, scalars)
+
+
+def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernels):
     # Padding may hold anything, infinities too, which a weight or a cotangent of zero would turn into NaN.
     real = jnp.arange(states.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-    states = jnp.where(real[:, :, None], states, 0).astype(np.promote_types(states.dtype, jnp.float32))
-    tokens = mig.unit(states)
-    relevance = mig.relevance(tokens, mig.unit(query))
+    states = jnp.where(real[:, :, None], states, 0)
+    tokens, inverse = mig.directions(states)
+    relevance = mig.relevance(tokens, inverse, query)
     representative = coarse_mig = None
     with jax.named_scope("coarse"):
         if settings.coarse:
             sizes, representative, coarse_mig = coarse_sizes(
-                *jax.lax.stop_gradient((tokens, relevance)), lengths, rates, scalars, settings, slots
+                *jax.lax.stop_gradient((tokens, inverse, relevance)), lengths, rates, scalars, settings, slots, kernels
             )
         else:
             sizes = equal_sizes(lengths, rates, slots)
         group, mask = assign(sizes, lengths, states.shape[1])
     with jax.named_scope("fine"):
-        redundancy = mig.redundancy(tokens, group) if settings.fine_redundancy else jnp.zeros_like(relevance)
+        redundancy = jnp.zeros_like(relevance)
+        if settings.fine_redundancy:
+            redundancy = mig.redundancy(tokens, inverse, group, kernels)
         gain = mig.gain(relevance, redundancy, scalars["alpha_fine"], scalars["beta_fine"])
-        weights = group_softmax(gain if settings.fine else jnp.zeros_like(gain), group, slots)
-        memory = merge(states, weights, group, slots)
-    aux = Aux(sizes, group, relevance, redundancy, gain, weights, representative, coarse_mig)
+        merged_by = gain if settings.fine else jnp.zeros_like(gain)
+        memory, normalizer = merge(states, merged_by, group, slots, implementation=kernels)  # (7), (8)
+        weight = weights(merged_by, normalizer, group)
+    aux = Aux(sizes, group, relevance, redundancy, gain, weight, representative, coarse_mig)
     return Compressed(memory, mask, aux)
 
 
 def coarse_sizes(
     tokens: Float[Array, "B S D"],
+    inverse: Float[Array, "B S"],
     relevance: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     rates: Int[Array, " B"],
     scalars: Tree,
     settings: Compression,
     slots: int,
+    kernels: str | None = None,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
     """Group sizes by the MIG of one representative per group of ``rates`` consecutive tokens, (4) to (6)."""
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -101,7 +128,8 @@ def coarse_sizes(
     chosen = jnp.take_along_axis(tokens, representative[:, :, None], axis=1)
     redundancy = jnp.zeros(representative.shape, relevance.dtype)
     if settings.coarse_redundancy:
-        redundancy = mig.redundancy(chosen, jnp.where(exists, 0, -1))
+        chosen_inverse = jnp.take_along_axis(inverse, representative, axis=1)
+        redundancy = mig.redundancy(chosen, chosen_inverse, jnp.where(exists, 0, -1), kernels)
     chosen_relevance = jnp.take_along_axis(relevance, representative, axis=1)
     gain = mig.gain(chosen_relevance, redundancy, scalars["alpha_coarse"], scalars["beta_coarse"])
     return reallocate(gain, exists, lengths), representative, gain
@@ -159,27 +187,3 @@ def assign(
     group = jnp.take_along_axis(slot, jnp.minimum(group, sizes.shape[1] - 1), axis=1)
     filled = jnp.arange(sizes.shape[1])[None, :] < jnp.sum(sizes > 0, axis=1)[:, None]
     return jnp.where(position[None, :] < lengths[:, None], group, -1), filled
-
-
-def group_softmax(gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int) -> Float[Array, "B S"]:
-    """(7): softmax of ``gain`` over the tokens of each group; 0 for tokens of no group."""
-
-    def row(gain, group):
-        inside = group >= 0
-        top = jax.lax.stop_gradient(jax.ops.segment_max(gain, group, slots))
-        power = jnp.where(inside, jnp.exp(jnp.where(inside, gain - top[group], 0.0)), 0.0)
-        total = jax.ops.segment_sum(power, group, slots)
-        return power / jnp.where(inside, total[group], 1.0)
-
-    return jax.vmap(row)(gain, group)
-
-
-def merge(
-    states: Float[Array, "B S D"], weights: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
-) -> Float[Array, "B M D"]:
-    """(7), (8): h̃_g = Σ_{k in g} w_k h_k, one vector per slot; empty slots are zero."""
-
-    def row(states: Any, weights: Any, group: Any) -> Any:
-        return jax.ops.segment_sum(weights[:, None] * states, group, slots)
-
-    return jax.vmap(row)(states, weights, group)

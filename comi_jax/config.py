@@ -161,12 +161,14 @@ class Model:
     hub: str = ""  # where that folder is published, for the message when it is missing
     tokenizer: str = ""  # folder of the tokenizer; empty: the same
     attention: str = ""  # implementation by name; empty: chosen for the device
+    kernels: str = ""  # of the compression, the same
     dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are kept in float32
     remat: bool = True  # recompute each block's activations in the backward pass
 
     def __post_init__(self):
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.attention", self.attention, ("", "dense", "blocked", "cudnn", "splash"))
+        _one_of("model.kernels", self.kernels, ("", "xla", "tpu", "gpu", "interpret"))
 
 
 @dataclass(frozen=True)

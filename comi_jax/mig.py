@@ -11,27 +11,39 @@ from jaxtyping import Array, Float, Int
 from comi_jax.kernels.redundancy import max_cosine
 
 EPSILON = 1e-12  # cos(a, b) = a·b / (max(‖a‖, ε) max(‖b‖, ε))
+LARGE = 2.0**48  # entries up to here have squares, and sums of a million of them, in float32's range
+SHRINK = 2.0**-80  # what larger ones are multiplied by; exact, and a direction does not change
 
 
-def unit(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """x / max(‖x‖, ε) in float32 at least. Scaled by its largest entry first, so that no norm over- or underflows."""
-    x = x.astype(np.promote_types(x.dtype, jnp.float32))
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    scaled = x / jnp.where(largest > 0, largest, 1.0)
-    square = jnp.sum(jnp.square(scaled), axis=-1, keepdims=True)  # at least 1, or 0 for the zero vector
-    norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
-    return scaled / norm * jnp.minimum(largest * jax.lax.stop_gradient(norm) / EPSILON, 1.0)
+def directions(x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
+    """Vectors x', as long as x unless that is beyond reason, and 1 / max(‖x'‖, ε) in float32 at least.
+
+    cos(a, b) is then a'·b' times both inverses, without a normalised, and in bfloat16 rounded, copy of the vectors.
+    """
+    wide = np.promote_types(x.dtype, jnp.float32)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True)).astype(wide)
+    x = x * jnp.where(largest > LARGE, SHRINK, 1.0).astype(x.dtype)
+    square = jnp.sum(jnp.square(x.astype(wide)), axis=-1)
+    return x, 1.0 / jnp.sqrt(jnp.maximum(square, EPSILON**2))
 
 
-def relevance(unit_tokens: Float[Array, "B S D"], unit_query: Float[Array, "B D"]) -> Float[Array, "B S"]:
-    """cos(x_i, q̄) of every token with the query vector of its example."""
-    return jnp.einsum("bsd,bd->bs", unit_tokens, unit_query, precision=jax.lax.Precision.HIGHEST)
+def relevance(
+    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], query: Float[Array, "B D"]
+) -> Float[Array, "B S"]:
+    """cos(x_i, q̄) of every token, given by its direction, with the query vector of its example."""
+    query, query_inverse = directions(query.astype(inverse.dtype))
+    return jnp.sum(x.astype(inverse.dtype) * (query * query_inverse[:, None])[:, None, :], axis=2) * inverse
 
 
-def redundancy(unit_tokens: Float[Array, "B S D"], group: Int[Array, "B S"]) -> Float[Array, "B S"]:
+def redundancy(
+    x: Float[Array, "B S D"],
+    inverse: Float[Array, "B S"],
+    group: Int[Array, "B S"],
+    implementation: str | None = None,
+) -> Float[Array, "B S"]:
     """max_{j≠i} cos(x_i, x_j) over the other tokens of i's group; 0 for a token alone in its group or of no group
     (-1)."""
-    return max_cosine(unit_tokens, group)[0]
+    return max_cosine(x, inverse, group, implementation=implementation)[0]
 
 
 def gain(

@@ -1,114 +1,131 @@
 """Segment-wise redundancy: for every token, the largest cosine to another token of its own group, and which one.
 
-    redundancy_i = max_{j in group(i), j != i}  u_i . u_j            u the unit vectors of the tokens
+    redundancy_i = max_{j in group(i), j != i}  (x_i . x_j) / (|x_i| |x_j|)
 
-Groups are contiguous, so all partners of a token lie near it. Tokens are cut into tiles, and for tile distance 0, 1,
-... up to the largest span of any group (data, so a traced bound) one batched tile-by-tile product is folded into the
-running maxima of both tiles. Memory is linear in the number of tokens; the backward pass follows the arg-max alone.
+Groups are contiguous, so all partners of a token lie near it: tiles of tokens meet the few tiles that their groups
+reach. How far that is, is data. No implementation holds more than a tile of cosines beyond its input, and the backward
+pass follows the arg-max alone. ``redundancy_tpu`` and ``redundancy_gpu`` are the Pallas kernels.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from comi_jax.kernels import dispatch
 from jaxtyping import Array, Float, Int
 
-TILE = 128
-SHORT_TILE = 32  # of short rows, whose groups are far smaller than 128 tokens
-NO_GROUP = jnp.iinfo(jnp.int32).max  # sorts behind every group
+TILE = 32  # of the loop over pairs of tiles; CPU caches like it, and groups are not much longer
 PRECISION = jax.lax.Precision.HIGHEST  # float32 means float32: the default is TF32 on a GPU, bfloat16 on a TPU
 
 
 def max_cosine_reference(
-    unit: Float[Array, "B S D"], group: Int[Array, "B S"]
+    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
-    """The definition, with the whole [S, S] matrix: what ``max_cosine`` is held against."""
-    tokens = jnp.arange(unit.shape[1])
-    partner = (group[:, :, None] == group[:, None, :]) & (group >= 0)[:, :, None]
-    partner = partner & (tokens[:, None] != tokens[None, :])[None]
-    similarity = jnp.where(partner, jnp.einsum("bid,bjd->bij", unit, unit, precision=PRECISION), -jnp.inf)
-    index = jnp.where(partner.any(-1), jnp.argmax(similarity, axis=-1), -1)
-    value = jnp.where(index >= 0, jnp.max(similarity, axis=-1), 0.0)
-    return value, index.astype(jnp.int32)
+    """The definition, with the whole [S, S] matrix: what every implementation is held against."""
+    wide = x.astype(dispatch.wide(x))
+    cosine = jnp.einsum("bid,bjd->bij", wide, wide, precision=PRECISION) * (inverse[:, :, None] * inverse[:, None, :])
+    same = (group[:, :, None] == group[:, None, :]) & (group >= 0)[:, :, None] & ~jnp.eye(x.shape[1], dtype=bool)[None]
+    cosine = jnp.where(same, cosine, -jnp.inf)
+    alone = ~same.any(axis=2)
+    index = jnp.where(alone, -1, jnp.argmax(cosine, axis=2).astype(jnp.int32))
+    return jnp.where(alone, 0.0, jnp.max(cosine, axis=2)), index
 
 
-@jax.custom_vjp
-def max_cosine(unit: Float[Array, "B S D"], group: Int[Array, "B S"]) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
-    """The largest inner product of every unit vector with another one of its group, and the index of that one.
+def max_cosine(
+    x: Float[Array, "B S D"],
+    inverse: Float[Array, "B S"],
+    group: Int[Array, "B S"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
+    """The largest cosine of every token with another one of its group, and the index of that one.
 
-    ``group`` never decreases along a row; -1, at the end of a row only, marks tokens of no group. A token without
-    partner gets value 0 and index -1. Ties go to the lowest index, and so does their gradient.
+    ``inverse`` is one over the length of every x, in float32 (float64 for a float64 x). Products are exact and summed
+    in float32, bfloat16 inputs included. ``group`` never decreases along a row; numbers may be left out; -1, at the end
+    of a row only, marks tokens of no group. A token without partner gets value 0 and index -1. Ties go to the lowest
+    index, and so does their gradient. ``implementation`` is one of dispatch.NAMES, or None for the device's own.
+
+    A sequence that is split over devices: give each a window of whole groups around its own tokens, keep its own.
+
+    Raises:
+        ValueError: an unknown implementation, or one that cannot do what is asked.
     """
-    return _banded(unit, group)
+    implementation = dispatch.choose("redundancy", implementation, x.dtype)
+    with jax.named_scope("redundancy"):
+        return _max_cosine(x, inverse.astype(dispatch.wide(x)), group, implementation)
 
 
-def _forward(unit, group):
-    value, index = _banded(unit, group)
-    return (value, index), (unit, index)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _max_cosine(x, inverse, group, implementation):
+    if implementation == "xla":
+        return _tiled(x, inverse, group)
+    if implementation == "gpu":
+        from comi_jax.kernels import redundancy_gpu
+
+        return redundancy_gpu.max_cosine(x, inverse, group)
+    from comi_jax.kernels import redundancy_tpu
+
+    return redundancy_tpu.max_cosine(x, inverse, group, interpret=implementation == "interpret")
 
 
-def _backward(saved, cotangents):
-    unit, index = saved
-    pull = jnp.where(index >= 0, cotangents[0], 0.0)[:, :, None]
+def _forward(x, inverse, group, implementation):
+    value, index = _max_cosine(x, inverse, group, implementation)
+    return (value, index), (x, inverse, index)
+
+
+def _backward(implementation, saved, cotangents):
+    x, inverse, index = saved
+    _, pull = jax.vjp(functools.partial(_cosine_with, index), x.astype(dispatch.wide(x)), inverse)
+    to_x, to_inverse = pull(cotangents[0])
+    return to_x.astype(x.dtype), to_inverse, None
+
+
+def _cosine_with(index, x, inverse):
+    """The cosine of every token with token ``index``; 0 where that is -1."""
     partner = jnp.maximum(index, 0)
-    to_self = pull * jnp.take_along_axis(unit, partner[:, :, None], axis=1)
-    to_partner = jax.vmap(lambda at, values: jnp.zeros_like(values).at[at].add(values))(partner, pull * unit)
-    return to_self + to_partner, None
+    product = jnp.sum(x * jnp.take_along_axis(x, partner[:, :, None], axis=1), axis=2)
+    cosine = product * (inverse * jnp.take_along_axis(inverse, partner, axis=1))
+    return jnp.where(index >= 0, cosine, 0.0)
 
 
-max_cosine.defvjp(_forward, _backward)
+_max_cosine.defvjp(_forward, _backward)
 
 
-def _banded(unit, group):
-    batch, length, width = unit.shape
-    tile = TILE if length > 8 * TILE else SHORT_TILE
-    tiles = -(-length // tile)
-    padding = tiles * tile - length
-    group = jnp.where(group < 0, NO_GROUP, group)
-    group = jnp.pad(group, ((0, 0), (0, padding)), constant_values=NO_GROUP)
-    unit = jnp.pad(unit, ((0, 0), (0, padding), (0, 0))).reshape(batch, tiles, tile, width)
-    span = _largest_span(group, tile)
-    group = group.reshape(batch, tiles, tile)
-    number = jnp.arange(tiles, dtype=jnp.int32)
-    token = jnp.arange(tiles * tile, dtype=jnp.int32).reshape(1, tiles, tile)
-    inside = jnp.arange(tile)
+def _tiled(x, inverse, group):
+    """Plain XLA: every pair of tiles that a group joins is multiplied once and folded into the maxima of both."""
+    batch, length, _ = x.shape
+    x, inverse, group = dispatch.pad_tokens(TILE, x, inverse, group)
+    tiles = x.shape[1] // TILE
+    end = jnp.max(
+        -(-dispatch.reach(group, TILE)[1] // TILE), axis=0
+    )  # one past the last tile that any row's tile meets
+    inside = jnp.arange(TILE, dtype=jnp.int32)
 
-    def fold(best, value, index):
-        better = (value > best[0]) | ((value == best[0]) & (index < best[1]))
-        return jnp.where(better, value, best[0]), jnp.where(better, index, best[1])
+    def at(array, tile):
+        return jax.lax.dynamic_slice_in_dim(array, tile * TILE, TILE, axis=1)
 
-    def at_distance(state):
-        distance, best = state
-        # Column tile c = row tile + distance; what rolls around from the front is masked by its number.
-        other, other_group, other_token = (jnp.roll(x, -distance, axis=1) for x in (unit, group, token))
-        similarity = jnp.einsum("bnid,bnjd->bnij", unit, other, precision=PRECISION)
-        same = (group[:, :, :, None] == other_group[:, :, None, :]) & (group < NO_GROUP)[:, :, :, None]
-        same = same & (number + distance < tiles)[None, :, None, None]
-        same = same & ((distance > 0) | (inside[:, None] != inside[None, :]))[None, None]
-        similarity = jnp.where(same, similarity, -jnp.inf)
-        column = jnp.argmax(similarity, axis=3)
-        best = fold(best, jnp.max(similarity, axis=3), _pick(other_token, column))
-        row = jnp.argmax(similarity, axis=2)
-        back = (jnp.max(similarity, axis=2), _pick(token, row))
-        best = fold(best, *(jnp.roll(x, distance, axis=1) for x in back))
-        return distance + 1, best
+    def fold(best, tile, value, index):
+        old_value, old_index = (at(array, tile) for array in best)
+        better = (value > old_value) | ((value == old_value) & (index < old_index))
+        new = (jnp.where(better, value, old_value), jnp.where(better, index, old_index))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(b, n, tile * TILE, axis=1) for b, n in zip(best, new, strict=True)
+        )
 
-    nothing = (jnp.full(group.shape, -jnp.inf, unit.dtype), jnp.full(group.shape, NO_GROUP, jnp.int32))
-    _, (value, index) = jax.lax.while_loop(lambda state: state[0] <= span, at_distance, (jnp.int32(0), nothing))
-    value, index = (x.reshape(batch, -1)[:, :length] for x in (value, index))
-    found = value > -jnp.inf
-    return jnp.where(found, value, 0.0), jnp.where(found, index, -1)
+    def pair(i, j, best):
+        product = jnp.einsum(
+            "bid,bjd->bij", at(x, i), at(x, j), precision=PRECISION, preferred_element_type=inverse.dtype
+        )
+        cosine = product * (at(inverse, i)[:, :, None] * at(inverse, j)[:, None, :])
+        same = (at(group, i)[:, :, None] == at(group, j)[:, None, :]) & (at(group, i) < dispatch.NO_GROUP)[:, :, None]
+        same = same & ((i != j) | (inside[:, None] != inside[None, :]))[None]
+        cosine = jnp.where(same, cosine, -jnp.inf)
+        best = fold(best, i, jnp.max(cosine, axis=2), j * TILE + jnp.argmax(cosine, axis=2).astype(jnp.int32))
+        return fold(best, j, jnp.max(cosine, axis=1), i * TILE + jnp.argmax(cosine, axis=1).astype(jnp.int32))
 
+    def row(i, best):
+        return jax.lax.fori_loop(i, end[i], functools.partial(pair, i), best)
 
-def _pick(token, position):
-    """token[..., position], broadcast over the batch."""
-    return jnp.take_along_axis(jnp.broadcast_to(token, position.shape), position, axis=2)
-
-
-def _largest_span(group: Int[Array, "B S"], tile: int) -> Int[Array, ""]:
-    """The largest number of tile borders that one group crosses."""
-    batch, length = group.shape
-    tiled = group.reshape(batch, length // tile, tile)
-    last_group = jnp.max(jnp.where(tiled < NO_GROUP, tiled, -1), axis=2)
-    end = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(group, last_group) - 1
-    return jnp.maximum(jnp.max(end // tile - jnp.arange(length // tile, dtype=jnp.int32)[None, :]), 0)
+    nothing = (jnp.full(group.shape, -jnp.inf, inverse.dtype), jnp.full(group.shape, dispatch.NO_GROUP, jnp.int32))
+    value, index = jax.lax.fori_loop(0, tiles, row, nothing)
+    return dispatch.without_partner(value[:, :length], index[:, :length])

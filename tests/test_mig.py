@@ -7,16 +7,27 @@ import pytest
 
 from comi_jax import mig
 
-unit = jax.jit(mig.unit)
+
+def unit(x):
+    """x / max(‖x‖, ε), from its direction."""
+    x, inverse = mig.directions(x)
+    return x.astype(inverse.dtype) * inverse[..., None]
 
 
-@pytest.mark.parametrize("length", [1e-30, 1e-6, 1.0, 1e4, 1e30])
-def test_unit_vectors_neither_overflow_nor_underflow(length):
-    """x / max(‖x‖, 1e-12) in float32, though the square of 1e30 is infinite and that of 1e-30 zero."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("length", [1e-30, 1e-6, 1.0, 1e4, 1e14, 1e15, 1e30, 1e38])
+def test_directions_neither_overflow_nor_underflow(length, dtype):
+    """x / max(‖x‖, 1e-12), though the square of 1e30 is infinite and that of 1e-30 zero in float32."""
     direction = np.array([[[3.0, 0.0, -4.0, 12.0]]]) / 13.0
-    want = direction * min(length / 1e-12, 1.0)
-    got = unit(jnp.asarray(direction * length, jnp.float32))
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    x = jnp.asarray(direction * length, dtype)
+    exact = np.asarray(x, np.float64)
+    want = exact / max(np.linalg.norm(exact), 1e-12)
+    np.testing.assert_allclose(jax.jit(unit)(x), want, rtol=1e-6, atol=1e-18)
+
+
+def test_vectors_of_usual_length_are_taken_as_they_are():
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((1, 5, 4)) * 1e4, jnp.bfloat16)
+    assert (mig.directions(x)[0] == x).all() and mig.directions(x)[0].dtype == jnp.bfloat16
 
 
 def test_the_zero_vector_has_no_direction_and_a_finite_gradient():
@@ -25,19 +36,25 @@ def test_the_zero_vector_has_no_direction_and_a_finite_gradient():
     assert jnp.isfinite(jax.grad(lambda x: unit(x).sum())(x)).all()
 
 
-def test_the_gradient_of_a_unit_vector_is_the_projection():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 5)), jnp.float32)
-    v = np.asarray(x[0, 0] / jnp.linalg.norm(x))
-    want = (np.eye(5) - np.outer(v, v)) / np.linalg.norm(x)
-    np.testing.assert_allclose(jax.jit(jax.jacrev(lambda x: unit(x)[0, 0]))(x)[:, 0, 0], want, atol=1e-6)
+@pytest.mark.parametrize("length", [1.0, 1e20])
+def test_the_gradient_of_a_unit_vector_is_the_projection(length):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 5)), jnp.float32) * length
+    v = np.asarray(x[0, 0] / length, np.float64)
+    norm, v = np.linalg.norm(v), v / np.linalg.norm(v)
+    want = (np.eye(5) - np.outer(v, v)) / norm / length
+    np.testing.assert_allclose(jax.jit(jax.jacrev(lambda x: unit(x)[0, 0]))(x)[:, 0, 0], want, atol=1e-6 / length)
 
 
 def test_cosines_are_computed_in_float32_whatever_comes_in():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 64)), jnp.bfloat16)
-    assert unit(x).dtype == jnp.float32
-    np.testing.assert_array_equal(unit(x), unit(x.astype(jnp.float32)))
+    (_, inverse), (_, wide) = mig.directions(x), mig.directions(x.astype(jnp.float32))
+    assert inverse.dtype == jnp.float32
+    np.testing.assert_array_equal(inverse, wide)
+    query = jnp.asarray(np.random.default_rng(2).standard_normal((2, 64)), jnp.float32)
+    got = mig.relevance(x, inverse, query)
+    np.testing.assert_allclose(got, mig.relevance(x.astype(jnp.float32), inverse, query), rtol=1e-6)
     with jax.enable_x64(True):
-        assert unit(jnp.ones((1, 1, 3), jnp.float64)).dtype == jnp.float64
+        assert mig.directions(jnp.ones((1, 1, 3), jnp.float64))[1].dtype == jnp.float64
 
 
 def test_gain_is_equation_1():
@@ -57,9 +74,9 @@ def test_gain_is_equation_1():
 
     @jax.jit
     def gain(x, q, group):
-        tokens = mig.unit(x)
-        relevance = mig.relevance(tokens, mig.unit(q))
-        return mig.gain(relevance, mig.redundancy(tokens, group), jnp.float32(alpha), jnp.float32(beta))
+        tokens = mig.directions(x)
+        relevance = mig.relevance(*tokens, q)
+        return mig.gain(relevance, mig.redundancy(*tokens, group), jnp.float32(alpha), jnp.float32(beta))
 
     got = gain(x.astype(np.float32), q.astype(np.float32), group)
     np.testing.assert_allclose(got[0], want, atol=1e-5)

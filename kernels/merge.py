@@ -1,0 +1,122 @@
+"""Group softmax merge: the tokens of each contiguous group become one vector.
+
+    w_k = softmax_{k in g}(gain_k)        (7)
+    h_g = sum_{k in g} w_k x_k            (7), (8)
+
+One pass over the states. ``merge_tpu`` and ``merge_gpu`` are the Pallas kernels. Relevance is not part of them: the
+coarse stage needs it before there are groups, so it is taken with the lengths of the states, in their first pass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from comi_jax.kernels import dispatch
+from jaxtyping import Array, Float, Int
+
+TILE = 512  # tokens that the XLA implementation weighs at a time
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+def merge_reference(
+    x: Float[Array, "B S D"], gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
+) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
+    """The definition, with the whole [M, S] matrix: what every implementation is held against."""
+    member = group[:, None, :] == jnp.arange(slots, dtype=group.dtype)[None, :, None]
+    gain = jnp.where(member, gain[:, None, :], -jnp.inf)
+    weight = jnp.where(member, jax.nn.softmax(gain, axis=2), 0.0)  # NaN in empty slots, which have no member
+    normalizer = jax.nn.logsumexp(gain, axis=2)
+    return jnp.einsum("bms,bsd->bmd", weight, x.astype(dispatch.wide(x)), precision=PRECISION), normalizer
+
+
+def merge(
+    x: Float[Array, "B S D"],
+    gain: Float[Array, "B S"],
+    group: Int[Array, "B S"],
+    slots: int,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
+    """One vector for each of ``slots`` groups, in float32 at least, and log sum exp of the gains in it.
+
+    ``group`` never decreases along a row and is below ``slots``; -1, at the end of a row only, marks tokens of no
+    group, which may hold anything. An empty slot has the vector 0 and -inf. ``implementation`` is one of
+    dispatch.NAMES, or None for the device's own.
+
+    A group that is split over devices: merge each part, then its parts, with the second result as their gain.
+
+    Raises:
+        ValueError: an unknown implementation, or one that cannot do what is asked.
+    """
+    implementation = dispatch.choose("merge", implementation, x.dtype)
+    with jax.named_scope("merge"):
+        return _merge(x, gain.astype(dispatch.wide(x)), group, slots, implementation)
+
+
+def weights(
+    gain: Float[Array, "B S"], normalizer: Float[Array, "B M"], group: Int[Array, "B S"]
+) -> Float[Array, "B S"]:
+    """(7): each token's share of its group, from the second result of ``merge``; 0 for tokens of no group."""
+    inside = group >= 0
+    own = jnp.take_along_axis(normalizer, jnp.maximum(group, 0), axis=1)
+    return jnp.where(inside, jnp.exp(jnp.where(inside, gain.astype(own.dtype) - own, 0.0)), 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _merge(x, gain, group, slots, implementation):
+    if implementation == "xla":
+        return _scattered(x, gain, group, slots)
+    if implementation == "gpu":
+        from comi_jax.kernels import merge_gpu
+
+        return merge_gpu.merge(x, gain, group, slots)
+    from comi_jax.kernels import merge_tpu
+
+    return merge_tpu.merge(x, gain, group, slots, interpret=implementation == "interpret")
+
+
+def _forward(x, gain, group, slots, implementation):
+    memory, normalizer = _merge(x, gain, group, slots, implementation)
+    return (memory, normalizer), (x, gain, group, memory, normalizer)
+
+
+def _backward(slots, implementation, saved, cotangents):
+    """d gain_k = w_k (x_k · dh_g − h_g · dh_g + d log sum exp_g), d x_k = w_k dh_g."""
+    x, gain, group, memory, normalizer = saved
+    to_memory, to_normalizer = cotangents
+    weight, slot = weights(gain, normalizer, group), jnp.maximum(group, 0)
+    mine = jnp.take_along_axis(to_memory, slot[:, :, None], axis=1)
+    shift = to_normalizer - jnp.sum(memory * to_memory, axis=2)
+    inner = jnp.sum(jnp.where((group >= 0)[:, :, None], x, 0).astype(mine.dtype) * mine, axis=2)
+    to_gain = weight * (inner + jnp.take_along_axis(shift, slot, axis=1))
+    return (weight[:, :, None] * mine).astype(x.dtype), to_gain, None
+
+
+_merge.defvjp(_forward, _backward)
+
+
+def _scattered(x, gain, group, slots):
+    """Plain XLA: the softmax over the whole row, then tile by tile weighted states added into their slots."""
+    group = jnp.where(group < 0, slots, group)  # what lies outside is dropped; a negative index would count backwards
+
+    def row(gain, group):
+        top = jax.ops.segment_max(gain, group, slots, indices_are_sorted=True)
+        power = jnp.exp(gain - top.at[group].get(mode="fill", fill_value=jnp.inf))
+        total = jax.ops.segment_sum(power, group, slots, indices_are_sorted=True)
+        share = power / total.at[group].get(mode="fill", fill_value=1.0)
+        return share, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+
+    share, normalizer = jax.vmap(row)(gain, group)
+    length = x.shape[1]
+    tile = min(TILE, length)
+
+    def add(step, memory):
+        first = jnp.minimum(step * tile, length - tile)  # the last tile reaches back, with weight 0 where it was before
+        token = first + jnp.arange(tile, dtype=jnp.int32)
+        states, weight, slot = (jax.lax.dynamic_slice_in_dim(a, first, tile, axis=1) for a in (x, share, group))
+        weight = jnp.where(token[None, :] >= step * tile, weight, 0.0)
+        weighted = weight[:, :, None] * states.astype(weight.dtype)
+        return jax.vmap(lambda m, s, w: m.at[s].add(w, mode="drop", indices_are_sorted=True))(memory, slot, weighted)
+
+    nothing = jnp.zeros((x.shape[0], slots, x.shape[2]), share.dtype)
+    return jax.lax.fori_loop(0, -(-length // tile), add, nothing), normalizer
