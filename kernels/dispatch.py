@@ -4,8 +4,10 @@
 TPU kernel step by step on any device, for tests.
 """
 
+import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 NAMES = ("xla", "tpu", "gpu", "interpret")
+PART = 512  # tokens that plain XLA takes at a time on CPU
 NO_GROUP = int(jnp.iinfo(jnp.int32).max)  # sorts behind every group
 
 
@@ -70,6 +73,45 @@ def without_partner(value: Float[Array, "B S"], index: Int[Array, "B S"]) -> tup
     """Value 0 and index -1 where no partner was found (value -inf)."""
     found = value > -jnp.inf
     return jnp.where(found, value, 0.0), jnp.where(found, index, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some neighbouring tokens of every row. The last part reaches back, over tokens that were in the one before."""
+
+    first: Array
+    size: int
+    begin: Array  # tokens before it were in an earlier part
+
+    def of(self, array: Array) -> Array:
+        """These tokens of a per-token array."""
+        return jax.lax.dynamic_slice_in_dim(array, self.first, self.size, axis=1)
+
+    def fresh(self, array: Array) -> Array:
+        """These tokens of a [B, S] array, 0 for those that were in an earlier part."""
+        token = self.first + jnp.arange(self.size, dtype=jnp.int32)
+        return jnp.where((token >= self.begin)[None, :], self.of(array), 0.0)
+
+    def put(self, array: Array, values: Array) -> Array:
+        """``array`` with ``values`` for these tokens."""
+        return jax.lax.dynamic_update_slice_in_dim(array, values, self.first, axis=1)
+
+    def add(self, array: Array, values: Array) -> Array:
+        """``array`` with ``values`` added to these tokens."""
+        return self.put(array, self.of(array) + values)
+
+
+def by_parts(length: int, implementation: str, step: Callable[[Part, Any], Any], start: Any) -> Any:
+    """``step`` over all parts of ``length`` tokens, one after another: for CPU such as stay in its caches, for other
+    devices everything at once."""
+    size = min(PART, length) if implementation == "xla" else length
+    if size == length:
+        return step(Part(jnp.int32(0), length, jnp.int32(0)), start)
+
+    def one(number, state):
+        return step(Part(jnp.minimum(number * size, length - size), size, number * size), state)
+
+    return jax.lax.fori_loop(0, -(-length // size), one, start)
 
 
 def down(lanes: Array) -> Array:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from comi_jax.kernels import dispatch
 from jaxtyping import Array, Float, Int
 
-TILE = 512  # tokens that the XLA implementation weighs at a time
 PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -85,11 +84,18 @@ def _backward(slots, implementation, saved, cotangents):
     x, gain, group, memory, normalizer = saved
     to_memory, to_normalizer = cotangents
     weight, slot = weights(gain, normalizer, group), jnp.maximum(group, 0)
-    mine = jnp.take_along_axis(to_memory, slot[:, :, None], axis=1)
     shift = to_normalizer - jnp.sum(memory * to_memory, axis=2)
-    inner = jnp.sum(jnp.where((group >= 0)[:, :, None], x, 0).astype(mine.dtype) * mine, axis=2)
-    to_gain = weight * (inner + jnp.take_along_axis(shift, slot, axis=1))
-    return (weight[:, :, None] * mine).astype(x.dtype), to_gain, None
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+
+    def put(part, results):
+        to_x, inner = results
+        mine, states = to_memory[rows, part.of(slot)], part.of(x)
+        states = jnp.where((part.of(group) >= 0)[:, :, None], states, 0).astype(mine.dtype)
+        to_x = part.put(to_x, (part.of(weight)[:, :, None] * mine).astype(x.dtype))
+        return to_x, part.put(inner, jnp.sum(states * mine, axis=2))
+
+    to_x, inner = dispatch.by_parts(x.shape[1], implementation, put, (jnp.zeros_like(x), jnp.zeros_like(gain)))
+    return to_x, weight * (inner + jnp.take_along_axis(shift, slot, axis=1)), None
 
 
 _merge.defvjp(_forward, _backward)
@@ -107,16 +113,11 @@ def _scattered(x, gain, group, slots):
         return share, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
     share, normalizer = jax.vmap(row)(gain, group)
-    length = x.shape[1]
-    tile = min(TILE, length)
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
 
-    def add(step, memory):
-        first = jnp.minimum(step * tile, length - tile)  # the last tile reaches back, with weight 0 where it was before
-        token = first + jnp.arange(tile, dtype=jnp.int32)
-        states, weight, slot = (jax.lax.dynamic_slice_in_dim(a, first, tile, axis=1) for a in (x, share, group))
-        weight = jnp.where(token[None, :] >= step * tile, weight, 0.0)
-        weighted = weight[:, :, None] * states.astype(weight.dtype)
-        return jax.vmap(lambda m, s, w: m.at[s].add(w, mode="drop", indices_are_sorted=True))(memory, slot, weighted)
+    def add(part, memory):
+        weighted = part.fresh(share)[:, :, None] * part.of(x).astype(share.dtype)
+        return memory.at[rows, part.of(group)].add(weighted, mode="drop")
 
     nothing = jnp.zeros((x.shape[0], slots, x.shape[2]), share.dtype)
-    return jax.lax.fori_loop(0, -(-length // tile), add, nothing), normalizer
+    return dispatch.by_parts(x.shape[1], "xla", add, nothing), normalizer

@@ -74,18 +74,25 @@ def _forward(x, inverse, group, implementation):
 
 
 def _backward(implementation, saved, cotangents):
+    """d x_i += c_i x_p / (|x_i| |x_p|) and d x_p += c_i x_i / (|x_i| |x_p|) for the partner p of i; the same for the
+    inverses."""
     x, inverse, index = saved
-    _, pull = jax.vjp(functools.partial(_cosine_with, index), x.astype(dispatch.wide(x)), inverse)
-    to_x, to_inverse = pull(cotangents[0])
+    partner, wide = jnp.maximum(index, 0), inverse.dtype
+    pull = jnp.where(index >= 0, cotangents[0], 0.0)
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+
+    def add(part, totals):
+        to_x, to_inverse = totals
+        at, mine, own, c = part.of(partner), part.of(x).astype(wide), part.of(inverse), part.fresh(pull)
+        others, their = x[rows, at].astype(wide), inverse[rows, at]
+        scale = (c * own * their)[:, :, None]
+        to_x = part.add(to_x.at[rows, at].add(scale * mine), scale * others)
+        cosine = c * jnp.sum(mine * others, axis=2)
+        return to_x, part.add(to_inverse.at[rows, at].add(cosine * own), cosine * their)
+
+    nothing = (jnp.zeros(x.shape, wide), jnp.zeros(inverse.shape, wide))
+    to_x, to_inverse = dispatch.by_parts(x.shape[1], implementation, add, nothing)
     return to_x.astype(x.dtype), to_inverse, None
-
-
-def _cosine_with(index, x, inverse):
-    """The cosine of every token with token ``index``; 0 where that is -1."""
-    partner = jnp.maximum(index, 0)
-    product = jnp.sum(x * jnp.take_along_axis(x, partner[:, :, None], axis=1), axis=2)
-    cosine = product * (inverse * jnp.take_along_axis(inverse, partner, axis=1))
-    return jnp.where(index >= 0, cosine, 0.0)
 
 
 _max_cosine.defvjp(_forward, _backward)

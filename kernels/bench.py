@@ -1,0 +1,105 @@
+"""Time, traffic and memory of the compression kernels here: ``python -m comi_jax.kernels.bench [--tokens N ...]``.
+
+Random states of ``--width`` in bfloat16 (float32 on CPU), groups of about ``--rate`` tokens. Bytes are those that must
+be moved at least: every state read once, every result written once; FLOPs those of the cosines within groups and of
+the weighted sums. The share is of the bandwidth that copying the states reaches in the same run. Memory is what the
+compiled program needs beyond its input.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from comi_jax.kernels import dispatch
+from comi_jax.kernels.merge import merge
+from comi_jax.kernels.redundancy import max_cosine
+
+ROW = "{:<12}{:<11}{:<10}{:>9}{:>11}{:>12}{:>9}{:>9}{:>9}{:>8}{:>12}"
+HEAD = ("kernel", "pass", "by", "tokens", "time, ms", "x last size", "MB", "GFLOP", "GB/s", "share", "memory, MB")
+
+
+def groups(tokens: int, rate: int, rng: np.random.Generator) -> np.ndarray:
+    """Group ids of ``tokens`` tokens, in groups of between 1 and 2 · ``rate`` - 1."""
+    sizes = rng.integers(1, 2 * rate, 1 + 2 * tokens // rate)
+    while sizes.sum() < tokens:
+        sizes = np.concatenate([sizes, sizes])
+    return np.repeat(np.arange(len(sizes)), sizes)[:tokens].astype(np.int32)
+
+
+def work(kernel: str, backward: bool, name: str, slots: int) -> Callable[..., Any]:
+    """One of the two kernels, forward or with its gradient."""
+
+    def forward(x, numbers, group):
+        if kernel == "redundancy":
+            return max_cosine(x, numbers, group, implementation=name)[0]
+        return merge(x, numbers, group, slots, implementation=name)[0]
+
+    def gradients(x, numbers, group):
+        return jax.grad(lambda x, numbers: jnp.sum(forward(x, numbers, group)), argnums=(0, 1))(x, numbers)
+
+    return gradients if backward else forward
+
+
+def seconds(function: Callable[..., Any], arguments: tuple[jax.Array, ...], runs: int) -> float:
+    """Median of ``runs`` after one that is not counted."""
+    taken = []
+    for _ in range(runs + 1):
+        since = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        taken.append(time.perf_counter() - since)
+    return statistics.median(taken[1:])
+
+
+def main() -> None:
+    """Measure everything that this machine can run and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768, 131_072])
+    parser.add_argument("--width", type=int, default=3584)
+    parser.add_argument("--rate", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--by", nargs="+", choices=dispatch.NAMES, help="implementations; the device's own and xla")
+    given = parser.parse_args()
+    backend = jax.default_backend()
+    dtype = jnp.dtype(given.dtype or ("float32" if backend == "cpu" else "bfloat16"))
+    names = given.by or sorted({"xla", dispatch.choose("bench", None, dtype)})
+    print(f"{jax.devices()[0].device_kind}, {dtype}, width {given.width}, groups of 1 to {2 * given.rate - 1} tokens")
+    print(ROW.format(*HEAD))
+    before: dict[tuple[str, ...], float] = {}
+    for tokens in given.tokens:
+        rng = np.random.default_rng(tokens)
+        ids = groups(tokens, given.rate, rng)
+        slots = int(ids[-1]) + 1
+        x = jax.random.normal(jax.random.key(tokens), (1, tokens, given.width), dtype)
+        numbers = jnp.asarray(rng.uniform(0.5, 1.5, (1, tokens)) / given.width**0.5, jnp.float32)
+        arguments = (x, numbers, jnp.asarray(ids)[None])
+        copied = 2 * x.nbytes / seconds(jax.jit(lambda x: -x), (x,), given.runs)
+        pairs = float(np.sum(np.bincount(ids).astype(float) ** 2)) / 2
+        for kernel in ("redundancy", "merge"):
+            out = 8.0 * tokens if kernel == "redundancy" else 4.0 * slots * given.width
+            flops = 2 * given.width * (pairs if kernel == "redundancy" else tokens)
+            for name in names:
+                for part in ("forward", "+ backward"):
+                    backward = part != "forward"
+                    # Backward: the states again, and their gradient.
+                    must = (x.nbytes + out + 8 * tokens) + backward * (2 * x.nbytes + out)
+                    step = jax.jit(work(kernel, backward, name, slots)).lower(*arguments).compile()
+                    took = seconds(step, arguments, given.runs)
+                    growth = f"{took / before[kernel, part, name]:.2f}" if (kernel, part, name) in before else ""
+                    before[kernel, part, name] = took
+                    extra = step.memory_analysis().temp_size_in_bytes
+                    print(ROW.format(
+                        kernel, part, name, f"{tokens:,}", f"{1e3 * took:.2f}", growth, f"{must / 1e6:.0f}",
+                        f"{(3 if backward else 1) * flops / 1e9:.1f}", f"{must / took / 1e9:.1f}",
+                        f"{must / took / copied:.0%}", f"{extra / 1e6:.1f}",
+                    ), flush=True)  # fmt: skip
+    print(f"copying the states of the last size: {copied / 1e9:.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
