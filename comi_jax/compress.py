@@ -17,8 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax import mig
 from comi_jax.config import Compression
-from comi_jax.kernels.merge import merge, weights
+from comi_jax.kernels.merge import weights
 from comi_jax.params import Tree
+from comi_jax.sequence import Split, Whole
+
+WHOLE = Whole()  # rows that are not split over devices
 
 
 @no_type_check
@@ -69,42 +72,54 @@ def compress(
     is M, at least max_groups(S, smallest rate), ``kernels`` an implementation of kernels.dispatch. Rates may differ
     from row to row. A row of length 0 gives no memory.
 
-    With a ``mesh`` of several devices each computes its own rows (axes data and fsdp), and nothing passes between
-    them; rows that do not divide are computed by all.
+    With a ``mesh`` of several devices each computes its own rows (axes data and fsdp; rows that do not divide are
+    computed by all) and its own part of every row (axis context): see ``sequence``.
     """
     run = functools.partial(_compress, settings=settings, slots=slots, kernels=kernels)
+    length = states.shape[1]
     if mesh is not None and mesh.size > 1:
-        rows = PartitionSpec(("data", "fsdp"))
-        if states.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-            rows = PartitionSpec()
+        parts = mesh.shape.get("context", 1)
+        split = Split("context", parts, mesh.axis_names) if parts > 1 else WHOLE
+        states = jnp.pad(states, ((0, 0), (0, -length % parts), (0, 0)))
+        rows = None if states.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
+        by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if parts > 1 else None)
+        aux = Aux(by_row, by_token, by_token, by_token, by_token, by_token, by_row, by_row)
         run = jax.shard_map(
-            run, mesh=mesh, in_specs=(rows, rows, rows, rows, PartitionSpec()), out_specs=rows, check_vma=False
+            functools.partial(run, sequence=split),
+            mesh=mesh,
+            in_specs=(by_token, by_row, by_row, by_row, PartitionSpec()),
+            out_specs=Compressed(by_row, by_row, aux),
+            check_vma=False,
         )
-    return run(states, query, lengths, rates, scalars)
+    out = run(states, query, lengths, rates, scalars)
+    cut = {name: getattr(out.aux, name)[:, :length] for name in ("group", "relevance", "redundancy", "mig", "weights")}
+    return out.replace(aux=out.aux.replace(**cut)) if states.shape[1] != length else out
 
 
-def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernels):
+def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernels, sequence=WHOLE):
     # Padding may hold anything, infinities too, which a weight or a cotangent of zero would turn into NaN.
-    real = jnp.arange(states.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-    states = jnp.where(real[:, :, None], states, 0)
+    position = sequence.position(states.shape[1])
+    states = jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0)
     tokens, inverse = mig.directions(states)
     relevance = mig.relevance(tokens, inverse, query)
     representative = coarse_mig = None
     with jax.named_scope("coarse"):
         if settings.coarse:
             sizes, representative, coarse_mig = coarse_sizes(
-                *jax.lax.stop_gradient((tokens, inverse, relevance)), lengths, rates, scalars, settings, slots, kernels
-            )
+                *jax.lax.stop_gradient((tokens, inverse, relevance)),
+                lengths, rates, scalars, settings, slots, kernels, sequence,
+            )  # fmt: skip
         else:
             sizes = equal_sizes(lengths, rates, slots)
-        group, mask = assign(sizes, lengths, states.shape[1])
+        all_groups, mask = assign(sizes, lengths, states.shape[1] * sequence.devices)
+        group = sequence.own(all_groups)
     with jax.named_scope("fine"):
         redundancy = jnp.zeros_like(relevance)
         if settings.fine_redundancy:
-            redundancy = mig.redundancy(tokens, inverse, group, kernels)
+            redundancy = sequence.redundancy(tokens, inverse, all_groups, kernels)
         gain = mig.gain(relevance, redundancy, scalars["alpha_fine"], scalars["beta_fine"])
         merged_by = gain if settings.fine else jnp.zeros_like(gain)
-        memory, normalizer = merge(states, merged_by, group, slots, implementation=kernels)  # (7), (8)
+        memory, normalizer = sequence.merge(states, merged_by, all_groups, slots, kernels)  # (7), (8)
         weight = weights(merged_by, normalizer, group)
     aux = Aux(sizes, group, relevance, redundancy, gain, weight, representative, coarse_mig)
     return Compressed(memory, mask, aux)
@@ -120,12 +135,14 @@ def coarse_sizes(
     settings: Compression,
     slots: int,
     kernels: str | None = None,
+    sequence: Whole | Split = WHOLE,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
     """Group sizes by the MIG of one representative per group of ``rates`` consecutive tokens, (4) to (6)."""
-    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    inverse, relevance = sequence.all(inverse), sequence.all(relevance)
+    position = jnp.arange(relevance.shape[1], dtype=jnp.int32)[None, :]
     group = jnp.where(position < lengths[:, None], position // rates[:, None], -1)
     representative, exists = most_relevant(relevance, group, slots)
-    chosen = jnp.take_along_axis(tokens, representative[:, :, None], axis=1)
+    chosen = sequence.vectors(tokens, representative)
     redundancy = jnp.zeros(representative.shape, relevance.dtype)
     if settings.coarse_redundancy:
         chosen_inverse = jnp.take_along_axis(inverse, representative, axis=1)

@@ -1,0 +1,208 @@
+"""The tokens of a row, on one device or split over several: all that compression asks of tokens elsewhere.
+
+Split tokens lie in order on the devices of one mesh axis, equally many on each. Numbers (one per token) and the
+representatives' vectors are gathered; vectors of other tokens pass from neighbour to neighbour, as far as a group
+reaches; parts of a group are merged on their devices and joined by their softmax normalizers,
+
+    h_g = sum_d exp(z_gd - z_g) h_gd,   z_g = log sum_d exp(z_gd)        d the devices that hold tokens of g
+
+so that every result, and every gradient, is what one device computes.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from comi_jax import mig
+from comi_jax.kernels import dispatch
+from comi_jax.kernels.merge import merge
+from comi_jax.kernels.redundancy import max_cosine
+
+
+class Whole:
+    """All tokens of a row are here."""
+
+    devices = 1
+
+    def position(self, length: int) -> Int[Array, " S"]:
+        """The place in the row of each of the ``length`` tokens that are here."""
+        return jnp.arange(length, dtype=jnp.int32)
+
+    def all(self, numbers: Array) -> Array:
+        """Numbers [B, S] of the tokens here, for all tokens of the row."""
+        return numbers
+
+    def own(self, numbers: Array) -> Array:
+        """The inverse of ``all``."""
+        return numbers
+
+    def vectors(self, x: Float[Array, "B S D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+        """The vectors of a few tokens, by their places in the row."""
+        return jnp.take_along_axis(x, index[:, :, None], axis=1)
+
+    def redundancy(
+        self, x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B T"], kernels: str | None
+    ) -> Float[Array, "B S"]:
+        """``mig.redundancy`` of the tokens here, among all; ``group`` is of all."""
+        return mig.redundancy(x, inverse, group, kernels)
+
+    def merge(
+        self,
+        x: Float[Array, "B S D"],
+        gain: Float[Array, "B S"],
+        group: Int[Array, "B T"],
+        slots: int,
+        kernels: str | None,
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
+        """``kernels.merge.merge`` over all tokens; ``group`` is of all."""
+        return merge(x, gain, group, slots, implementation=kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The tokens of a row are split over the ``devices`` devices of the mesh axis ``axis``: inside jax.shard_map."""
+
+    axis: str
+    devices: int
+    mesh_axes: tuple[str, ...]  # of all devices, which go through loops together
+
+    def position(self, length: int) -> Int[Array, " S"]:
+        return jax.lax.axis_index(self.axis) * length + jnp.arange(length, dtype=jnp.int32)
+
+    def all(self, numbers: Array) -> Array:
+        return jax.lax.all_gather(numbers, self.axis, axis=1, tiled=True)
+
+    def own(self, numbers: Array) -> Array:
+        length = numbers.shape[1] // self.devices
+        return jax.lax.dynamic_slice_in_dim(numbers, jax.lax.axis_index(self.axis) * length, length, axis=1)
+
+    def vectors(self, x: Float[Array, "B S D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+        here, inside = self._here(index, x.shape[1], jax.lax.axis_index(self.axis))
+        mine = jnp.where(inside[:, :, None], jnp.take_along_axis(x, here[:, :, None], axis=1), 0)
+        return jax.lax.psum(mine, self.axis)
+
+    def redundancy(
+        self, x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B T"], kernels: str | None
+    ) -> Float[Array, "B S"]:
+        reach = self._reach(group, x.shape[1])
+        partner = self._partners(*jax.lax.stop_gradient((x, inverse)), group, reach, kernels)
+        other, wide = _fetch(self, x, partner, reach), inverse.dtype
+        product = jnp.sum(x.astype(wide) * other.astype(wide), axis=2)
+        cosine = product * (inverse * jnp.take_along_axis(self.all(inverse), jnp.maximum(partner, 0), axis=1))
+        return jnp.where(partner >= 0, cosine, 0.0)
+
+    def merge(
+        self,
+        x: Float[Array, "B S D"],
+        gain: Float[Array, "B S"],
+        group: Int[Array, "B T"],
+        slots: int,
+        kernels: str | None,
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
+        memory, normalizer = merge(x, gain, self.own(group), slots, implementation=kernels)
+        top = jax.lax.pmax(jax.lax.stop_gradient(normalizer), self.axis)
+        power = jnp.where(normalizer > -jnp.inf, jnp.exp(normalizer - jnp.where(top > -jnp.inf, top, 0.0)), 0.0)
+        total = jax.lax.psum(power, self.axis)
+        filled = total > 0
+        total = jnp.where(filled, total, 1.0)
+        whole = jax.lax.psum(memory * (power / total)[:, :, None], self.axis)
+        return whole, jnp.where(filled, top + jnp.log(total), -jnp.inf)
+
+    def _here(self, index, length, device):
+        """Places on ``device`` of the tokens ``index``, and which of them are there."""
+        return jnp.clip(index - device * length, 0, length - 1), index // length == device
+
+    def _shift(self, tree, step):
+        """What the neighbour ``step`` places before has."""
+        ring = [(device, (device + step) % self.devices) for device in range(self.devices)]
+        return jax.tree.map(lambda a: jax.lax.ppermute(a, self.axis, ring), tree)
+
+    def _reach(self, group, length):
+        """How many devices away the farthest token of any group is; the same on all devices."""
+        (group,) = dispatch.pad_tokens(length, group)
+        first, end = dispatch.reach(group, length)
+        device = jnp.arange(self.devices, dtype=jnp.int32)[None, :]
+        farthest = jnp.maximum(device - first // length, (end - 1) // length - device)
+        return jax.lax.pmax(jnp.max(farthest), self.mesh_axes)
+
+    def _partners(self, x, inverse, group, reach, kernels):
+        """The place in the row of each token's arg-max among its group, -1 where it is alone."""
+        length, device = x.shape[1], jax.lax.axis_index(self.axis)
+        here = (x, inverse, self.own(group))
+        value, index = max_cosine(*here, implementation=kernels)
+        best = (jnp.where(index < 0, -jnp.inf, value), jnp.where(index < 0, -1, index + device * length))
+        token = jnp.arange(length, dtype=jnp.int32)
+
+        def window(left, right, step):
+            """[left | here | right] as one sequence. What lies beyond the ends of the row is in nobody's group: a
+            group of its own for each token before the first, none behind the last."""
+            before, ours, behind = (jnp.where(g < 0, -1, g + length) for g in (left[2], here[2], right[2]))
+            before = jnp.where(device >= step, before, token[None, :])
+            behind = jnp.where(device + step < self.devices, behind, -1)
+            vectors, inverses = (jnp.concatenate([left[k], here[k], right[k]], axis=1) for k in (0, 1))
+            return vectors, inverses, jnp.concatenate([before, ours, behind], axis=1)
+
+        def farther(state):
+            step, left, right, (value, index) = state
+            left, right = self._shift(left, 1), self._shift(right, -1)
+            new, at = max_cosine(*window(left, right, step), implementation=kernels)
+            new, at = new[:, length : 2 * length], at[:, length : 2 * length]
+            side = at // length - 1  # -1, 0, 1 for left, here, right
+            place = (device + side * step) * length + at % length
+            better = (at >= 0) & ((new > value) | ((new == value) & (place < index)))
+            return step + 1, left, right, (jnp.where(better, new, value), jnp.where(better, place, index))
+
+        start = (jnp.int32(1), here, here, best)
+        return jax.lax.while_loop(lambda state: state[0] <= reach, farther, start)[3][1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fetch(split, x, index, reach):
+    """The vectors [B, S, D] of the tokens ``index`` [B, S] of the row, at most ``reach`` devices away; 0 for -1."""
+    device, length = jax.lax.axis_index(split.axis), x.shape[1]
+
+    def take(out, source, vectors):
+        place, inside = split._here(index, length, source)
+        return jnp.where(
+            (inside & (index >= 0))[:, :, None], jnp.take_along_axis(vectors, place[:, :, None], axis=1), out
+        )
+
+    def farther(state):
+        step, left, right, out = state
+        left, right = split._shift(left, 1), split._shift(right, -1)
+        return step + 1, left, right, take(take(out, device - step, left), device + step, right)
+
+    start = (jnp.int32(1), x, x, take(jnp.zeros_like(x), device, x))
+    return jax.lax.while_loop(lambda state: state[0] <= reach, farther, start)[3]
+
+
+def _fetch_forward(split, x, index, reach):
+    return _fetch(split, x, index, reach), (index, reach)
+
+
+def _fetch_backward(split, saved, cotangent):
+    """Sums of what was fetched from each token travel home, collecting the shares of the devices they pass."""
+    index, reach = saved
+    device, length = jax.lax.axis_index(split.axis), index.shape[1]
+    wide = dispatch.wide(cotangent)
+    rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
+
+    def give(total, source):
+        place, inside = split._here(index, length, source)
+        share = jnp.where((inside & (index >= 0))[:, :, None], cotangent, 0).astype(wide)
+        return total.at[rows, place].add(share)
+
+    def nearer(state):
+        step, left, right = state
+        left, right = give(left, device - step), give(right, device + step)
+        return step - 1, split._shift(left, -1), split._shift(right, 1)
+
+    nothing = jnp.zeros(cotangent.shape, wide)
+    _, left, right = jax.lax.while_loop(lambda state: state[0] > 0, nearer, (reach, nothing, nothing))
+    return (give(left + right, device)).astype(cotangent.dtype), None, None
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)

@@ -1,0 +1,108 @@
+"""Compression of a sequence that is split over devices: what one device computes, values and gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from comi_jax import compress as c
+from comi_jax.config import Compression
+
+LENGTH, WIDTH, SLOTS = 64, 6, 32
+LENGTHS, RATES = np.array([64, 37, 5, 0], np.int32), np.array([8, 2, 32, 8], np.int32)
+MESHES = {"all on one row": (1, 1, 1, 4), "rows too": (2, 1, 1, 2), "heads too": (1, 1, 2, 2)}
+
+
+def mesh_of(sizes):
+    axes = ("data", "fsdp", "tensor", "context")
+    return jax.make_mesh(sizes, axes, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+
+
+def inputs(seed, length=LENGTH):
+    rng = np.random.default_rng(seed)
+    states, query = rng.standard_normal((4, length, WIDTH)), rng.standard_normal((4, WIDTH))
+    states[0] += 2 * query[0]
+    states[0, 16:24] -= 4 * query[0]  # of the coarse groups one is against the query: it becomes the large one
+    return jnp.asarray(states, jnp.float32), jnp.asarray(query, jnp.float32)
+
+
+def scalars(**values):
+    names = ("alpha_coarse", "beta_coarse", "alpha_fine", "beta_fine")
+    return {name: jnp.float32(values.get(name, 1.0)) for name in names}
+
+
+def compressed(states, query, scalars, settings, mesh=None):
+    lengths, rates = jnp.asarray(LENGTHS).clip(max=states.shape[1]), jnp.asarray(RATES)
+    return c.compress(states, query, lengths, rates, scalars, settings, SLOTS, mesh=mesh)
+
+
+def gradients(states, query, scalars, settings, mesh=None):
+    weight = jnp.asarray(np.random.default_rng(3).standard_normal((4, SLOTS, WIDTH)), jnp.float32)
+
+    def loss(states, query, scalars):
+        return jnp.sum(compressed(states, query, scalars, settings, mesh).memory * weight)
+
+    return jax.grad(loss, argnums=(0, 1, 2))(states, query, scalars)
+
+
+def same(function, settings, mesh, arguments):
+    alone = jax.jit(functools.partial(function, settings=settings))(*arguments)
+    split = jax.jit(functools.partial(function, settings=settings, mesh=mesh))(*arguments)
+    for ours, want in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-5)
+    return alone
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("off", [None, "coarse", "fine", "fine_redundancy"])
+def test_a_split_sequence_is_compressed_as_a_whole_one(sizes, off):
+    settings = Compression(rates=(2, 32), **({off: False} if off else {}))
+    arguments = (*inputs(1), scalars(alpha_coarse=3.0))
+    alone = same(compressed, settings, mesh_of(sizes), arguments)
+    if off is None:  # a group that begins on one device, covers a second and ends on a third
+        assert np.max(alone.aux.group_sizes[0]) > 2 * LENGTH // 4
+    same(gradients, settings, mesh_of(sizes), arguments)
+
+
+def test_one_group_of_everything_passes_through_all_devices():
+    settings = Compression(rates=(64,), coarse=False)
+    states, query = inputs(2)
+    rates = jnp.full(4, 64, jnp.int32)
+
+    def memory(states, query, mesh=None):
+        return c.compress(states, query, jnp.asarray(LENGTHS), rates, scalars(), settings, 1, mesh=mesh)
+
+    alone, split = (jax.jit(functools.partial(memory, mesh=m))(states, query) for m in (None, mesh_of((1, 1, 1, 4))))
+    np.testing.assert_allclose(split.memory, alone.memory, atol=1e-5)
+    np.testing.assert_allclose(split.aux.redundancy, alone.aux.redundancy, atol=1e-5)
+
+
+def test_of_equal_partners_on_several_devices_the_first_takes_the_gradient():
+    settings = Compression(rates=(64,), coarse=False)
+    states = jnp.tile(inputs(3)[0][:, :8], (1, 8, 1))  # every vector eight times, twice on each device
+    arguments = (states, inputs(3)[1], scalars())
+    same(gradients, dataclasses.replace(settings, rates=(2, 64)), mesh_of((1, 1, 1, 4)), arguments)
+
+
+def test_a_length_that_does_not_divide_is_padded():
+    out = same(compressed, Compression(rates=(2, 32)), mesh_of((1, 1, 1, 4)), (*inputs(4, 61), scalars()))
+    assert out.aux.group.shape == (4, 61)
+
+
+def test_no_device_holds_the_whole_sequence():
+    """Of 4096 x 64 states, in float32 a megabyte, no buffer of the compiled program holds all."""
+    settings, length = Compression(rates=(32,)), 4096
+    mesh = mesh_of((1, 1, 1, 4))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "context"))
+    states = jax.ShapeDtypeStruct((1, length, 64), jnp.float32, sharding=place)
+    numbers = (jnp.array([length], jnp.int32), jnp.array([32], jnp.int32), scalars())
+
+    def loss(states, query):
+        return jnp.sum(c.compress(states, query, *numbers, settings, length // 32, mesh=mesh).memory)
+
+    text = jax.jit(jax.grad(loss)).lower(states, jax.ShapeDtypeStruct((1, 64), jnp.float32)).compile().as_text()
+    assert "f32[1,1024,64]" in text
+    assert "f32[1,4096,64]" not in text
