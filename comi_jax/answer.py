@@ -61,7 +61,7 @@ class Comi:
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.batch_size = run, params, tokenizer, batch_size
-        runtime = run.architecture.runtime.replace(remat=False)
+        runtime = run.architecture.runtime.replace(remat="off")
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
 
     @classmethod

@@ -8,20 +8,31 @@ axis L.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from comi_jax import lora as lora_module
+from comi_jax import sharding
 from comi_jax.attention import attention, platform
 from comi_jax.config import Backbone
 from comi_jax.params import ParamSpec, Tree
 
+# What of a block is kept for the backward pass beside its input; the rest is computed again.
+REMAT = {
+    "off": None,  # everything
+    "projections": ("attention", "projections"),  # all but the feed-forward layer
+    "attention": ("attention",),  # what costs most to compute again; nothing of size T x T is kept with it
+    "full": (),
+    "offload": ("attention", "input"),  # kept in the host's memory
+}
 CPU_SLICE = 512  # tokens of a row that the feed-forward layer takes at a time on CPU
 
 
@@ -40,7 +51,7 @@ class Runtime:
 
     attention: str | None = struct.field(pytree_node=False, default=None)  # implementation name
     kernels: str | None = struct.field(pytree_node=False, default=None)  # of the compression: see kernels.dispatch
-    remat: bool = struct.field(pytree_node=False, default=False)
+    remat: str = struct.field(pytree_node=False, default="off")  # one of REMAT
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # None: one device, or as XLA splits it
 
 
@@ -152,21 +163,59 @@ def forward(
     first = jnp.zeros((batch,), jnp.int32) if start is None else start
     rope = rotation(backbone, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :])
 
+    homes = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
+
     def body(carry, layer):
         x, cache = carry
+        x = checkpoint_name(x, "input")
         index, weights, adapters = layer
+        # Cast where they lie, so that half the bytes are gathered; and their gradients are scattered back there.
+        weights = {name: w.astype(x.dtype) for name, w in weights.items()}
+        weights = {name: _constrain(w, homes.get(name)) for name, w in weights.items()}
         x, cache = block(
             weights, x, rope, backbone, index=index, cache=cache, start=start, lora=adapters, runtime=runtime
         )
         return (x, cache), None
 
-    if runtime.remat:
-        # What attention gave is kept: it costs most to compute again, and nothing of size T x T is kept with it.
-        kept = jax.checkpoint_policies.save_only_these_names("attention")
-        body = jax.checkpoint(body, prevent_cse=False, policy=kept)
+    if runtime.remat != "off":
+        body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(runtime.remat))
     layers = params["layers"]["q"].shape[0]
     (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora))
     return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
+
+
+def remat_policy(name: str) -> Callable[..., Any]:
+    """Which intermediate results of a block are kept, for jax.checkpoint, by a name of REMAT.
+
+    cuDNN's results carry no name and are known by their primitive; they stay on the device under "offload" too.
+    """
+    names = list(REMAT[name] or ())
+    policies = jax.checkpoint_policies
+    if name == "offload":
+        named = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=names,
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+    else:
+        named = policies.save_only_these_names(*names)
+
+    def keep(primitive, *arguments, **parameters):
+        if "attention" in names and primitive.name == "dot_product_attention_fwd_wrapper":
+            return True
+        return named(primitive, *arguments, **parameters)
+
+    return keep
+
+
+def layer_shardings(backbone: Backbone, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where the weights of one block lie on ``mesh``."""
+    weights = specs(backbone, 1, embed=False, head=False)["layers"]
+    axes = {name: sharding.partition_spec(spec, mesh)[1:] for name, spec in weights.items()}
+    return {name: NamedSharding(mesh, PartitionSpec(*kept)) for name, kept in axes.items()}
+
+
+def _constrain(x: Array, home: NamedSharding | None) -> Array:
+    return x if home is None else jax.lax.with_sharding_constraint(x, home)
 
 
 def block(
@@ -189,7 +238,7 @@ def block(
         if backbone.qk_norm:
             q = rms_norm(q, w["q_norm"], backbone.rms_norm_eps)
             k = rms_norm(k, w["k_norm"], backbone.rms_norm_eps)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (checkpoint_name(x, "projections") for x in (rotate(q, rope), rotate(k, rope), v))
         if cache is not None:
             cache = _write(cache, index, start, k, v)
             if start is not None:  # a fresh cache holds nothing but k and v

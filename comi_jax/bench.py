@@ -58,7 +58,7 @@ def example(tokens: int) -> comi.Batch:
 def prepare(task: str, tokens: int, remat: bool) -> Callable[[], object]:
     """The work of ``task`` as a function without arguments, weights and example ready."""
     compression = Compression(rates=(RATE,), encoder_layers=4, segment_size=tokens)
-    arch = comi.Architecture(BACKBONE, compression, runtime=lm.Runtime(remat=remat))
+    arch = comi.Architecture(BACKBONE, compression, runtime=lm.Runtime(remat="attention" if remat else "off"))
     params = initialize(comi.specs(arch), jax.random.key(0))
     batch = example(tokens)
     if task == "train step":

@@ -163,12 +163,21 @@ class Model:
     attention: str = ""  # implementation by name; empty: chosen for the device
     kernels: str = ""  # of the compression, the same
     dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are kept in float32
-    remat: bool = True  # recompute each block's activations in the backward pass
+    # What of a block the backward pass computes again: nothing ("off"), the feed-forward layer ("projections"), all but
+    # attention, all ("full"), or all but attention with what is kept in the host's memory ("offload").
+    remat: str = "attention"
 
     def __post_init__(self):
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.attention", self.attention, ("", "dense", "blocked", "cudnn", "splash"))
         _one_of("model.kernels", self.kernels, ("", "xla", "tpu", "gpu", "interpret"))
+        _one_of("model.remat", self.remat, ("off", "projections", "attention", "full", "offload"))
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """``values`` of runs that knew remat as true or false."""
+        names = {True: "attention", False: "off", "true": "attention", "false": "off"}
+        return values | {"remat": names.get(values["remat"], values["remat"])} if "remat" in values else values
 
 
 @dataclass(frozen=True)
@@ -203,25 +212,26 @@ class Optimizer:
     clip_norm: float = 1.0  # 0: no clipping
     beta1: float = 0.9
     beta2: float = 0.999
-    accumulate: int = 1  # micro-batches per update
+    accumulate: int = 1  # micro-batches per update; 0: so many that a device has one context at a time
 
     def __post_init__(self):
         _one_of("optimizer.schedule", self.schedule, ("linear", "cosine", "constant"))
         _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
         _require(0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
-        _require(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
+        _require(self.accumulate >= 0, f"optimizer.accumulate is {self.accumulate}; it must be at least 1, or 0")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; data = 0 takes all that are left."""
+    """Devices along each axis; the one that is 0 takes all that are left."""
 
-    data: int = 0
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = 0  # contexts are split over them, weights are repeated
+    fsdp: int = 1  # contexts and weights are split over them
+    tensor: int = 1  # heads and feed-forward are split over them
 
     def __post_init__(self):
-        _require(self.data >= 0 and self.fsdp >= 1 and self.tensor >= 1, f"mesh sizes must be positive: {self}")
+        sizes = dataclasses.astuple(self)
+        _require(min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, one of them may be 0: {self}")
 
 
 @dataclass(frozen=True)
@@ -271,9 +281,9 @@ class Config:
 
     def __post_init__(self):
         _require(
-            self.train.batch_size % (self.optimizer.accumulate * self.train.share_context) == 0,
+            self.train.batch_size % (max(self.optimizer.accumulate, 1) * self.train.share_context) == 0,
             f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate "
-            f"{self.optimizer.accumulate} x train.share_context {self.train.share_context}",
+            f"{self.optimizer.accumulate or 1} x train.share_context {self.train.share_context}",
         )
 
 
@@ -287,6 +297,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{where} has unknown entries {unknown}; known are {sorted(hints)}")
+    values = Model.upgraded(values) if cls is Model else values
     return cls(**{name: _coerce(value, hints[name], f"{where}.{name}") for name, value in values.items()})
 
 

@@ -12,7 +12,7 @@ from comi_jax.config import Compression, Config, Data, Generation, Model, Optimi
 
 def get_config() -> Config:
     return Config(
-        model=Model(path="tiny", dtype="float32", remat=False),
+        model=Model(path="tiny", dtype="float32", remat="off"),
         # The paper has alpha_fine 1; 4 makes closeness to the query choose more sharply among the tokens of a group.
         compression=Compression(rates=(8,), encoder_layers=2, lsa_layers=1, segment_size=192, alpha_fine=4.0),
         data=Data(

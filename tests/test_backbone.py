@@ -230,12 +230,14 @@ def pulled(params, x, backbone, remat, number):
     return jax.value_and_grad(energy, (0, 1))(params, x)
 
 
-@pytest.mark.parametrize("size, remat", [(5, False), (7, True), (None, True)])
+@pytest.mark.parametrize(
+    "size, remat", [(5, "off"), (7, "attention"), (None, "full"), (None, "projections"), (None, "offload")]
+)
 def test_slices_on_cpu_and_remat_change_nothing(model, size, remat, monkeypatch):
     """24 tokens in slices of 5 or 7, the last one partly padding; and blocks that are computed again."""
     params, backbone = model
     x = jnp.asarray(random_states())
-    want = pulled(params, x, backbone, False, 0)
+    want = pulled(params, x, backbone, "off", 0)
     if size:
         monkeypatch.setattr(lm, "CPU_SLICE", size)
         one = {name: params["layers"][name][0] for name in ("gate", "up", "down")}

@@ -80,7 +80,7 @@ def write(path, rows):
 def command(model, data, output, *more):
     """The command line of a tiny run."""
     return [
-        "--config=qwen2", f"model.path={model}", "model.dtype=float32", "model.attention=dense", "model.remat=false",
+        "--config=qwen2", f"model.path={model}", "model.dtype=float32", "model.attention=dense", "model.remat=off",
         f"data.train={data}", f"train.output={output}", "compression.encoder_layers=1", "compression.rates=2,4",
         "compression.segment_size=32", "data.max_context=64", "data.buckets=32", "data.on_long=refuse",
         "optimizer.accumulate=1", "optimizer.learning_rate=0.01", "optimizer.schedule=linear", f"train.steps={STEPS}",
