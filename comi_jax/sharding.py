@@ -1,11 +1,13 @@
 """Where arrays live: the device mesh, one table from logical to mesh axes, and the sharding of a batch."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import ConfigError, Mesh
+from comi_jax.config import Config, ConfigError, Mesh
 from comi_jax.params import ParamSpec, Tree, flatten
 
 AXES = ("data", "fsdp", "tensor")
@@ -22,18 +24,31 @@ RULES: dict[str | None, str | None] = {
 }
 
 
-def make_mesh(settings: Mesh) -> jax.sharding.Mesh:
-    """The mesh over all devices; data = 0 takes those that fsdp and tensor leave."""
-    devices = jax.device_count()
-    rest = settings.fsdp * settings.tensor
-    data = settings.data or devices // rest
-    if data * rest != devices:
+def make_mesh(settings: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh over ``devices``, or all there are; the size that is 0 takes those that the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(settings, axis) for axis in AXES]
+    rest = math.prod(size for size in sizes if size)
+    shape = tuple(size or len(devices) // rest for size in sizes)
+    if math.prod(shape) != len(devices):
         raise ConfigError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {settings.fsdp} x {settings.tensor} does not make the "
-            f"{devices} devices there are"
+            f"{' x '.join(f'mesh.{axis}' for axis in AXES)} = {' x '.join(map(str, shape))} does not make the "
+            f"{len(devices)} devices there are"
         )
-    shape = (data, settings.fsdp, settings.tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
+    """How many micro-batches an update takes: optimizer.accumulate, or so many that each has one context a device.
+    Raises ConfigError if their contexts do not divide over the devices."""
+    contexts, devices = config.train.batch_size // config.train.share_context, mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.optimizer.accumulate or max(contexts // devices, 1)
+    if contexts // parts % devices:
+        raise ConfigError(
+            f"train.batch_size / optimizer.accumulate / train.share_context = {contexts // parts} contexts do not "
+            f"divide over {devices} devices; change one of them, or the mesh"
+        )
+    return parts
 
 
 def partition_spec(spec: ParamSpec, mesh: jax.sharding.Mesh) -> PartitionSpec:
@@ -53,12 +68,12 @@ def parameters(specs: Tree, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]
     return {path: NamedSharding(mesh, partition_spec(spec, mesh)) for path, spec in flatten(specs).items()}
 
 
-def like(array: jax.Array, mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding that ``array`` has on ``mesh``; whole on every device if it has none there yet."""
-    placed = array.sharding
-    return placed if isinstance(placed, NamedSharding) and placed.mesh == mesh else NamedSharding(mesh, PartitionSpec())
+def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Where the arrays of a batch lie: split over data and fsdp along their first axis."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """``batch`` on the devices, its rows split over data and fsdp."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    """``batch``, which every process has whole, on the devices: each process hands its own rows to its own devices."""
+    home = rows(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda index: x[index]), batch)

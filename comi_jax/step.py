@@ -95,11 +95,14 @@ class CompiledStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._compiled:
-            places = (jax.tree.map(lambda x: x.sharding, state), None)
-            step = jax.jit(self._step, donate_argnums=0, out_shardings=places)
-            self._compiled[shapes] = step.lower(state, frozen, batch, key).compile()
+            self._compiled[shapes] = self.lower(state, frozen, batch, key).compile()
             return_freed_memory()
         return self._compiled[shapes](state, frozen, batch, key)
+
+    def lower(self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array) -> jax.stages.Lowered:
+        """The step before its compilation, of arrays or of their abstract shapes with places."""
+        places = (jax.tree.map(lambda x: x.sharding, state), None)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=places).lower(state, frozen, batch, key)
 
 
 def return_freed_memory() -> None:

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from jaxtyping import Array
 from rich.console import Console
 
@@ -37,7 +34,8 @@ from comi_jax.config import Backbone, Config, ConfigError, load, to_dict
 from comi_jax.data import loader, synthetic
 from comi_jax.data.records import DataError, Record, read_records
 from comi_jax.logs import RunLog
-from comi_jax.params import count, flatten, partition
+from comi_jax.params import count, flatten
+from comi_jax.state import create, own_parameters
 from comi_jax.step import CompiledStep, TrainState
 
 # --- what a run starts from -------------------------------------------------------------------------------------------
@@ -115,7 +113,7 @@ def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str,
     if is_run(folder):
         return load_flat(folder, arch, place)
     params = hf.load_parts(folder, run.backbone, comi.parts_of_backbone(arch), place)
-    return params | comi.own_parameters(arch, run.config.train.seed)
+    return params | own_parameters(arch, run.config.train.seed, mesh)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -125,29 +123,9 @@ def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, l
     """Devices and batch shapes of a run; refuses what cannot work, before anything is written."""
     config = run.config
     mesh = sharding.make_mesh(config.mesh)
-    parts, devices = config.optimizer.accumulate * config.train.share_context, mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.batch_size // parts
-    if rows % devices:
-        raise ConfigError(
-            f"train.batch_size / optimizer.accumulate / train.share_context = {rows} contexts do not divide over "
-            f"{devices} devices; change one of them, or the mesh"
-        )
+    sharding.micro_batches(config, mesh)
     loader.check_positions(examples, run.backbone, config.compression, min(config.compression.rates))
     return mesh, loader.Shapes.of(examples, config.data, config.compression)
-
-
-def initial_state(
-    run: Run, params: dict[str, Array], update: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, dict[str, Array]]:
-    """``params`` on the devices: what is trained in float32 with its optimizer state, and the frozen rest, flat."""
-    arch = run.architecture
-    placed = sharding.parameters(comi.specs(arch), mesh)
-    trained, frozen = partition(params, lambda path: comi.is_trained(path, arch))
-    trained = {p: jax.device_put(np.asarray(x, np.float32), placed[p]) for p, x in trained.items()}
-    frozen = {p: jax.device_put(jnp.asarray(x, frozen_dtype(p, arch)), placed[p]) for p, x in frozen.items()}
-    state = TrainState(jnp.int32(0), trained, jax.jit(update.init)(trained))
-    # Scalars and moments get a place of their own on the mesh too: a step gives back what it takes, and compiles once.
-    return jax.tree.map(lambda x: jax.device_put(x, sharding.like(x, mesh)), state), frozen
 
 
 def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.Example], title: str, console: Console):
@@ -155,7 +133,8 @@ def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.
     config, settings = run.config, run.config.train
     mesh, shapes = plan(run, examples)
     update = optim.optimizer(config.optimizer, settings.steps)
-    state, frozen = initial_state(run, params, update, mesh)
+    arch = run.architecture.on(mesh)
+    state, frozen = create(params, arch, update, mesh)
     batches = loader.training_batches(
         examples, shapes, config.compression.rates, settings.batch_size, settings.seed, settings.share_context
     )
@@ -168,7 +147,7 @@ def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.
     else:
         save_frozen(output, frozen)
     describe(state, frozen, config, shapes, title, console)
-    step_fn = CompiledStep(run.architecture.on(mesh), update, config.optimizer.accumulate)
+    step_fn = CompiledStep(arch, update, sharding.micro_batches(config, mesh))
     key, rate = jax.random.key(settings.seed), optim.schedule(config.optimizer, settings.steps)
     meter = Meter()
     with RunLog(output, title, settings.steps, done, console) as log:

@@ -9,7 +9,7 @@ the decoder's W_Q, W_K, W_V, W_O at learning rate 1e-5, batch 64, linear decay. 
 lora.rank=128 lora.alpha=32 optimizer.schedule=cosine.
 """
 
-from comi_jax.config import Compression, Config, Data, Model, Optimizer, Train
+from comi_jax.config import Compression, Config, Data, Mesh, Model, Optimizer, Train
 
 
 def get_config() -> Config:
@@ -17,6 +17,7 @@ def get_config() -> Config:
         model=Model(hub="Qwen/Qwen2-7B-Instruct"),
         compression=Compression(rates=(16, 32), encoder_layers=8, lsa_layers=1, segment_size=32_256),
         data=Data(max_context=32_256, max_query=512, max_answer=512, on_long="truncate"),
-        optimizer=Optimizer(learning_rate=1e-5, schedule="linear", warmup=0.1, weight_decay=0.01, accumulate=8),
+        optimizer=Optimizer(learning_rate=1e-5, schedule="linear", warmup=0.1, weight_decay=0.01, accumulate=0),
+        mesh=Mesh(data=1, fsdp=0),  # weights and contexts split over all devices, however many
         train=Train(steps=1_563, batch_size=64, log_every=10, checkpoint_every=100),
     )

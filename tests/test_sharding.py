@@ -30,7 +30,13 @@ ARCH = comi.Architecture(
 
 @pytest.mark.parametrize(
     "settings, sizes",
-    [(Mesh(), (4, 1, 1)), (Mesh(fsdp=2), (2, 2, 1)), (Mesh(1, 2, 2), (1, 2, 2)), (Mesh(tensor=4), (1, 1, 4))],
+    [
+        (Mesh(), (4, 1, 1)),
+        (Mesh(fsdp=2), (2, 2, 1)),
+        (Mesh(1, 2, 2), (1, 2, 2)),
+        (Mesh(tensor=4), (1, 1, 4)),
+        (Mesh(data=1, fsdp=0, tensor=2), (1, 2, 2)),
+    ],
 )
 def test_the_mesh_takes_all_devices(settings, sizes):
     mesh = sharding.make_mesh(settings)
