@@ -79,7 +79,7 @@ class Comi:
         examples = self._examples(context, question)
         results: list[Any] = [None] * len(examples)
         for rows, batch, rate_now in self._batches(examples, rate, 1):
-            memory = _remember(self.params, batch, self.architecture, rate_now)
+            memory = remember(self.params, batch, self.architecture, rate_now)
             vectors, lengths = np.asarray(memory.vectors, np.float32), np.asarray(memory.length)
             for i, row in enumerate(rows):
                 kept, example = vectors[i, : lengths[i]], examples[row]
@@ -104,8 +104,8 @@ class Comi:
         """Answers to tokenised examples; one with an empty context is answered closed book."""
         results: list[Any] = [None] * len(examples)
         for rows, batch, rate_now in self._batches(examples, rate, options.max_new_tokens):
-            memory = _remember(self.params, batch, self.architecture, rate_now)
-            out = _answer(self.params, memory, batch, self.architecture, options, self.run.stop)
+            memory = remember(self.params, batch, self.architecture, rate_now)
+            out = reply(self.params, memory, batch, self.architecture, options, self.run.stop)
             ids, lengths, vectors = (np.asarray(x) for x in (out.ids, out.length, memory.length))
             for i, row in enumerate(rows):
                 tokens = tuple(int(t) for t in ids[i, : lengths[i]])
@@ -152,12 +152,12 @@ class Comi:
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))
-def _remember(params: Any, batch: comi.Batch, arch: comi.Architecture, rate: int) -> comi.Memory:
+def remember(params: Any, batch: comi.Batch, arch: comi.Architecture, rate: int) -> comi.Memory:
     return comi.remember(params, arch, batch, rate)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
-def _answer(
+def reply(
     params: Any,
     memory: comi.Memory,
     batch: comi.Batch,

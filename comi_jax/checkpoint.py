@@ -261,7 +261,7 @@ def load_flat(folder: str | Path, arch: Architecture, place: Placement = as_stor
             raise CheckpointError(f"{folder} has no complete checkpoint yet")
         trained, frozen = stored_arrays(folder, step)
         shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
-        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def abstract(path: str, stored: Any) -> jax.ShapeDtypeStruct:
             dtype, sharding = place(path)

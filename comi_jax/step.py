@@ -99,7 +99,7 @@ class CompiledStep:
             return_freed_memory()
         return self._compiled[shapes](state, frozen, batch, key)
 
-    def lower(self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array) -> jax.stages.Lowered:
+    def lower(self, state: Any, frozen: Any, batch: Any, key: Any) -> jax.stages.Lowered:
         """The step before its compilation, of arrays or of their abstract shapes with places."""
         places = (jax.tree.map(lambda x: x.sharding, state), None)
         return jax.jit(self._step, donate_argnums=0, out_shardings=places).lower(state, frozen, batch, key)

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import comi, evaluate, hf, optim, sharding, weights
+from comi_jax import comi, distributed, evaluate, hf, optim, sharding, weights
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import (
     CheckpointError,
@@ -54,6 +54,11 @@ def backbone_folder(config: Config) -> Path:
             f"{name}{fetch}, then pass model.path=DIR"
         )
     return Path(config.model.path)
+
+
+def starting_backbone(folder: Path) -> Backbone:
+    """The backbone of the language model, or of the COMI checkpoint, in ``folder``."""
+    return read_run(folder).backbone if is_run(folder) else hf.read_config(folder)
 
 
 def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[int, ...]]:
@@ -150,7 +155,8 @@ def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.
     step_fn = CompiledStep(arch, update, sharding.micro_batches(config, mesh))
     key, rate = jax.random.key(settings.seed), optim.schedule(config.optimizer, settings.steps)
     meter = Meter()
-    with RunLog(output, title, settings.steps, done, console) as log:
+    log_class = RunLog if distributed.is_first() else SilentLog
+    with log_class(output, title, settings.steps, done, console) as log:
         for step in range(done + 1, settings.steps + 1):
             batch = next(batches)
             state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh), key)
@@ -165,6 +171,25 @@ def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.
             meter.add(settings.steps + 1, {}, None)
             log.write(settings.steps, meter.read(float(rate(settings.steps - 1))))
     checkpoints.close()
+
+
+class SilentLog:
+    """In place of RunLog where another process writes it."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
 
 
 class Meter:
@@ -241,7 +266,10 @@ def run(config: Config, console: Console) -> None:
         check_folder(place, runs[title])
     for title, (_, place) in variants.items():
         params = initial_params(runs[title], folder, mesh)
-        open_run(place, runs[title], tokenizer)
+        distributed.meet(f"{title} is checked")
+        if distributed.is_first():
+            open_run(place, runs[title], tokenizer)
+        distributed.meet(f"{title} is open")
         fit(runs[title], place, params, examples, title, console)
         console.print(f"{title}: checkpoint in {place}", highlight=False)
     if held_out:
@@ -263,13 +291,18 @@ def closing_table(places: dict[str, Path], records: list[Record], output: Path, 
     table."""
     rows = {}
     for title, place in places.items():
-        model = Comi(*load_params(place), hf.load_tokenizer(place / "tokenizer"))
+        loaded = load_params(place)  # by all: Orbax waits for every process
+        if not distributed.is_first():
+            continue
+        model = Comi(*loaded, hf.load_tokenizer(place / "tokenizer"))
         rows[title] = evaluate.evaluate(model, records, place / "predictions.jsonl", console=console)
         if title == "COMI":
             path = output / "predictions_closed_book.jsonl"
             closed = evaluate.evaluate(model, records, path, closed_book=True, console=console)
-    evaluate.save_table({**rows, "closed book": closed}, output / "results.json")
-    evaluate.print_table({**rows, "closed book": closed}, console)
+    if distributed.is_first():
+        evaluate.save_table({**rows, "closed book": closed}, output / "results.json")
+        evaluate.print_table({**rows, "closed book": closed}, console)
+    distributed.meet("the table is written")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -280,9 +313,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
-    console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
     try:
+        distributed.start()
+        # Paths and data may hold brackets; what all processes know is said once.
+        console = Console(soft_wrap=True, markup=False, quiet=not distributed.is_first())
         run(load(options.config, overrides), console)
+    except jax.errors.JaxRuntimeError as error:
+        sys.exit(f"error: {distributed.failed(error)}")
     except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError) as error:
         sys.exit(f"error: {error}")
 

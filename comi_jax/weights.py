@@ -309,7 +309,7 @@ def load(tensors: Tensors, sources: Sources, place: Placement = as_stored) -> di
 def _load_one(tensors: Tensors, source: Source, dtype: Any, sharding: Sharding | None) -> tuple[jax.Array, list[str]]:
     """A parameter, and which of its tensors are not finite (on the devices of this process)."""
     dtype = jnp.dtype(dtype or tensors.dtypes[source.names[0]])
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shards: dict[str, list[jax.Array]] = {}
     bad: set[str] = set()
     for device, index in sharding.addressable_devices_indices_map(source.shape).items():

@@ -1,0 +1,143 @@
+"""Many processes as one run: who they are, how they find each other, and what happens when one is gone.
+
+One process alone needs nothing. Several are started by a launcher (``launch/``), each with the same command; they meet
+at a coordinator, process 0, under ``jax.distributed``. Where JAX knows the place (Slurm, a TPU pod, a Kubernetes
+JobSet) it finds out by itself; elsewhere three variables say it:
+
+    COMI_COORDINATOR=HOST:PORT  COMI_PROCESSES=N  COMI_PROCESS=I
+
+Every process counts aloud at the coordinator. One that has not been heard for COMI_HEARTBEAT seconds is gone, dead or
+stopped; the others say which it is and end, since no step can be finished without it.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed as jax_distributed  # the coordinator's key-value store has no public name
+
+from comi_jax.config import ConfigError
+
+HEARTBEAT = 60  # seconds; JAX's own default is 100
+COORDINATOR, PROCESSES, PROCESS = "COMI_COORDINATOR", "COMI_PROCESSES", "COMI_PROCESS"
+
+
+def start(environment: Mapping[str, str] = os.environ) -> None:
+    """Join the other processes of this run, if there are any. Call it before JAX is used.
+
+    Raises ConfigError for variables that do not go together, or when the others cannot be reached.
+    """
+    known = described(environment)
+    if known is None and not found_by_jax(environment):
+        return
+    heartbeat = _number(environment, "COMI_HEARTBEAT", HEARTBEAT)
+    if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    wait = _number(environment, "COMI_JOIN_TIMEOUT", 300)
+    try:
+        # JAX's own end of a process names nobody that a user knows; it is the second resort.
+        jax.distributed.initialize(
+            **(known or {}), heartbeat_timeout_seconds=2 * heartbeat + 10, initialization_timeout=wait
+        )
+    except RuntimeError as error:
+        where = known["coordinator_address"] if known else "the coordinator"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"this process could not join the others at {where} within {wait} s: {reason}") from None
+    Watch(jax_distributed.global_state.client, jax.process_index(), jax.process_count(), heartbeat).start()
+
+
+def described(environment: Mapping[str, str]) -> dict[str, str | int] | None:
+    """What the three variables say, as jax.distributed.initialize takes it; None if none is set."""
+    given = [name for name in (COORDINATOR, PROCESSES, PROCESS) if environment.get(name)]
+    if not given:
+        return None
+    if len(given) < 3:
+        raise ConfigError(f"{', '.join(given)} is set; {COORDINATOR}, {PROCESSES} and {PROCESS} go together")
+    count, index = _number(environment, PROCESSES, 0), _number(environment, PROCESS, 0)
+    if index >= count:
+        raise ConfigError(f"{PROCESS} is {index} of {PROCESSES} {count}; it counts from 0")
+    return {"coordinator_address": environment[COORDINATOR], "num_processes": count, "process_id": index}
+
+
+def found_by_jax(environment: Mapping[str, str]) -> bool:
+    """Whether this is a place with several processes that JAX recognises: Slurm, a TPU pod, a Kubernetes JobSet."""
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        return True
+    if len([host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]) > 1:
+        return True
+    return "JOBSET_NAME" in environment or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text} is not a whole number")
+    return int(text)
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def meet(name: str) -> None:
+    """Wait until every process has come to the place in the program called ``name``; nothing with one process. The
+    devices stay idle: the wait may be long."""
+    if jax.process_count() > 1:
+        jax_distributed.global_state.client.wait_at_barrier(name, 2**31 - 1)
+
+
+class Watch(threading.Thread):
+    """Counts aloud for this process and listens to the others."""
+
+    def __init__(self, store: Any, index: int, count: int, timeout: float, end: Callable[[str], None] | None = None):
+        super().__init__(name="comi-watch", daemon=True)
+        self._store, self._index, self._count, self._timeout = store, index, count, timeout
+        self._end = end or _end
+
+    def run(self) -> None:
+        name, beat = f"{socket.gethostname()}, pid {os.getpid()}", 0
+        heard: dict[str, tuple[str, float]] = {}  # by process: what it said last, and when that was new
+        try:
+            self._store.key_value_set(f"comi/name/{self._index}", name)
+            while True:
+                beat += 1
+                self._store.key_value_set(f"comi/beat/{self._index}", str(beat), allow_overwrite=True)
+                now = time.monotonic()
+                for key, said in self._store.key_value_dir_get("comi/beat/"):
+                    if heard.get(key, ("", 0.0))[0] != said:
+                        heard[key] = (said, now)
+                gone = [key for key, (_, since) in heard.items() if now - since > self._timeout]
+                if gone:
+                    self._end(self._message(gone[0].rsplit("/", 1)[1]))
+                    return
+                time.sleep(min(1.0, self._timeout / 5))
+        except jax.errors.JaxRuntimeError:  # the store is no more: the run ends, or the coordinator is gone
+            return
+
+    def _message(self, process: str) -> str:
+        names = dict(self._store.key_value_dir_get("comi/name/"))
+        where = next((value for key, value in names.items() if key.endswith(f"/{process}")), "")
+        return (
+            f"process {process} of {self._count} ({where}) has not been heard for {self._timeout:.0f} s, it is dead or "
+            "stopped; this process ends too. Start all of them again to go on from the last checkpoint"
+        )
+
+
+def failed(error: Exception) -> str:
+    """What to say of an ``error`` in a step: after the watch has had its time to say more, that another process may be
+    the cause. Raises ``error`` where there is no other."""
+    if jax.process_count() == 1:
+        raise error
+    time.sleep(_number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + 3)
+    return f"a step failed in process {jax.process_index()} of {jax.process_count()}: {str(error).splitlines()[0]}"
+
+
+def _end(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)  # another thread waits in a collective, from which nothing calls it back

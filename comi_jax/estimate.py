@@ -1,0 +1,75 @@
+"""What a train step needs, from shapes alone: which memory is held for what, before anything is compiled.
+
+A block keeps, for each token of its rows and by the policy of model.remat, its input (D), what attention gave (N H),
+the projections (N H + 2 K H) or everything.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from comi_jax import comi, flops
+from comi_jax.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes on one device."""
+
+    trained: int  # float32
+    optimizer: int
+    frozen: int
+    gradients: int  # float32, as the trained weights
+    kept: int  # of one micro-batch, from the forward pass for the backward pass
+    working: int  # of the largest block while it is computed, and of the compression in float32
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def on_one_device(tree: Any) -> int:
+    """Bytes of its part of every array in ``tree``."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def held(
+    arch: comi.Architecture, state: TrainState, frozen: Any, lengths: flops.Lengths, rows: int, tensor: int
+) -> Held:
+    """What a step on ``rows`` contexts a device holds, the model's heads and feed-forward split ``tensor`` ways."""
+    backbone, trained = arch.backbone, on_one_device(state.trained)
+    width = 2 if arch.dtype == "bfloat16" else 4
+    segments = flops.segments(arch, lengths.context)
+    encoded = sum(segments) + len(segments) * lengths.query
+    memory = flops.memory_length(arch, lengths)
+    decoded = memory + lengths.query + lengths.answer
+    layers = (
+        arch.compression.encoder_layers * encoded
+        + arch.compression.lsa_layers * memory
+        + backbone.num_hidden_layers * decoded
+    )
+    heads, keys = (n * backbone.head_dim for n in (backbone.num_attention_heads, backbone.num_key_value_heads))
+    wide = 3 * backbone.intermediate_size // tensor
+    projections = (heads + 2 * keys) // tensor
+    extra = {
+        "full": 0,
+        "offload": 0,
+        "attention": heads // tensor,
+        "projections": heads // tensor + projections,
+        "off": heads // tensor + projections + wide + 4 * backbone.hidden_size,
+    }[arch.runtime.remat]
+    stays = 0 if arch.runtime.remat == "offload" else backbone.hidden_size
+    block = (2 * wide + 2 * projections + 4 * backbone.hidden_size) * width * encoded
+    compression = 5 * 4 * backbone.hidden_size * encoded
+    logits = 4 * 4 * lengths.answer * backbone.vocab_size
+    return Held(
+        trained=trained,
+        optimizer=on_one_device(state.optimizer),
+        frozen=on_one_device(frozen),
+        gradients=trained,
+        kept=rows * layers * (stays + extra) * width,
+        working=rows * max(block, compression, logits),
+    )

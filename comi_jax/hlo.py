@@ -1,0 +1,337 @@
+"""What a compiled program does, read from XLA's text of it: operations, bytes moved and bytes sent, loops included.
+
+    total = sum over instructions of cost(instruction) x how often the loops around it run
+
+XLA's own ``cost_analysis`` counts the body of a loop once, and nothing of what a fused kernel does inside; here a loop
+counts as often as its condition says, and the attention kernels (splash, cuDNN) by their shapes. A loop whose end is
+data (the search for redundant tokens, generation) counts once; ``open_loops`` says how many there are.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+BYTES = {"pred": 1, "token": 0, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "opaque": 0}
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+# Products of T x S x H that an attention kernel makes for each head; the model's own are 2 forward and 4 backward.
+ATTENTION = {
+    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, "fmhaSoftmaxBackward": 5, "fmhaSoftmax": 2,
+}  # fmt: skip
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
+    "partition-id", "replica-id", "copy-start", "copy-done", "async-start", "async-update", "async-done",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array: its element type, dimensions, and whether it lies in the device's main memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    main: bool = True
+
+    @property
+    def bytes(self) -> int:
+        width = BYTES.get(self.dtype) or int(re.sub(r"\D", "", self.dtype.split("e")[0]) or 0) / 8
+        return math.ceil(math.prod(self.dims) * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    text: str  # what stands behind the operands
+    root: bool
+    value: str  # a constant's, a parameter's number
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+    def called(self, *attributes: str) -> list[str]:
+        """The computations that an attribute such as ``calls`` names."""
+        found = []
+        for attribute in attributes:
+            for one, several in re.findall(rf"\b{attribute}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", self.text):
+                found += [one] if one else _NAME.findall(several)
+        return found
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass
+class Counts:
+    """Of one run of a program on one device."""
+
+    flops: float = 0.0  # of matrix products and attention kernels
+    traffic: float = 0.0  # bytes read from and written to main memory
+    sent: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes, by kind of collective, within a node
+    sent_outside: float = 0.0  # bytes of the collectives whose groups reach over more than one node
+    open_loops: int = 0  # loops whose end is data: they were counted ``open_trips`` times
+    kernels: set[str] = dataclasses.field(default_factory=set)  # attention kernels that are called
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of the one that is run."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{", line)
+            if head:
+                current = computations[head[2]] = {}
+                entry = head[2] if head[1] else entry
+        elif line == "}" or line.startswith("}, execution_thread"):
+            current = None
+        elif (instruction := _instruction(line)) is not None:
+            current[instruction.name] = instruction
+    return computations, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if start is None:
+        return None
+    rest = line[start.end() :]
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    shapes, rest = _shapes(rest[:end]), rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest) - 2
+    inside, behind = rest[:end], rest[end + 1 :]
+    return Instruction(start[2], opcode, shapes, tuple(_NAME.findall(inside)), behind, bool(start[1]), inside)
+
+
+def _closing(text: str) -> int:
+    """Where the bracket that ``text`` begins with is closed: the index behind it."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return index + 1
+    raise ValueError(f"unbalanced brackets: {text[:80]}")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    """The arrays of a type. A layout that names a memory space other than 0, S(1), lies elsewhere than in main
+    memory."""
+    return tuple(
+        Shape(kind, tuple(int(n) for n in dims.split(",") if n), "S(" not in (layout or ""))
+        for kind, dims, layout in _SHAPE.findall(text)
+    )
+
+
+def count(text: str, devices_per_node: int | None = None, open_trips: int = 1) -> Counts:
+    """What one device does in one run of the module ``text``; ``devices_per_node`` None: all are in one node."""
+    computations, entry = parse(text)
+    counts = Counts()
+    for instruction, computation, times, fused in walk(computations, entry, counts, open_trips):
+        counts.flops += times * _flops(instruction, computation)
+        if (kernel := _kernel(instruction)) is not None:
+            counts.kernels.add(kernel)
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            name, size, outside = _sent(kind, instruction, computation, fused, devices_per_node)
+            if outside:
+                counts.sent_outside += times * size
+            counts.sent[name] = counts.sent.get(name, 0.0) + times * size
+        if not fused and instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
+            counts.traffic += times * _traffic(instruction, computation, computations)
+    return counts
+
+
+def walk(
+    computations: dict[str, Computation],
+    entry: str,
+    counts: Counts,
+    open_trips: int = 1,
+    times: float = 1.0,
+    fused: bool = False,
+) -> Iterator[tuple[Instruction, Computation, float, bool]]:
+    """Every instruction that is run, with its computation, how often, and whether it is inside a fusion."""
+    for instruction in computations[entry].values():
+        yield instruction, computations[entry], times, fused
+        inner, repeat, inside = [], times, fused
+        if instruction.opcode == "while":
+            trips = trip_count(instruction, computations)
+            counts.open_loops += trips is None
+            inner, repeat = instruction.called("body"), times * (open_trips if trips is None else trips)
+        elif instruction.opcode == "conditional":
+            inner = instruction.called("branch_computations", "true_computation", "false_computation")
+        elif instruction.opcode == "call":
+            inner = instruction.called("to_apply", "calls")
+        elif instruction.opcode == "fusion":
+            inner, inside = instruction.called("calls"), True
+        elif instruction.opcode == "async-start":
+            inner = instruction.called("calls")
+        elif instruction.opcode == "custom-call":
+            inner, inside = instruction.called("called_computations"), True
+        for name in inner:
+            yield from walk(computations, name, counts, open_trips, repeat, inside)
+
+
+def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """How often a loop runs: as XLA noted it, or from a condition ``counter < constant``; None if the end is data."""
+    noted = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.text)
+    if noted:
+        return int(noted[1])
+    condition = computations[loop.called("condition")[0]]
+    root = next(i for i in condition.values() if i.root)
+    if root.opcode == "fusion":  # its operands are the constant and the counter
+        inside = computations[root.called("calls")[0]]
+        test = next(i for i in inside.values() if i.root)
+    else:
+        test = root
+    if test.opcode != "compare" or "direction=LT" not in test.text:
+        return None
+    bounds = [condition[name] for name in root.operands if condition[name].opcode == "constant"]
+    return int(bounds[0].value) if len(bounds) == 1 else None
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+def _flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode == "dot":
+        lhs = computation[instruction.operands[0]].shapes[0].dims
+        return 2.0 * math.prod(instruction.shapes[0].dims) * _contracted(lhs, instruction.text)
+    if instruction.opcode == "convolution":
+        return _convolution(instruction, computation)
+    if instruction.opcode == "custom-call" and "__cublas" in instruction.text:
+        lhs = computation[instruction.operands[0]].shapes[0].dims
+        return 2.0 * math.prod(instruction.shapes[0].dims) * _contracted(lhs, instruction.text)
+    if (kernel := _kernel(instruction)) is not None:
+        return ATTENTION[kernel] * _attention_product(instruction, computation)
+    return 0.0
+
+
+def _kernel(instruction: Instruction) -> str | None:
+    """The attention kernel that an instruction calls, if it does."""
+    if instruction.opcode != "custom-call":
+        return None
+    named = f"{instruction.name} {instruction.text}"
+    return next((part for part in ATTENTION if part in named), None)
+
+
+def _contracted(lhs: tuple[int, ...], text: str) -> int:
+    """The product of the contracted dimensions of a dot, or of a call of cuBLAS."""
+    found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', text)
+    dims = re.findall(r"\d+", found[1]) if found else []
+    return math.prod(lhs[int(d)] for d in dims)
+
+
+def _convolution(instruction: Instruction, computation: Computation) -> float:
+    """A matrix product as a TPU has it, its batch dimensions among the spatial ones: multiplications by padding are not
+    counted."""
+    lhs, rhs = (computation[name].shapes[0].dims for name in instruction.operands[:2])
+    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text).groups()
+    result = instruction.shapes[0].dims
+    groups = int((re.search(r"batch_group_count=(\d+)", instruction.text) or [0, 1])[1])
+    total = 2.0 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")] / groups
+    window = re.search(r"window=\{([^}]*)\}", instruction.text)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    for axis in (letter for letter in left if letter.isdigit()):
+        place = int(axis)
+
+        def field(name, default, place=place):
+            return fields[name].split("x")[place] if name in fields else default
+
+        size, stride = int(field("size", "1")), int(field("stride", "1"))
+        low = int(field("pad", "0_0").split("_")[0])
+        spread, dilation = int(field("lhs_dilate", "1")), int(field("rhs_dilate", "1"))
+        reach = (lhs[left.index(axis)] - 1) * spread + 1
+        at = np.arange(result[out.index(axis)])[:, None] * stride + np.arange(size)[None, :] * dilation - low
+        total *= int(((at >= 0) & (at < reach) & (at % spread == 0)).sum())
+    return total
+
+
+def _attention_product(instruction: Instruction, computation: Computation) -> float:
+    """Half of 2 T S H for every head of the queries: all attention here is causal. Queries are the first operand of
+    short floats, keys the second."""
+    arrays = [shape for name in instruction.operands for shape in computation[name].shapes]
+    floats = [shape.dims for shape in arrays if shape.dtype in ("bf16", "f16") and len(shape.dims) >= 3]
+    queries, keys = floats[:2]
+    if "fmha" in instruction.text:  # rows, tokens, heads, width
+        return float(math.prod(queries) * keys[1])
+    return float(math.prod(queries) * keys[-2])
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _sent(
+    kind: str, instruction: Instruction, computation: Computation, fused: bool, per_node: int | None
+) -> tuple[str, float, bool]:
+    """The kind of a collective, the bytes that a device sends in it by the best ring, and whether nodes are crossed."""
+    size, stride = group(instruction.text)
+    given = float(sum(computation[name].bytes for name in instruction.operands if name in computation))
+    outside = per_node is not None and (size - 1) * stride >= per_node
+    share = (size - 1) / max(size, 1)
+    if kind == "all-reduce" and fused and any(i.root and i.opcode == "dynamic-slice" for i in computation.values()):
+        return "reduce-scatter", given * share, outside  # as a TPU has it: of the sum each keeps its part
+    if kind == "all-gather":
+        return kind, given * (size - 1), outside
+    if kind == "collective-permute":
+        return kind, given, outside or per_node is not None
+    return kind, given * share * (2 if kind == "all-reduce" else 1), outside
+
+
+def group(text: str) -> tuple[int, int]:
+    """How many devices a collective's groups have, and how far neighbours of a group are apart."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])]
+        used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2])
+        sizes = dict(axes)
+        size = math.prod(int(part) if part else sizes[name] for name, _, part in used)
+        last = used[-1][0]
+        behind = math.prod(n for name, n in axes[[name for name, _ in axes].index(last) + 1 :])
+        return size, behind
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = [int(n) for n in found[3].split(",")]
+        order = np.arange(math.prod(dims)).reshape(dims)
+        order = order.transpose([int(n) for n in found[4].split(",")]) if found[4] else order
+        first = order.reshape(int(found[1]), int(found[2]))[0]
+    elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        first = np.array([int(n) for n in found[1].split(",")])
+    else:
+        return 1, 1
+    return len(first), int(first[1] - first[0]) if len(first) > 1 else 1
+
+
+def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes that an instruction reads and writes in main memory; of what it only takes a slice from, or writes a slice
+    into, the slice."""
+    inside = computations[instruction.called("calls")[0]] if instruction.opcode == "fusion" else None
+    if instruction.opcode == "dynamic-slice" or instruction.opcode == "gather":
+        return 2.0 * _main(instruction)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * _main(computation[instruction.operands[1]])
+    parameters = {} if inside is None else {int(i.value): i for i in inside.values() if i.opcode == "parameter"}
+    total = 0.0
+    for number, name in enumerate(instruction.operands):
+        whole = _main(computation[name]) if name in computation else 0
+        users = [] if inside is None else [i for i in inside.values() if parameters[number].name in i.operands]
+        if users and all(i.opcode in ("dynamic-slice", "gather") for i in users):
+            whole = min(whole, sum(i.bytes for i in users))
+        elif users and all(
+            i.opcode == "dynamic-update-slice" and i.operands[0] == parameters[number].name for i in users
+        ):
+            whole = 0
+        total += whole
+    written = _main(instruction)
+    for update in (i for i in (inside or {}).values() if i.opcode == "dynamic-update-slice"):
+        if update.shapes[0].dims in [shape.dims for shape in instruction.shapes]:
+            written -= update.bytes - inside[update.operands[1]].bytes
+    return total + max(written, 0)
+
+
+def _main(instruction: Instruction) -> int:
+    return sum(shape.bytes for shape in instruction.shapes if shape.main)

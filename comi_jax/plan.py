@@ -1,0 +1,296 @@
+"""What a run would need on chips that are not there: ``python -m comi_jax.plan --config=qwen2 --topology=v5e:8x8``.
+
+The train step itself is compiled ahead of time, from shapes, for the devices of a topology. What it needs comes from
+XLA's memory analysis; what it does from the text of the compiled program (``hlo``: XLA's own ``cost_analysis`` counts
+the body of a loop once); how long that takes at least from the chip's peaks:
+
+    seconds >= max(operations / FLOP/s, bytes of main memory / bandwidth, bytes sent / links)
+
+which assumes that all three overlap and that each runs at its peak. Lengths are the largest that the config allows.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from comi_jax import comi, estimate, flops, hlo, optim, sharding, state, topology
+from comi_jax.chips import Chip
+from comi_jax.config import Backbone, Config, ConfigError, load
+from comi_jax.data import loader
+from comi_jax.published import BACKBONES
+from comi_jax.step import CompiledStep
+from comi_jax.train import backbone_folder, starting_backbone
+
+EXAMPLES = 100_000  # that the paper trains on
+USABLE = 0.92  # share of a GPU's memory that JAX takes (launch/one_node.sh); of a TPU's the compiler decides
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program on one device of a topology. Bytes, FLOP and seconds are of one run."""
+
+    name: str
+    fits: bool
+    bytes_needed: int
+    bytes_there: int
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes by kind
+    flops: float = 0.0
+    own_flops: float = 0.0  # of the model's forward and backward pass, without recomputation
+    sent: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes by kind of collective
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # at least, by what bounds it
+    kernels: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
+    refusal: str = ""  # the compiler's, where it does not fit
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def waste(self) -> float:
+        """Compiled operations over the model's own."""
+        return self.flops / self.own_flops if self.own_flops else 0.0
+
+
+def backbone_of(config: Config) -> Backbone:
+    """The language model of ``config``: of the folder model.path, else as published under the name model.hub."""
+    if not config.model.path and config.model.hub in BACKBONES:
+        return BACKBONES[config.model.hub]
+    return starting_backbone(backbone_folder(config))
+
+
+def longest(config: Config) -> flops.Lengths:
+    """An example of the largest lengths that ``config`` allows."""
+    data = config.data
+    return flops.Lengths(data.max_context, data.max_query, data.max_answer, min(config.compression.rates))
+
+
+def abstract_batch(config: Config, examples: int, share: int, home: Any) -> comi.Batch:
+    """The batch of ``examples`` of the largest lengths, as the loader makes it, without its contents."""
+    lengths = longest(config)
+    parts = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
+    example = loader.Example(*parts, rate=lengths.rate)
+    batch = loader.collate([example] * examples, loader.Shapes.of([example], config.data, config.compression), share)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), batch)
+
+
+def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> Program:
+    """The train step of ``config`` on all devices of ``where``."""
+    mesh = sharding.make_mesh(config.mesh, where.devices)
+    parts = sharding.micro_batches(config, mesh)
+    arch = comi.Architecture.of(backbone, config).on(mesh)
+    update = optim.optimizer(config.optimizer, config.train.steps)
+    held, frozen = state.abstract(arch, update, mesh)
+    batch = abstract_batch(config, config.train.batch_size, config.train.share_context, sharding.rows(mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    lowered = CompiledStep(arch, update, parts).lower(held, frozen, batch, key)
+    rows = config.train.batch_size // config.train.share_context // parts // (mesh.shape["data"] * mesh.shape["fsdp"])
+    known = estimate.held(arch, held, frozen, longest(config), rows, mesh.shape["tensor"])
+    memory = {
+        "trained parameters": known.trained,
+        "frozen parameters": known.frozen,
+        "optimizer": known.optimizer,
+    }
+    parts_of_step = flops.by_part(arch, longest(config))
+    once = {"encoder": config.train.share_context}  # contexts that are asked several questions are encoded once
+    own = sum(cost.total / once.get(name, 1) for name, cost in parts_of_step.items()) * config.train.batch_size
+    return measure("train step", lowered, where, memory, own / len(where.devices))
+
+
+def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_size: int) -> list[Program]:
+    """Compressing and answering ``batch_size`` examples on one device, as ``comi_jax.answer`` does."""
+    from comi_jax import answer
+
+    one = dataclasses.replace(where, devices=where.devices[:1])
+    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), one.devices)
+    arch = comi.Architecture.of(backbone, config).on(mesh)
+    arch = dataclasses.replace(arch, runtime=arch.runtime.replace(remat="off"))
+    home = NamedSharding(mesh, PartitionSpec())
+    params = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=home), comi.specs(arch)
+    )
+    params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=home), params["mig"])
+    lengths, options = longest(config), config.generation
+    batch = abstract_batch(config, batch_size, 1, home)
+    compress = answer.remember.lower(params, batch, arch, lengths.rate)
+    memory = jax.eval_shape(lambda p, b: comi.remember(p, arch, b, lengths.rate), params, batch)
+    memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), memory)
+    reply = answer.reply.lower(params, memory, batch, arch, options, (0,))
+    held = {"parameters": estimate.on_one_device(params)}
+    own = batch_size * flops.compress(arch, lengths)
+    own_reply = batch_size * flops.answer(arch, lengths, options.max_new_tokens)
+    return [
+        measure("compress", compress, one, held, own),
+        measure("answer", reply, one, held, own_reply, open_trips=options.max_new_tokens - 1),
+    ]
+
+
+# --- compilation ------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    name: str,
+    lowered: jax.stages.Lowered,
+    where: topology.Topology,
+    memory: dict[str, int],
+    own_flops: float,
+    open_trips: int = 1,
+) -> Program:
+    """Compile ``lowered`` and read off what it needs; ``memory`` has what is known of its arguments."""
+    started, there = time.perf_counter(), int(where.chip.memory)
+    try:
+        compiled, text = _compile(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+        if used is None:
+            raise
+        needed, there = (
+            int(float(n) * 2.0 ** (10 * (1 + "KMGT".index(u)))) for n, u in (used.groups()[:2], used.groups()[2:])
+        )
+        return Program(name, False, needed, there, memory, own_flops=own_flops, refusal=str(error).splitlines()[0])
+    seconds = time.perf_counter() - started
+    sizes = compiled.memory_analysis()
+    arguments = sizes.argument_size_in_bytes
+    memory = memory | {
+        "batch and other arguments": max(arguments - sum(memory.values()), 0),
+        "temporaries": sizes.temp_size_in_bytes,
+        "results that are no arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+        "on the host": sizes.host_temp_size_in_bytes + sizes.host_argument_size_in_bytes,
+    }
+    needed = sum(size for kind, size in memory.items() if kind != "on the host")
+    counts = hlo.count(text, where.per_node, open_trips)
+    return Program(
+        name,
+        needed <= (there if where.per_node is None else USABLE * there),
+        needed,
+        there,
+        memory,
+        counts.flops,
+        own_flops,
+        counts.sent,
+        lower_bounds(counts, where.chip),
+        tuple(sorted(counts.kernels)),
+        seconds,
+    )
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[Any, str]:
+    """The executable and the text of the optimised program. The compiler writes that text itself: what libtpu makes of
+    asynchronous calls, JAX's own printer may not understand."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return compiled, texts[-1].read_text(encoding="utf-8") if texts else compiled.as_text()
+
+
+def lower_bounds(counts: hlo.Counts, chip: Chip) -> dict[str, float]:
+    """Seconds that the operations, the main memory and the links take at their peaks."""
+    inside = sum(counts.sent.values()) - counts.sent_outside
+    return {
+        "compute": counts.flops / chip.flops,
+        "memory": counts.traffic / chip.bandwidth,
+        "link": inside / chip.link + counts.sent_outside / chip.network,
+    }
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def tables(program: Program, where: topology.Topology, config: Config) -> list[Table]:
+    """Memory, work and time of ``program``, a table each; of one that does not fit, the memory."""
+    verdict = "fits" if program.fits else "DOES NOT FIT"
+    title = f"{program.name} on {where.name}: {verdict}, {gigabytes(program.bytes_needed)} of "
+    memory = Table("memory of a device", "", title=title + gigabytes(program.bytes_there), title_justify="left")
+    for kind, size in program.memory.items():
+        memory.add_row(kind, gigabytes(size))
+    if not program.seconds:
+        return [memory]
+    work = Table("work of a device", "")
+    work.add_row("operations, compiled", f"{program.flops / 1e12:,.1f} TFLOP")
+    work.add_row("the model's own, forward and backward", f"{program.own_flops / 1e12:,.1f} TFLOP")
+    work.add_row("recomputation and waste", f"{program.waste:.2f} x its own")
+    for kind, size in sorted(program.sent.items()):
+        work.add_row(f"sent by {kind}", gigabytes(size))
+    work.add_row("attention", ", ".join(program.kernels) or "no fused kernel")
+    least = program.seconds[program.bound]
+    clock = Table("time at the chip's peaks", "")
+    for name, seconds in program.seconds.items():
+        clock.add_row(name, f"{seconds:,.3f} s" + (" (bounds)" if name == program.bound else ""))
+    if program.name == "train step":
+        each = least / config.train.batch_size
+        clock.add_row("context tokens/s, at most", f"{config.data.max_context / each:,.0f}")
+        clock.add_row(f"{EXAMPLES:,} examples, at least", f"{EXAMPLES * each / 86_400:.2f} days")
+        utilisation = program.own_flops / where.chip.flops / least
+        clock.add_row("model FLOP utilisation, at most", f"{utilisation:.0%}")
+    clock.add_row("compiled in", f"{program.compile_seconds:.0f} s")
+    return [memory, work, clock]
+
+
+def show(programs: list[Program], where: topology.Topology, config: Config, console: Console) -> None:
+    for program in programs:
+        for table in tables(program, where, config):
+            console.print(table)
+        if program.refusal:
+            console.print(program.refusal, markup=False, highlight=False)
+
+
+def to_json(programs: list[Program], where: topology.Topology, config: Config) -> dict[str, Any]:
+    """Everything that is shown, with what was planned."""
+    rows = [dataclasses.asdict(p) | {"waste": p.waste, "bound": p.bound if p.seconds else None} for p in programs]
+    mesh = dataclasses.asdict(config.mesh) | {"accumulate": config.optimizer.accumulate, "remat": config.model.remat}
+    return {"config": config.name, "topology": where.name, "devices": len(where.devices), **mesh, "programs": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, compile, print."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.plan", description="Plan a run without its hardware.")
+    parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
+    parser.add_argument("--topology", required=True, help="v5e:8x8, v5p:2x2x1, v6e:4x4, h100:8, h100:64, ...")
+    parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; name the best")
+    parser.add_argument("--compiles", type=int, default=6, help="how many candidates a sweep compiles")
+    parser.add_argument("--serve", action="store_true", help="plan compressing and answering, on one device")
+    parser.add_argument("--batch-size", type=int, default=1, help="examples served at once")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as of comi_jax.train")
+    given = parser.parse_intermixed_args(arguments)
+    console = Console()
+    try:
+        config = load(given.config, given.overrides)
+        backbone, where = backbone_of(config), topology.find(given.topology)
+        if given.sweep:
+            from comi_jax import sweep
+
+            config, program = sweep.best(config, backbone, where, given.compiles, console)
+            programs = [program]
+        elif given.serve:
+            programs = serving(config, backbone, where, given.batch_size)
+        else:
+            programs = [train_step(config, backbone, where)]
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    show(programs, where, config, console)
+    if given.json:
+        Path(given.json).write_text(json.dumps(to_json(programs, where, config), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

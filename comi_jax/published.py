@@ -1,0 +1,58 @@
+"""The shapes of the language models that the configs name, as their config.json on the hub has them: enough to plan a
+run before anything is downloaded."""
+
+from comi_jax.config import Backbone
+
+BACKBONES = {
+    "Qwen/Qwen2-7B-Instruct": Backbone(
+        model_type="qwen2",
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=None,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=False,
+        qkv_bias=True,
+        qk_norm=False,
+    ),
+    "meta-llama/Llama-2-7b-chat-hf": Backbone(
+        model_type="llama",
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        qk_norm=False,
+    ),
+    "Qwen/Qwen3-8B": Backbone(
+        model_type="qwen3",
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=None,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+    ),
+}

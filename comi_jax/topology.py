@@ -1,0 +1,103 @@
+"""Chips that are not there: devices to compile for, by a name such as ``v5e:8x8`` or ``h100:64``.
+
+A TPU slice needs its compiler, libtpu; GPUs need JAX's CUDA plugin, and a description of the GPU, which is written here
+from its data sheet. Neither needs the hardware.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from comi_jax import chips
+from comi_jax.config import ConfigError
+
+GPUS_PER_NODE = 8
+# Streaming multiprocessors, bytes of second-level cache and GHz of the GPUs that are described: all of compute
+# capability 9.0, which sets the other limits.
+GPUS = {"h100": (132, 50 * 2**20, 1.98), "h200": (132, 50 * 2**20, 1.98)}
+TPUS = ("v4", "v5e", "v5p", "v6e")
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices that a program can be compiled for."""
+
+    name: str
+    chip: chips.Chip
+    devices: tuple[Any, ...]
+    per_node: int | None  # devices that ``chip.link`` connects; None: all
+
+
+def find(name: str) -> Topology:
+    """The devices that ``name`` stands for. Raises ConfigError for a name that means nothing, and where the compiler
+    for such chips is not installed. Call it before JAX has been used: it is told to look for no accelerator here."""
+    kind, _, shape = name.partition(":")
+    if kind not in (*TPUS, *GPUS) or not shape:
+        known = f"{', '.join(TPUS)} with a shape (v5e:8x8, v5p:2x2x1), {', '.join(GPUS)} with a number (h100:8)"
+        raise ConfigError(f"there is no topology {name!r}; known are {known}")
+    jax.config.update("jax_platforms", "cpu")
+    devices = _tpus(name) if kind in TPUS else _gpus(kind, shape, name)
+    return Topology(name, chips.CHIPS[kind], tuple(devices), None if kind in TPUS else GPUS_PER_NODE)
+
+
+def _tpus(name: str) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"compiling for {name} needs the TPU compiler, which is not here: pip install '.[plan]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # whatever libtpu has against the name comes as a bare JaxRuntimeError
+        raise ConfigError(f"the TPU compiler knows no slice {name}: {str(error).splitlines()[0]}") from None
+
+
+def _gpus(kind: str, shape: str, name: str) -> list[Any]:
+    count = int(shape) if shape.isdecimal() else 0
+    if not count or (count > GPUS_PER_NODE and count % GPUS_PER_NODE):
+        raise ConfigError(f"{name} is no number of GPUs; give 1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}")
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise ConfigError(
+            f"compiling for {name} needs JAX's CUDA compiler, which is not here: pip install '.[cuda]', in an "
+            "environment of its own"
+        )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver
+    nodes = max(count // GPUS_PER_NODE, 1)
+    layout = f"1x{nodes}x{count // nodes}"
+    target = describe_gpu(kind)
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=kind, topology=layout, target_config=target
+    ).devices
+
+
+def describe_gpu(kind: str) -> str:
+    """An XLA GpuTargetConfigProto, as text, of a GPU of compute capability 9.0."""
+    cores, cache, clock = GPUS[kind]
+    chip = chips.CHIPS[kind]
+    info = {
+        "threads_per_warp": 32,
+        "threads_per_block_limit": 1024,
+        "threads_per_core_limit": 2048,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 2**16 - 1,
+        "block_dim_limit_z": 2**16 - 1,
+        "registers_per_core_limit": 2**16,
+        "registers_per_block_limit": 2**16,
+        "shared_memory_per_block": 48 * 2**10,
+        "shared_memory_per_block_optin": 227 * 2**10,
+        "shared_memory_per_core": 228 * 2**10,
+        "core_count": cores,
+        "fpus_per_core": 128,
+        "clock_rate_ghz": clock,
+        "l2_cache_size": cache,
+        "memory_bandwidth": int(chip.bandwidth),
+        "device_memory_size": int(chip.memory),
+    }
+    fields = "\n".join(f"  {name}: {value}" for name, value in info.items())
+    return (
+        f"gpu_device_info {{\n{fields}\n  cuda_compute_capability {{ major: 9 minor: 0 }}\n}}\n"
+        'platform_name: "CUDA"\ndnn_version_info { major: 9 minor: 10 patch: 0 }\n'
+        f'device_description_str: "NVIDIA {kind.upper()}"\n'
+    )

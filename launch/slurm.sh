@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Train on several nodes under Slurm:   sbatch launch/slurm.sh
+#
+# ---- edit here -------------------------------------------------------------------------------------------------------
+#SBATCH --job-name=comi
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+COMMAND=(--config=qwen2 model.path=models/qwen2 data.train=train.jsonl.gz data.eval=dev.jsonl.gz train.output=runs/qwen2)
+PYTHON="${PYTHON:-python}" # of an environment that every node sees, with '.[cuda]'
+# ----------------------------------------------------------------------------------------------------------------------
+# JAX reads from Slurm who the processes are. One process a node drives all its GPUs. train.output must lie on a file
+# system that all nodes share; a run that is started again goes on from its newest checkpoint.
+export COMI_HEARTBEAT="${COMI_HEARTBEAT:-60}"
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+exec srun --kill-on-bad-exit=1 "$PYTHON" -m comi_jax.train "${COMMAND[@]}"

@@ -1,0 +1,141 @@
+"""A plan, with this machine's four devices in the place of chips that are not there."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+import train_fixtures
+
+from comi_jax import chips, comi, flops, hlo, optim, plan, published, sharding, state, topology
+from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train, load
+from comi_jax.step import CompiledStep
+
+CHIP = chips.Chip("test", flops=1e12, memory=1e9, bandwidth=1e11, link=1e10, network=1e9)
+
+
+@pytest.fixture
+def four(monkeypatch):
+    """Four devices of a chip with 1 GB, under every name."""
+    place = topology.Topology("four", CHIP, tuple(jax.devices()), None)
+    monkeypatch.setattr(topology, "find", lambda name: place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return train_fixtures.language_model(tmp_path_factory.mktemp("plan") / "lm")
+
+
+def run(model, tmp_path, *words):
+    command = train_fixtures.command(
+        model, "none.jsonl", tmp_path / "out", "data.max_query=16", "data.max_answer=8", *words
+    )
+    plan.main([*command, "--topology=four", f"--json={tmp_path / 'plan.json'}"])
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_the_plan_of_a_step(four, model, tmp_path, capsys):
+    """Parameters from their shardings; operations a little above the model's own; the verdict in words."""
+    found = run(model, tmp_path, "mesh.data=1", "mesh.fsdp=4")
+    (step,) = found["programs"]
+    assert step["fits"] and "fits" in capsys.readouterr().out
+    run_of = load("qwen2", train_fixtures.command(model, "none.jsonl", tmp_path)[1:])
+    specs = plan.comi.specs(comi.Architecture.of(plan.backbone_of(run_of), run_of))
+    trained = sum(
+        math.prod(s.shape)
+        for p, s in plan.comi.flatten(specs).items()
+        if comi.is_trained(p, comi.Architecture.of(plan.backbone_of(run_of), run_of))
+    )
+    assert step["memory"]["trained parameters"] == pytest.approx(trained, rel=0.1)  # 4 bytes over 4 devices
+    assert step["memory"]["optimizer"] == pytest.approx(2 * step["memory"]["trained parameters"], rel=0.01)
+    assert 1.0 < step["waste"] < 2.0 and step["sent"]["all-gather"] > 0
+    assert step["bound"] in step["seconds"] and step["seconds"]["compute"] == step["flops"] / CHIP.flops
+
+
+def test_what_does_not_fit_is_said(four, model, tmp_path, monkeypatch, capsys):
+    small = dataclasses.replace(four, chip=dataclasses.replace(CHIP, memory=1e4))
+    monkeypatch.setattr(topology, "find", lambda name: small)
+    assert not run(model, tmp_path)["programs"][0]["fits"] and "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_the_plan_of_serving(four, model, tmp_path):
+    compress, answer = run(model, tmp_path, "--serve", "--batch-size=2")["programs"]
+    assert compress["fits"] and answer["fits"] and compress["waste"] > 1 and not compress["sent"]
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "h100:12", "h100:0", "tpu"])
+def test_a_name_that_means_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match="no topology|no number of GPUs"):
+        topology.find(name)
+
+
+@pytest.mark.parametrize("name, extra", [("v5e:2x2", r"\[plan\]"), ("h100:8", r"\[cuda\]")])
+def test_a_missing_compiler_is_one_sentence(name, extra, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"is not here: pip install '.{extra}"):
+        topology.find(name)
+
+
+def test_the_models_that_the_configs_name_are_known():
+    names = [load(name).model.hub for name in ("qwen2", "llama2", "qwen3")]
+    assert set(names) == set(published.BACKBONES)
+    sizes = {
+        name: sum(flops.attention_weights(b) + flops.mlp_weights(b) for _ in range(b.num_hidden_layers))
+        for name, b in published.BACKBONES.items()
+    }
+    billions = {name.split("/")[1]: round(size / 1e9, 2) for name, size in sizes.items()}
+    assert billions == {"Qwen2-7B-Instruct": 6.53, "Llama-2-7b-chat-hf": 6.48, "Qwen3-8B": 6.95}
+
+
+# --- what the compiled step holds -------------------------------------------------------------------------------------
+
+TOKENS, VOCABULARY = 1024, 4096
+
+
+@pytest.fixture(scope="module")
+def step_text():
+    """The step of a small model over 1,024 tokens on 2 x 2 devices, two layers everywhere."""
+    config = Config(
+        model=Model(dtype="float32", attention="blocked"),
+        compression=Compression(rates=(16,), encoder_layers=2, lsa_layers=2, segment_size=TOKENS),
+        data=Data(max_context=TOKENS, max_query=8, max_answer=4),
+        optimizer=Optimizer(accumulate=1), train=Train(batch_size=4), mesh=Mesh(data=2, fsdp=2),
+    )  # fmt: skip
+    mesh = sharding.make_mesh(config.mesh)
+    backbone = train_fixtures.backbone(vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=False)
+    arch = comi.Architecture.of(backbone, config).on(mesh)
+    update = optim.optimizer(config.optimizer, 10)
+    held, frozen = state.abstract(arch, update, mesh)
+    batch = plan.abstract_batch(config, 4, 1, sharding.rows(mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = CompiledStep(arch, update, 1).lower(held, frozen, batch, key).compile()
+    return compiled.as_text(), arch
+
+
+def test_no_whole_stack_of_weights_is_gathered(step_text):
+    """Each layer's weights are gathered in its turn: what an all-gather gives is no stack of two layers."""
+    text, arch = step_text
+    stacks = {
+        spec.shape
+        for path, spec in plan.comi.flatten(comi.specs(arch)).items()
+        if "/layers/" in path and len(spec.shape) > 2
+    }
+    computations, _ = hlo.parse(text)
+    gathered = [
+        shape.dims
+        for computation in computations.values()
+        for i in computation.values()
+        if i.opcode.startswith("all-gather")
+        for shape in i.shapes
+    ]
+    assert gathered and not stacks & set(gathered)
+
+
+def test_nothing_is_tokens_by_tokens_or_tokens_by_vocabulary(step_text):
+    computations, _ = hlo.parse(step_text[0])
+    largest = max(
+        (math.prod(shape.dims), shape.dims) for c in computations.values() for i in c.values() for shape in i.shapes
+    )
+    assert largest[0] < TOKENS**2 / 2 < TOKENS * VOCABULARY, largest
