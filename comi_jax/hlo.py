@@ -179,21 +179,41 @@ def walk(
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """How often a loop runs: as XLA noted it, or from a condition ``counter < constant``; None if the end is data."""
+    """How often a loop runs: as XLA noted it, or from a condition ``counter < constant`` and the step that the body
+    takes (an unrolled loop takes two at a time); None if the end is data."""
     noted = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.text)
     if noted:
         return int(noted[1])
-    condition = computations[loop.called("condition")[0]]
-    root = next(i for i in condition.values() if i.root)
+    condition, body = (computations[loop.called(part)[0]] for part in ("condition", "body"))
+    test = root = _root(condition)
     if root.opcode == "fusion":  # its operands are the constant and the counter
-        inside = computations[root.called("calls")[0]]
-        test = next(i for i in inside.values() if i.root)
-    else:
-        test = root
-    if test.opcode != "compare" or "direction=LT" not in test.text:
+        test = _root(computations[root.called("calls")[0]])
+    operands = [condition[name] for name in root.operands]
+    bounds = [int(i.value) for i in operands if i.opcode == "constant"]
+    counters = [i for i in operands if i.opcode == "get-tuple-element"]
+    if test.opcode != "compare" or "direction=LT" not in test.text or len(bounds) != 1 or len(counters) != 1:
         return None
-    bounds = [condition[name] for name in root.operands if condition[name].opcode == "constant"]
-    return int(bounds[0].value) if len(bounds) == 1 else None
+    place = int(re.search(r"index=(\d+)", counters[0].text)[1])
+    step = _constant_part(body, _root(body).operands[place], computations)
+    return math.ceil(bounds[0] / step) if step else None
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(i for i in computation.values() if i.root)
+
+
+def _constant_part(computation: Computation, name: str, computations: dict[str, Computation]) -> int:
+    """The sum of the constants in a sum of the loop's counter and constants."""
+    instruction = computation[name]
+    if instruction.opcode == "constant":
+        return int(instruction.value)
+    if instruction.opcode == "fusion":
+        inner = computations[instruction.called("calls")[0]]
+        outer = sum(_constant_part(computation, operand, computations) for operand in instruction.operands)
+        return outer + _constant_part(inner, _root(inner).name, computations)
+    if instruction.opcode in ("add", "copy", "bitcast"):
+        return sum(_constant_part(computation, operand, computations) for operand in instruction.operands)
+    return 0
 
 
 # --- operations -------------------------------------------------------------------------------------------------------

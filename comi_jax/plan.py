@@ -211,46 +211,47 @@ def lower_bounds(counts: hlo.Counts, chip: Chip) -> dict[str, float]:
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def gigabytes(size: float) -> str:
+def gigabytes(size: float | int) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
-def tables(program: Program, where: topology.Topology, config: Config) -> list[Table]:
-    """Memory, work and time of ``program``, a table each; of one that does not fit, the memory."""
-    verdict = "fits" if program.fits else "DOES NOT FIT"
-    title = f"{program.name} on {where.name}: {verdict}, {gigabytes(program.bytes_needed)} of "
-    memory = Table("memory of a device", "", title=title + gigabytes(program.bytes_there), title_justify="left")
+def table(program: Program, where: topology.Topology, config: Config) -> Table:
+    """Memory, work and time of ``program``; of one that does not fit, what is known of its memory."""
+    rows = Table("of one device", "", show_edge=False)
     for kind, size in program.memory.items():
-        memory.add_row(kind, gigabytes(size))
+        rows.add_row(kind, gigabytes(size))
     if not program.seconds:
-        return [memory]
-    work = Table("work of a device", "")
-    work.add_row("operations, compiled", f"{program.flops / 1e12:,.1f} TFLOP")
-    work.add_row("the model's own, forward and backward", f"{program.own_flops / 1e12:,.1f} TFLOP")
-    work.add_row("recomputation and waste", f"{program.waste:.2f} x its own")
+        return rows
+    rows.add_section()
+    rows.add_row("operations, compiled", f"{program.flops / 1e12:,.1f} TFLOP")
+    rows.add_row("the model's own", f"{program.own_flops / 1e12:,.1f} TFLOP")
+    rows.add_row("compiled / own (recomputation, waste)", f"{program.waste:.2f}")
+    rows.add_row("attention", ", ".join(program.kernels) or "no fused kernel")
     for kind, size in sorted(program.sent.items()):
-        work.add_row(f"sent by {kind}", gigabytes(size))
-    work.add_row("attention", ", ".join(program.kernels) or "no fused kernel")
+        rows.add_row(f"sent by {kind}", gigabytes(size))
+    rows.add_section()
     least = program.seconds[program.bound]
-    clock = Table("time at the chip's peaks", "")
     for name, seconds in program.seconds.items():
-        clock.add_row(name, f"{seconds:,.3f} s" + (" (bounds)" if name == program.bound else ""))
+        rows.add_row(f"seconds of {name}, at least", f"{seconds:,.4f}" + (" (bounds)" if name == program.bound else ""))
     if program.name == "train step":
         each = least / config.train.batch_size
-        clock.add_row("context tokens/s, at most", f"{config.data.max_context / each:,.0f}")
-        clock.add_row(f"{EXAMPLES:,} examples, at least", f"{EXAMPLES * each / 86_400:.2f} days")
-        utilisation = program.own_flops / where.chip.flops / least
-        clock.add_row("model FLOP utilisation, at most", f"{utilisation:.0%}")
-    clock.add_row("compiled in", f"{program.compile_seconds:.0f} s")
-    return [memory, work, clock]
+        rows.add_row("context tokens a second, at most", f"{config.data.max_context / each:,.0f}")
+        rows.add_row(f"days for {EXAMPLES:,} examples, at least", f"{EXAMPLES * each / 86_400:.2f}")
+    rows.add_row("model FLOP utilisation, at most", f"{program.own_flops / where.chip.flops / least:.0%}")
+    rows.add_row("seconds to compile", f"{program.compile_seconds:.0f}")
+    return rows
 
 
 def show(programs: list[Program], where: topology.Topology, config: Config, console: Console) -> None:
+    """Print a verdict and a table for each program."""
+    mesh = " x ".join(f"{axis} {size or 'rest'}" for axis, size in dataclasses.asdict(config.mesh).items())
     for program in programs:
-        for table in tables(program, where, config):
-            console.print(table)
+        verdict = "fits" if program.fits else "DOES NOT FIT"
+        share = f"{gigabytes(program.bytes_needed)} of {gigabytes(program.bytes_there)}"
+        console.print(f"{program.name} on {where.name} ({mesh}): {verdict}, {share}", highlight=False, soft_wrap=True)
         if program.refusal:
-            console.print(program.refusal, markup=False, highlight=False)
+            console.print(program.refusal, markup=False, highlight=False, soft_wrap=True)
+        console.print(table(program, where, config))
 
 
 def to_json(programs: list[Program], where: topology.Topology, config: Config) -> dict[str, Any]:

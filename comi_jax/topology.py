@@ -48,10 +48,11 @@ def _tpus(name: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"compiling for {name} needs the TPU compiler, which is not here: pip install '.[plan]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a chip that only one process may hold
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # whatever libtpu has against the name comes as a bare JaxRuntimeError
-        raise ConfigError(f"the TPU compiler knows no slice {name}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"the TPU compiler cannot take {name}: {str(error).splitlines()[0]}") from None
 
 
 def _gpus(kind: str, shape: str, name: str) -> list[Any]:

@@ -54,10 +54,15 @@ def test_the_plan_of_a_step(four, model, tmp_path, capsys):
     assert step["bound"] in step["seconds"] and step["seconds"]["compute"] == step["flops"] / CHIP.flops
 
 
-def test_what_does_not_fit_is_said(four, model, tmp_path, monkeypatch, capsys):
-    small = dataclasses.replace(four, chip=dataclasses.replace(CHIP, memory=1e4))
-    monkeypatch.setattr(topology, "find", lambda name: small)
-    assert not run(model, tmp_path)["programs"][0]["fits"] and "DOES NOT FIT" in capsys.readouterr().out
+def test_what_does_not_fit_is_said(capsys):
+    """A product of 12 KB, beside a chip with more and one with less."""
+    x = jax.ShapeDtypeStruct((32, 32), "float32")
+    for memory, words in ((1e5, "fits"), (1e4, "DOES NOT FIT")):
+        where = topology.Topology("four", dataclasses.replace(CHIP, memory=memory), tuple(jax.devices()), None)
+        found = plan.measure("product", jax.jit(lambda x, y: x @ y).lower(x, x), where, {}, 65536.0)
+        assert found.fits == (memory == 1e5) and found.bytes_needed >= 3 * 4096 and found.waste == 1.0
+        plan.show([found], where, Config(), plan.Console())
+        assert f"): {words}, 0.00 GB" in capsys.readouterr().out
 
 
 def test_the_plan_of_serving(four, model, tmp_path):

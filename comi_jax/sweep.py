@@ -1,0 +1,112 @@
+"""Which mesh, micro-batch and remat policy a topology trains a config fastest with: estimated first, then compiled.
+
+Every division of the devices over data, fsdp and tensor is estimated from shapes (``estimate``): what surely does not
+fit is left out, the rest is ordered by a step time of
+
+    max(operations / FLOP/s, weights gathered and gradients scattered / links)
+
+and the first few are compiled; the best is the one whose compiled lower bound is smallest among those that fit.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from comi_jax import comi, estimate, flops, optim, plan, sharding, state
+from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.topology import Topology
+
+RECOMPUTED = {"off": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}  # of the forward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to divide the work, and what it is estimated to need."""
+
+    config: Config
+    bytes: int  # on a device
+    seconds: float  # an update
+
+    def __str__(self) -> str:
+        mesh, parts = self.config.mesh, self.config.optimizer.accumulate
+        sizes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
+        return f"{sizes}, {parts} micro-batches, remat {self.config.model.remat}"
+
+
+def candidates(config: Config, backbone: Backbone, where: Topology) -> Iterator[Candidate]:
+    """Every way that divides evenly, with its estimate."""
+    count, contexts = len(where.devices), config.train.batch_size // config.train.share_context
+    for tensor in (n for n in range(1, count + 1) if count % n == 0 and backbone.num_key_value_heads % n == 0):
+        for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
+            data = count // tensor // fsdp
+            rows = contexts // (data * fsdp)  # of a device, over all micro-batches
+            if contexts % (data * fsdp):
+                continue
+            for parts in (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= 4):
+                for remat in ("off", "projections", "attention", "full"):
+                    yield _estimated(config, backbone, where, (data, fsdp, tensor), parts, remat)
+
+
+def _estimated(
+    config: Config, backbone: Backbone, where: Topology, sizes: tuple[int, int, int], parts: int, remat: str
+) -> Candidate:
+    mesh_sizes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    config = dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, **mesh_sizes),
+        model=dataclasses.replace(config.model, remat=remat),
+        optimizer=dataclasses.replace(config.optimizer, accumulate=parts),
+    )
+    mesh = sharding.make_mesh(config.mesh, where.devices)
+    arch = comi.Architecture.of(backbone, config).on(mesh)
+    held, frozen = state.abstract(arch, optim.optimizer(config.optimizer, config.train.steps), mesh)
+    data, fsdp, tensor = sizes
+    rows = config.train.batch_size // config.train.share_context // parts // (data * fsdp)
+    lengths = plan.longest(config)
+    needed = estimate.held(arch, held, frozen, lengths, rows, tensor)
+    costs = flops.by_part(arch, lengths).values()
+    work = sum(cost.total + RECOMPUTED[remat] * cost.forward for cost in costs) * config.train.batch_size
+    # Weights in the model's dtype are gathered for the forward and the backward pass, gradients scattered once; the
+    # results of two products a block are summed over tensor, forward and backward.
+    weights = (needed.trained // 2 + needed.frozen) * (fsdp - 1) * 2 + needed.trained // 2 * (fsdp - 1)
+    tokens = lengths.context * arch.compression.encoder_layers + sum(
+        backbone.num_hidden_layers * n for n in (flops.memory_length(arch, lengths), lengths.query, lengths.answer)
+    )
+    sums = 8 * rows * tokens * backbone.hidden_size * 2 * (tensor - 1) / tensor
+    replicas = 2 * needed.gradients * (data - 1) / data
+    link = where.chip.link if where.per_node is None or len(where.devices) <= where.per_node else where.chip.network
+    seconds = max(work / len(where.devices) / where.chip.flops, (parts * (weights + sums) + replicas) / link)
+    return Candidate(config, needed.total, seconds)
+
+
+def best(
+    config: Config, backbone: Backbone, where: Topology, compiles: int, console: Console
+) -> tuple[Config, plan.Program]:
+    """The fastest of at most ``compiles`` compiled candidates that fits, and its plan. Raises ConfigError if none
+    does."""
+    found = sorted(candidates(config, backbone, where), key=lambda c: (c.seconds, c.bytes))
+    fitting = [c for c in found if c.bytes < where.chip.memory]
+    console.print(f"{len(found)} candidates, {len(fitting)} of which may fit by estimate; compiling {compiles} of them")
+    compiled: list[tuple[Candidate, plan.Program]] = []
+    for number, candidate in enumerate(fitting[:compiles], 1):
+        program = plan.train_step(candidate.config, backbone, where)
+        compiled.append((candidate, program))
+        verdict = f"{program.seconds[program.bound]:.3f} s ({program.bound})" if program.fits else "does not fit"
+        console.print(
+            f"{number}. {candidate}: estimated {plan.gigabytes(candidate.bytes)} and {candidate.seconds:.3f} s, "
+            f"compiled {plan.gigabytes(program.bytes_needed)} and {verdict}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    working = [pair for pair in compiled if pair[1].fits]
+    if not working:
+        raise ConfigError(
+            f"none of the {len(compiled)} candidates that were compiled fits {where.name}; take more devices, shorter "
+            "contexts (data.max_context, compression.segment_size) or more --compiles"
+        )
+    chosen, program = min(working, key=lambda pair: pair[1].seconds[pair[1].bound])
+    words = [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(chosen.config.mesh).items()]
+    words += [f"optimizer.accumulate={chosen.config.optimizer.accumulate}", f"model.remat={chosen.config.model.remat}"]
+    console.print(f"best: {' '.join(words)}", highlight=False, soft_wrap=True)
+    return chosen.config, program
