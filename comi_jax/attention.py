@@ -7,6 +7,7 @@ The implementations differ in where they run and in what they hold: dense all sc
 
 import functools
 import logging
+import math
 from functools import cache
 
 import jax
@@ -40,7 +41,9 @@ def attention(
     name, for heads that do not divide, and where a named implementation cannot do what is asked: none is substituted.
 
     With a `mesh` of several devices each computes its own rows (axes data and fsdp) and heads (axis tensor), as the
-    fused kernels, which XLA cannot split, need it; rows or heads that do not divide are computed by all.
+    fused kernels, which XLA cannot split, need it; rows or heads that do not divide are computed by all. Where tokens
+    are split too (axis context, and no `start`), each device exchanges its part of the row in all heads for the whole
+    row in its share of the heads, and back: so every device has the same work, and kernels see whole rows.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {k.shape[2]} kv heads do not divide {q.shape[2]} query heads.")
@@ -48,7 +51,7 @@ def attention(
         raise ValueError(f"attention: no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
     run = functools.partial(_on_one_device, causal=causal, implementation=implementation, backend=platform(mesh))
     if mesh is not None and mesh.size > 1:
-        run = _on_each_device(run, q, k, mesh)
+        run = _on_each_device(run, q, k, mesh, cached=start is not None)
     with jax.named_scope("attention"):
         return run(q, k, v, start, lengths)
 
@@ -65,16 +68,29 @@ def _on_one_device(q, k, v, start, lengths, *, causal, implementation, backend):
     return IMPLEMENTATIONS[implementation](q, k, v, start, lengths, causal)
 
 
-def _on_each_device(function, q, k, mesh):
+def _on_each_device(function, q, k, mesh, cached):
     """``function`` over the rows and heads of every device of ``mesh``."""
     rows: tuple[str, ...] | None = ("data", "fsdp")
     if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         rows = None
     heads = None if k.shape[2] % mesh.shape["tensor"] else "tensor"
-    whole, vector = PartitionSpec(rows, None, heads, None), PartitionSpec(rows)
+    here, parts = q.shape[2] // (mesh.shape["tensor"] if heads else 1), mesh.shape["context"]
+    tokens = None
+    if parts > 1 and not cached and not (here % parts or q.shape[1] % parts or k.shape[1] % parts):
+        tokens, function = "context", functools.partial(_exchanged, function, parts)
+    array, vector = PartitionSpec(rows, tokens, heads, None), PartitionSpec(rows)
     return jax.shard_map(
-        function, mesh=mesh, in_specs=(whole, whole, whole, vector, vector), out_specs=whole, check_vma=False
+        function, mesh=mesh, in_specs=(array, array, array, vector, vector), out_specs=array, check_vma=False
     )
+
+
+def _exchanged(function, parts, q, k, v, start, lengths):
+    """``function`` over whole rows and a share of the heads, from a part of the rows and all heads. kv heads that do
+    not divide are repeated."""
+    repeat = parts // math.gcd(k.shape[2], parts)
+    k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
+    q, k, v = (lax.all_to_all(x, "context", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+    return lax.all_to_all(function(q, k, v, start, lengths), "context", split_axis=1, concat_axis=2, tiled=True)
 
 
 def choose(q, k, start, causal, backend) -> str:

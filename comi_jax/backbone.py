@@ -54,6 +54,11 @@ class Runtime:
     remat: str = struct.field(pytree_node=False, default="off")  # one of REMAT
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # None: one device, or as XLA splits it
 
+    @property
+    def parts(self) -> int:
+        """Devices that the tokens of a row are split over."""
+        return 1 if self.mesh is None else self.mesh.shape["context"]
+
 
 def specs(backbone: Backbone, layers: int, *, embed: bool, head: bool) -> dict[str, Any]:
     """The spec tree of ``layers`` blocks and the final norm, with an embedding table and an output head if asked
@@ -164,10 +169,11 @@ def forward(
     rope = rotation(backbone, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :])
 
     homes = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
+    home = None if cache is not None else token_sharding(x, runtime)
 
     def body(carry, layer):
         x, cache = carry
-        x = checkpoint_name(x, "input")
+        x = checkpoint_name(_constrain(x, home), "input")
         index, weights, adapters = layer
         # Cast where they lie, so that half the bytes are gathered; and their gradients are scattered back there.
         weights = {name: w.astype(x.dtype) for name, w in weights.items()}
@@ -181,6 +187,7 @@ def forward(
         body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(runtime.remat))
     layers = params["layers"]["q"].shape[0]
     (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora))
+    x = _constrain(x, home)
     return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
 
 
@@ -212,6 +219,15 @@ def layer_shardings(backbone: Backbone, mesh: Mesh) -> dict[str, NamedSharding]:
     weights = specs(backbone, 1, embed=False, head=False)["layers"]
     axes = {name: sharding.partition_spec(spec, mesh)[1:] for name, spec in weights.items()}
     return {name: NamedSharding(mesh, PartitionSpec(*kept)) for name, kept in axes.items()}
+
+
+def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding | None:
+    """Where rows lie whose tokens are split over devices; None where they are not, or do not divide."""
+    if runtime.parts == 1 or x.shape[1] % runtime.parts:
+        return None
+    mesh = runtime.mesh
+    rows = None if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
+    return NamedSharding(mesh, PartitionSpec(rows, "context"))
 
 
 def _constrain(x: Array, home: NamedSharding | None) -> Array:
@@ -246,20 +262,21 @@ def block(
         out = attention(q, k, v, start=start, implementation=runtime.attention, mesh=runtime.mesh)
         x = x + _project_out(w, lora, out)
     with jax.named_scope("mlp"):
-        x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps), platform(runtime.mesh))
+        slices = platform(runtime.mesh) == "cpu" and runtime.parts == 1
+        x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps), slices)
     return x, cache
 
 
-def mlp(w: Tree, x: Float[Array, "B T D"], backend: str) -> Float[Array, "B T D"]:
-    """The gated feed-forward layer. On CPU a long row is taken in slices, whose F wide intermediate results stay in its
-    caches and are recomputed, not kept, for the gradient."""
+def mlp(w: Tree, x: Float[Array, "B T D"], slices: bool) -> Float[Array, "B T D"]:
+    """The gated feed-forward layer. On CPU a long row is taken in ``slices``, whose F wide intermediate results stay in
+    its caches and are recomputed, not kept, for the gradient."""
 
     def whole(x):
         hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, w["gate"])) * jnp.einsum("btd,df->btf", x, w["up"])
         return jnp.einsum("btf,fd->btd", hidden, w["down"])
 
     batch, length, width = x.shape
-    if backend != "cpu" or length < 2 * CPU_SLICE:
+    if not slices or length < 2 * CPU_SLICE:
         return whole(x)
     slices = jnp.pad(x, ((0, 0), (0, -length % CPU_SLICE), (0, 0))).reshape(batch, -1, CPU_SLICE, width)
     out = jax.lax.map(jax.checkpoint(whole), slices.swapaxes(0, 1))

@@ -154,13 +154,19 @@ def encode(
     context_length: Int[Array, " B"],
     query: Int[Array, "B Q"],
     query_length: Int[Array, " B"],
-) -> tuple[Float[Array, "B S D"], Float[Array, "B D"]]:
-    """The encoder over [context; query] in one causal pass: states of the context, H, and the query vector q̄ (3)."""
-    encoder = params["encoder"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
+    """The encoder over [context; query] in one causal pass: states of the context, H, and the query vector q̄ (3).
+
+    Where the tokens of a row are split over devices, H is not cut from it, which would move states between them; what
+    stands behind ``context_length`` means nothing.
+    """
+    encoder, parts = params["encoder"], arch.runtime.parts
     with jax.named_scope("encode"):
         rows, _ = join_rows(context, context_length, query, query_length)
+        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % parts)))
         states, _ = lm.forward(encoder, lm.embed_tokens(encoder, rows, arch.dtype), arch.backbone, runtime=arch.runtime)
-        return states[:, : context.shape[1]], masked_mean(states, context_length, query_length)
+        query_vector = masked_mean(states, context_length, query_length)
+        return states if parts > 1 else states[:, : context.shape[1]], query_vector
 
 
 def encode_context(
@@ -268,6 +274,7 @@ def answer_logits(
         before, length = prompt(params, arch, memory, batch)
         answer = lm.embed_tokens(params["decoder"], batch.answer, arch.dtype)
         rows, _ = join_rows(before, length, answer, batch.answer_length)
+        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % arch.runtime.parts), (0, 0)))
         lora = adapters(params, arch, dropout_key)
         states, _ = lm.forward(params["decoder"], rows, arch.backbone, lora=lora, runtime=arch.runtime)
         predicts = length[:, None] - 1 + jnp.arange(batch.answer.shape[1], dtype=jnp.int32)[None, :]

@@ -78,7 +78,7 @@ def compress(
     run = functools.partial(_compress, settings=settings, slots=slots, kernels=kernels)
     length = states.shape[1]
     if mesh is not None and mesh.size > 1:
-        parts = mesh.shape.get("context", 1)
+        parts = mesh.shape["context"]
         split = Split("context", parts, mesh.axis_names) if parts > 1 else WHOLE
         states = jnp.pad(states, ((0, 0), (0, -length % parts), (0, 0)))
         rows = None if states.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")

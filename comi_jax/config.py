@@ -228,6 +228,7 @@ class Mesh:
     data: int = 0  # contexts are split over them, weights are repeated
     fsdp: int = 1  # contexts and weights are split over them
     tensor: int = 1  # heads and feed-forward are split over them
+    context: int = 1  # the tokens of a row, and weights, are split over them
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)

@@ -7,20 +7,20 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import Config, ConfigError, Mesh
+from comi_jax.config import Backbone, Config, ConfigError, Mesh
 from comi_jax.params import ParamSpec, Tree, flatten
 
-AXES = ("data", "fsdp", "tensor")
-RULES: dict[str | None, str | None] = {
-    "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "norm": None,
-    None: None,
+AXES = ("data", "fsdp", "tensor", "context")
+RULES: dict[str | None, tuple[str, ...]] = {
+    "layers": (),
+    "embed": ("fsdp", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "norm": (),
+    None: (),
 }
 
 
@@ -51,16 +51,30 @@ def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
     return parts
 
 
+def check_heads(backbone: Backbone, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a mesh whose context axis cannot share out the heads: attention splits them over it while it runs."""
+    heads, tensor, parts = backbone.num_attention_heads, mesh.shape["tensor"], mesh.shape["context"]
+    here = heads // tensor if backbone.num_key_value_heads % tensor == 0 else heads
+    if here % parts:
+        raise ConfigError(
+            f"mesh.context is {parts}, but {here} attention heads of a device (of {heads}, mesh.tensor {tensor}) do "
+            "not divide over it"
+        )
+
+
 def partition_spec(spec: ParamSpec, mesh: jax.sharding.Mesh) -> PartitionSpec:
-    """Mesh axes of a parameter's dimensions; a dimension that its axis does not divide stays whole."""
-    axes: list[str | None] = []
+    """Mesh axes of a parameter's dimensions; a dimension that an axis does not divide is not split over it."""
+    dimensions: list[tuple[str, ...]] = []
     for size, logical in zip(spec.shape, spec.axes, strict=True):
-        axis = RULES[logical]
-        axes.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-    used = [axis for axis in axes if axis]
+        axes: tuple[str, ...] = ()
+        for axis in RULES[logical]:
+            if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
+                axes = (*axes, axis)
+        dimensions.append(axes)
+    used = [axis for axes in dimensions for axis in axes]
     if len(used) != len(set(used)):
-        raise ValueError(f"a mesh axis is used twice by the axes {spec.axes}: {axes}")
-    return PartitionSpec(*axes)
+        raise ValueError(f"a mesh axis is used twice by the axes {spec.axes}: {dimensions}")
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in dimensions))
 
 
 def parameters(specs: Tree, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:

@@ -128,6 +128,7 @@ def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, l
     """Devices and batch shapes of a run; refuses what cannot work, before anything is written."""
     config = run.config
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_heads(run.backbone, mesh)
     sharding.micro_batches(config, mesh)
     loader.check_positions(examples, run.backbone, config.compression, min(config.compression.rates))
     return mesh, loader.Shapes.of(examples, config.data, config.compression)

@@ -183,15 +183,17 @@ def test_blocked_in_shard_map(small_blocks):
     assert_same(with_gradients(sharded, arrays), with_gradients(blocked, arrays), 1e-6)
 
 
-MESHES = [(4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]  # the last does not divide 2 kv heads
+AXES = ("data", "fsdp", "tensor", "context")
+# (1, 1, 4, 1) does not divide 2 kv heads; (1, 1, 1, 4) repeats them
+MESHES = [(4, 1, 1, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 4, 1), (1, 1, 1, 4), (2, 1, 1, 2), (1, 1, 2, 2)]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("implementation, start", [("dense", None), ("blocked", (3, 0, 7, 1))])
 def test_a_mesh_changes_nothing(implementation, start, sizes, small_blocks):
     """Rows, heads, starts and lengths of every device; also recomputed but for what is named."""
-    arrays = inputs(4, 40, 50, 4, 2, 8)
-    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    arrays = inputs(4, 40, 52, 4, 2, 8)
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     alone = functools.partial(attention, implementation=implementation, **options(start, (50, 31, 0, 9), True))
     names = jax.checkpoint_policies.save_only_these_names("attention")
     sharded = jax.checkpoint(functools.partial(alone, mesh=mesh), policy=names)
@@ -200,14 +202,14 @@ def test_a_mesh_changes_nothing(implementation, start, sizes, small_blocks):
 
 def test_rows_that_do_not_divide_are_computed_by_all():
     arrays = inputs(3, 10, 10, 4, 2, 8)
-    mesh = jax.make_mesh((4, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((4, 1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     dense = functools.partial(attention, implementation="dense")
     assert_same(with_gradients(functools.partial(dense, mesh=mesh), arrays), with_gradients(dense, arrays), 1e-6)
 
 
 def test_each_device_holds_its_own_rows_and_heads_alone():
     """Of 4 rows and 2 kv heads, one row and one head: a fused kernel on a chip sees exactly these."""
-    mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((2, 1, 2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     q, k, v, _ = map(jnp.asarray, inputs(2, 40, 40, 4, 2, 8))
     text = str(jax.make_jaxpr(functools.partial(attention, implementation="dense", mesh=mesh))(q, k, v))
     assert "f32[1,1,2,40,40]" in text and "f32[2,2,2,40,40]" not in text

@@ -241,7 +241,7 @@ def test_slices_on_cpu_and_remat_change_nothing(model, size, remat, monkeypatch)
     if size:
         monkeypatch.setattr(lm, "CPU_SLICE", size)
         one = {name: params["layers"][name][0] for name in ("gate", "up", "down")}
-        assert "scan" in str(jax.make_jaxpr(functools.partial(lm.mlp, one, backend="cpu"))(x))  # the slices are taken
+        assert "scan" in str(jax.make_jaxpr(functools.partial(lm.mlp, one, slices=True))(x))  # the slices are taken
     got = pulled(params, x, backbone, remat, size)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())

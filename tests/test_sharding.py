@@ -1,6 +1,8 @@
 """Neither the devices, nor the mesh axes they are on, nor micro-batches change what is computed."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +33,22 @@ ARCH = comi.Architecture(
 @pytest.mark.parametrize(
     "settings, sizes",
     [
-        (Mesh(), (4, 1, 1)),
-        (Mesh(fsdp=2), (2, 2, 1)),
-        (Mesh(1, 2, 2), (1, 2, 2)),
-        (Mesh(tensor=4), (1, 1, 4)),
-        (Mesh(data=1, fsdp=0, tensor=2), (1, 2, 2)),
+        (Mesh(), (4, 1, 1, 1)),
+        (Mesh(fsdp=2), (2, 2, 1, 1)),
+        (Mesh(1, 2, 2), (1, 2, 2, 1)),
+        (Mesh(tensor=4), (1, 1, 4, 1)),
+        (Mesh(data=1, fsdp=0, tensor=2), (1, 2, 2, 1)),
+        (Mesh(context=2), (2, 1, 1, 2)),
     ],
 )
 def test_the_mesh_takes_all_devices(settings, sizes):
     mesh = sharding.make_mesh(settings)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor", "context"), sizes, strict=True))
 
 
 @pytest.mark.parametrize("settings", [Mesh(data=3), Mesh(data=2), Mesh(data=8), Mesh(fsdp=3), Mesh(fsdp=2, tensor=4)])
 def test_a_mesh_that_does_not_make_the_devices_is_refused(settings):
-    with pytest.raises(ConfigError, match=f"x {settings.fsdp} x {settings.tensor} does not make the 4 devices"):
+    with pytest.raises(ConfigError, match=f"x {settings.fsdp} x {settings.tensor} x 1 does not make the 4 devices"):
         sharding.make_mesh(settings)
 
 
@@ -65,6 +68,30 @@ MESH = Mesh(data=1, fsdp=2, tensor=2)
 def test_parameters_go_where_their_axes_say(shape, axes, expected):
     spec = sharding.partition_spec(ParamSpec(shape, axes, 0.0), sharding.make_mesh(MESH))
     assert spec == PartitionSpec(*expected)
+
+
+def test_weights_are_split_over_the_context_axis_too_where_it_divides_them():
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, context=2))
+    for size, expected in ((8, ("fsdp", "context")), (6, "fsdp"), (5, None)):
+        spec = sharding.partition_spec(ParamSpec((size, 3), ("embed", "mlp"), 0.0), mesh)
+        assert spec == PartitionSpec(expected, None)
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        (Mesh(data=1, context=4), "mesh.context is 4, but 6 attention heads of a device (of 6, mesh.tensor 1)"),
+        (
+            Mesh(data=1, tensor=2, context=2),
+            "mesh.context is 2, but 3 attention heads of a device (of 6, mesh.tensor 2)",
+        ),
+    ],
+)
+def test_heads_that_the_context_axis_cannot_share_out_are_refused(mesh, message):
+    backbone = dataclasses.replace(ARCH.backbone, num_attention_heads=6, num_key_value_heads=2)
+    sharding.check_heads(backbone, sharding.make_mesh(Mesh(data=2, context=2)))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        sharding.check_heads(backbone, sharding.make_mesh(mesh))
 
 
 def test_a_mesh_axis_is_not_used_twice_in_one_array():
@@ -98,8 +125,8 @@ def test_micro_batches_leave_every_row_on_its_device(start):
 
 
 def one_device():
-    axes = (AxisType.Auto,) * 3
-    return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
+    axes = (AxisType.Auto,) * 4
+    return jax.make_mesh((1, 1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
 
 
 def step(start, mesh, accumulate):
@@ -125,8 +152,8 @@ def alone(start):
 
 @pytest.mark.parametrize(
     "mesh, accumulate",
-    [(Mesh(), 2), (MESH, 4)],
-    ids=["4 data, 2 micro-batches", "2 fsdp x 2 tensor, 4 micro-batches"],
+    [(Mesh(), 2), (MESH, 4), (Mesh(data=1, fsdp=2, context=2), 1), (Mesh(data=1, tensor=2, context=2), 2)],
+    ids=["4 data, 2 micro", "2 fsdp x 2 tensor, 4 micro", "2 fsdp x 2 context", "2 tensor x 2 context, 2 micro"],
 )
 def test_a_step_is_the_same_on_any_mesh_and_in_any_number_of_micro_batches(start, alone, mesh, accumulate):
     metrics, change = step(start, sharding.make_mesh(mesh), accumulate)
