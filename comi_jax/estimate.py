@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from comi_jax import comi, flops
+from comi_jax.config import Config
 from comi_jax.step import TrainState
 
 
@@ -28,6 +29,12 @@ class Held:
     @property
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
+
+
+def longest(config: Config) -> flops.Lengths:
+    """An example of the largest lengths that ``config`` allows."""
+    data = config.data
+    return flops.Lengths(data.max_context, data.max_query, data.max_answer, min(config.compression.rates))
 
 
 def on_one_device(tree: Any) -> int:

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import comi, estimate, flops, hlo, optim, sharding, state, topology
+from comi_jax import answer, comi, estimate, flops, hlo, optim, sharding, state, sweep, topology
 from comi_jax.chips import Chip
 from comi_jax.config import Backbone, Config, ConfigError, load
 from comi_jax.data import loader
@@ -72,15 +72,9 @@ def backbone_of(config: Config) -> Backbone:
     return starting_backbone(backbone_folder(config))
 
 
-def longest(config: Config) -> flops.Lengths:
-    """An example of the largest lengths that ``config`` allows."""
-    data = config.data
-    return flops.Lengths(data.max_context, data.max_query, data.max_answer, min(config.compression.rates))
-
-
 def abstract_batch(config: Config, examples: int, share: int, home: Any) -> comi.Batch:
     """The batch of ``examples`` of the largest lengths, as the loader makes it, without its contents."""
-    lengths = longest(config)
+    lengths = estimate.longest(config)
     parts = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
     example = loader.Example(*parts, rate=lengths.rate)
     batch = loader.collate([example] * examples, loader.Shapes.of([example], config.data, config.compression), share)
@@ -99,13 +93,13 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     lowered = CompiledStep(arch, update, parts).lower(held, frozen, batch, key)
     rows = config.train.batch_size // config.train.share_context // parts // (mesh.shape["data"] * mesh.shape["fsdp"])
-    known = estimate.held(arch, held, frozen, longest(config), rows, mesh.shape["tensor"])
+    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, mesh.shape["tensor"])
     memory = {
         "trained parameters": known.trained,
         "frozen parameters": known.frozen,
         "optimizer": known.optimizer,
     }
-    parts_of_step = flops.by_part(arch, longest(config))
+    parts_of_step = flops.by_part(arch, estimate.longest(config))
     once = {"encoder": config.train.share_context}  # contexts that are asked several questions are encoded once
     own = sum(cost.total / once.get(name, 1) for name, cost in parts_of_step.items()) * config.train.batch_size
     return measure("train step", lowered, where, memory, own / len(where.devices))
@@ -113,8 +107,6 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
 
 def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_size: int) -> list[Program]:
     """Compressing and answering ``batch_size`` examples on one device, as ``comi_jax.answer`` does."""
-    from comi_jax import answer
-
     one = dataclasses.replace(where, devices=where.devices[:1])
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), one.devices)
     arch = comi.Architecture.of(backbone, config).on(mesh)
@@ -124,7 +116,7 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=home), comi.specs(arch)
     )
     params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=home), params["mig"])
-    lengths, options = longest(config), config.generation
+    lengths, options = estimate.longest(config), config.generation
     batch = abstract_batch(config, batch_size, 1, home)
     compress = answer.remember.lower(params, batch, arch, lengths.rate)
     memory = jax.eval_shape(lambda p, b: comi.remember(p, arch, b, lengths.rate), params, batch)
@@ -278,9 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(given.config, given.overrides)
         backbone, where = backbone_of(config), topology.find(given.topology)
         if given.sweep:
-            from comi_jax import sweep
-
-            config, program = sweep.best(config, backbone, where, given.compiles, console)
+            config, program = sweep.best(config, backbone, where, given.compiles, console, train_step)
             programs = [program]
         elif given.serve:
             programs = serving(config, backbone, where, given.batch_size)

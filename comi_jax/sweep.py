@@ -9,11 +9,12 @@ and the first few are compiled; the best is the one whose compiled lower bound i
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 
-from comi_jax import comi, estimate, flops, optim, plan, sharding, state
+from comi_jax import comi, estimate, flops, optim, sharding, state
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.topology import Topology
 
@@ -63,7 +64,7 @@ def _estimated(
     held, frozen = state.abstract(arch, optim.optimizer(config.optimizer, config.train.steps), mesh)
     data, fsdp, tensor = sizes
     rows = config.train.batch_size // config.train.share_context // parts // (data * fsdp)
-    lengths = plan.longest(config)
+    lengths = estimate.longest(config)
     needed = estimate.held(arch, held, frozen, lengths, rows, tensor)
     costs = flops.by_part(arch, lengths).values()
     work = sum(cost.total + RECOMPUTED[remat] * cost.forward for cost in costs) * config.train.batch_size
@@ -81,21 +82,26 @@ def _estimated(
 
 
 def best(
-    config: Config, backbone: Backbone, where: Topology, compiles: int, console: Console
-) -> tuple[Config, plan.Program]:
-    """The fastest of at most ``compiles`` compiled candidates that fits, and its plan. Raises ConfigError if none
-    does."""
+    config: Config,
+    backbone: Backbone,
+    where: Topology,
+    compiles: int,
+    console: Console,
+    step: Callable[[Config, Backbone, Topology], Any],
+) -> tuple[Config, Any]:
+    """The fastest of at most ``compiles`` compiled candidates that fits, and its plan, which ``step`` (plan.train_step)
+    makes. Raises ConfigError if none does."""
     found = sorted(candidates(config, backbone, where), key=lambda c: (c.seconds, c.bytes))
     fitting = [c for c in found if c.bytes < where.chip.memory]
     console.print(f"{len(found)} candidates, {len(fitting)} of which may fit by estimate; compiling {compiles} of them")
-    compiled: list[tuple[Candidate, plan.Program]] = []
+    compiled: list[tuple[Candidate, Any]] = []
     for number, candidate in enumerate(fitting[:compiles], 1):
-        program = plan.train_step(candidate.config, backbone, where)
+        program = step(candidate.config, backbone, where)
         compiled.append((candidate, program))
         verdict = f"{program.seconds[program.bound]:.3f} s ({program.bound})" if program.fits else "does not fit"
         console.print(
-            f"{number}. {candidate}: estimated {plan.gigabytes(candidate.bytes)} and {candidate.seconds:.3f} s, "
-            f"compiled {plan.gigabytes(program.bytes_needed)} and {verdict}",
+            f"{number}. {candidate}: estimated {candidate.bytes / 1e9:.2f} GB and {candidate.seconds:.3f} s, "
+            f"compiled {program.bytes_needed / 1e9:.2f} GB and {verdict}",
             highlight=False,
             soft_wrap=True,
         )

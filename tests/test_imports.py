@@ -43,7 +43,7 @@ ALLOWED = {
     "hlo": set(),
     "published": {"config"},
     "topology": {"chips", "config"},
-    "estimate": {"comi", "flops", "step"},
+    "estimate": {"comi", "config", "flops", "step"},
     "hf": {"backbone", "config", "params", "weights"},
     "official": {"comi", "config", "hf", "params", "weights"},
     "metrics": set(),

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from comi_jax import backbone as lm
 from comi_jax import comi, sharding
-from comi_jax.config import Compression, ConfigError, Data, Mesh
+from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Optimizer, Train
 from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.params import ParamSpec, partition
@@ -50,6 +50,15 @@ def test_the_mesh_takes_all_devices(settings, sizes):
 def test_a_mesh_that_does_not_make_the_devices_is_refused(settings):
     with pytest.raises(ConfigError, match=f"x {settings.fsdp} x {settings.tensor} x 1 does not make the 4 devices"):
         sharding.make_mesh(settings)
+
+
+@pytest.mark.parametrize("accumulate, share, parts", [(0, 1, 4), (0, 2, 2), (2, 1, 2)])
+def test_micro_batches_give_each_device_one_context_unless_told(accumulate, share, parts):
+    """16 examples over four devices."""
+    config = Config(
+        train=Train(batch_size=16, share_context=share), optimizer=Optimizer(accumulate=accumulate), mesh=Mesh(4, 1, 1)
+    )
+    assert sharding.micro_batches(config, sharding.make_mesh(config.mesh)) == parts
 
 
 MESH = Mesh(data=1, fsdp=2, tensor=2)
