@@ -1,8 +1,8 @@
 """Many processes as one run: who they are, how they find each other, and what happens when one is gone.
 
 One process alone needs nothing. Several are started by a launcher (``launch/``), each with the same command; they meet
-at a coordinator, process 0, under ``jax.distributed``. Where JAX knows the place (Slurm, a TPU pod, a Kubernetes
-JobSet) it finds out by itself; elsewhere three variables say it:
+at a coordinator, process 0, under ``jax.distributed``. Where JAX knows the place (Slurm, a TPU pod) it finds out by
+itself; elsewhere three variables say it:
 
     COMI_COORDINATOR=HOST:PORT  COMI_PROCESSES=N  COMI_PROCESS=I
 
@@ -65,12 +65,13 @@ def described(environment: Mapping[str, str]) -> dict[str, str | int] | None:
 
 
 def found_by_jax(environment: Mapping[str, str]) -> bool:
-    """Whether this is a place with several processes that JAX recognises: Slurm, a TPU pod, a Kubernetes JobSet."""
+    """Whether this is a place with several processes that JAX recognises: Slurm, TPU hosts under Kubernetes, or one
+    that COMI_DISTRIBUTED=auto says is (a TPU pod, which JAX has to ask for its hosts)."""
+    if environment.get("COMI_DISTRIBUTED") == "auto":
+        return True
     if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
         return True
-    if len([host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]) > 1:
-        return True
-    return "JOBSET_NAME" in environment or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    return len([host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]) > 1
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

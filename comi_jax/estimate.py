@@ -66,7 +66,8 @@ def held(
         "offload": 0,
         "attention": heads // tensor,
         "projections": heads // tensor + projections,
-        "off": heads // tensor + projections + wide + 4 * backbone.hidden_size,
+        # Norms and rotations are kept in float32 beside what enters and leaves them.
+        "off": heads // tensor + 2 * projections + 5 * wide // 3 + 16 * backbone.hidden_size,
     }[arch.runtime.remat]
     stays = 0 if arch.runtime.remat == "offload" else backbone.hidden_size
     block = (2 * wide + 2 * projections + 4 * backbone.hidden_size) * width * encoded

@@ -11,4 +11,4 @@ COMMAND="--config=qwen2 model.path=/mnt/models/qwen2 data.train=/mnt/data/train.
 # JAX reads from the slice who the processes are. /mnt must be a file system that all hosts share. A run that is started
 # again goes on from its newest checkpoint.
 exec gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --project="$PROJECT" --worker=all \
-    --command="cd $FOLDER && COMI_HEARTBEAT=${COMI_HEARTBEAT:-60} python -m comi_jax.train $COMMAND"
+    --command="cd $FOLDER && COMI_DISTRIBUTED=auto COMI_HEARTBEAT=${COMI_HEARTBEAT:-60} python -m comi_jax.train $COMMAND"

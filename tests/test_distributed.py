@@ -26,7 +26,7 @@ def test_one_process_needs_nothing(monkeypatch):
 
 @pytest.mark.parametrize(
     "environment",
-    [{"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, {"TPU_WORKER_HOSTNAMES": "a,b"}, {"JOBSET_NAME": "comi"}],
+    [{"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, {"TPU_WORKER_HOSTNAMES": "a,b"}, {"COMI_DISTRIBUTED": "auto"}],
 )
 def test_places_that_jax_knows(environment):
     assert distributed.found_by_jax(environment) and distributed.described(environment) is None
