@@ -43,6 +43,7 @@ class Program:
     """A compiled program on one device of a topology. Bytes, FLOP and seconds are of one run."""
 
     name: str
+    division: str  # of the work over the devices
     fits: bool
     bytes_needed: int
     bytes_there: int
@@ -102,7 +103,9 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     parts_of_step = flops.by_part(arch, estimate.longest(config))
     once = {"encoder": config.train.share_context}  # contexts that are asked several questions are encoded once
     own = sum(cost.total / once.get(name, 1) for name, cost in parts_of_step.items()) * config.train.batch_size
-    return measure("train step", lowered, where, memory, own / len(where.devices))
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    division = f"{sizes}, {parts} micro-batches, remat {config.model.remat}"
+    return measure("train step", division, lowered, where, memory, own / len(where.devices))
 
 
 def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_size: int) -> list[Program]:
@@ -123,11 +126,12 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), memory)
     reply = answer.reply.lower(params, memory, batch, arch, options, (0,))
     held = {"parameters": estimate.on_one_device(params)}
+    division = f"one device, {batch_size} at a time"
     own = batch_size * flops.compress(arch, lengths)
     own_reply = batch_size * flops.answer(arch, lengths, options.max_new_tokens)
     return [
-        measure("compress", compress, one, held, own),
-        measure("answer", reply, one, held, own_reply, open_trips=options.max_new_tokens - 1),
+        measure("compress", division, compress, one, held, own),
+        measure("answer", division, reply, one, held, own_reply, open_trips=options.max_new_tokens - 1),
     ]
 
 
@@ -136,6 +140,7 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
 
 def measure(
     name: str,
+    division: str,
     lowered: jax.stages.Lowered,
     where: topology.Topology,
     memory: dict[str, int],
@@ -153,7 +158,9 @@ def measure(
         needed, there = (
             int(float(n) * 2.0 ** (10 * (1 + "KMGT".index(u)))) for n, u in (used.groups()[:2], used.groups()[2:])
         )
-        return Program(name, False, needed, there, memory, own_flops=own_flops, refusal=str(error).splitlines()[0])
+        return Program(
+            name, division, False, needed, there, memory, own_flops=own_flops, refusal=str(error).splitlines()[0]
+        )
     seconds = time.perf_counter() - started
     sizes = compiled.memory_analysis()
     arguments = sizes.argument_size_in_bytes
@@ -168,6 +175,7 @@ def measure(
     counts = hlo.count(text, where.per_node, open_trips)
     return Program(
         name,
+        division,
         needed <= (there if where.per_node is None else USABLE * there),
         needed,
         there,
@@ -211,7 +219,8 @@ def table(program: Program, where: topology.Topology, config: Config) -> Table:
     """Memory, work and time of ``program``; of one that does not fit, what is known of its memory."""
     rows = Table("of one device", "", show_edge=False)
     for kind, size in program.memory.items():
-        rows.add_row(kind, gigabytes(size))
+        if size:
+            rows.add_row(kind, gigabytes(size))
     if not program.seconds:
         return rows
     rows.add_section()
@@ -236,11 +245,12 @@ def table(program: Program, where: topology.Topology, config: Config) -> Table:
 
 def show(programs: list[Program], where: topology.Topology, config: Config, console: Console) -> None:
     """Print a verdict and a table for each program."""
-    mesh = " x ".join(f"{axis} {size or 'rest'}" for axis, size in dataclasses.asdict(config.mesh).items())
     for program in programs:
         verdict = "fits" if program.fits else "DOES NOT FIT"
         share = f"{gigabytes(program.bytes_needed)} of {gigabytes(program.bytes_there)}"
-        console.print(f"{program.name} on {where.name} ({mesh}): {verdict}, {share}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{program.name} on {where.name} ({program.division}): {verdict}, {share}", highlight=False, soft_wrap=True
+        )
         if program.refusal:
             console.print(program.refusal, markup=False, highlight=False, soft_wrap=True)
         console.print(table(program, where, config))

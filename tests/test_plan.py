@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_said(capsys):
     x = jax.ShapeDtypeStruct((32, 32), "float32")
     for memory, words in ((1e5, "fits"), (1e4, "DOES NOT FIT")):
         where = topology.Topology("four", dataclasses.replace(CHIP, memory=memory), tuple(jax.devices()), None)
-        found = plan.measure("product", jax.jit(lambda x, y: x @ y).lower(x, x), where, {}, 65536.0)
+        found = plan.measure("product", "one device", jax.jit(lambda x, y: x @ y).lower(x, x), where, {}, 65536.0)
         assert found.fits == (memory == 1e5) and found.bytes_needed >= 3 * 4096 and found.waste == 1.0
         plan.show([found], where, Config(), plan.Console())
         assert f"): {words}, 0.00 GB" in capsys.readouterr().out
