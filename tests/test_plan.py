@@ -1,14 +1,18 @@
 """A plan, with this machine's four devices in the place of chips that are not there."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
 import train_fixtures
 
-from comi_jax import chips, comi, flops, hlo, optim, plan, published, sharding, state, topology
+from comi_jax import chips, comi, flops, hlo_text, optim, plan, published, sharding, state, topology
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train, load
 from comi_jax.step import CompiledStep
 
@@ -127,7 +131,7 @@ def test_no_whole_stack_of_weights_is_gathered(step_text):
         for path, spec in plan.comi.flatten(comi.specs(arch)).items()
         if "/layers/" in path and len(spec.shape) > 2
     }
-    computations, _ = hlo.parse(text)
+    computations, _ = hlo_text.parse(text)
     gathered = [
         shape.dims
         for computation in computations.values()
@@ -139,8 +143,21 @@ def test_no_whole_stack_of_weights_is_gathered(step_text):
 
 
 def test_nothing_is_tokens_by_tokens_or_tokens_by_vocabulary(step_text):
-    computations, _ = hlo.parse(step_text[0])
+    computations, _ = hlo_text.parse(step_text[0])
     largest = max(
         (math.prod(shape.dims), shape.dims) for c in computations.values() for i in c.values() for shape in i.shapes
     )
     assert largest[0] < TOKENS**2 / 2 < TOKENS * VOCABULARY, largest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler of the extra [plan]")
+def test_the_step_compiles_for_a_tpu_slice(model, tmp_path):
+    """In a process of its own: the compiler stays loaded, and prints what it likes."""
+    words = train_fixtures.command(model, "none.jsonl", tmp_path / "out", "data.max_query=16", "data.max_answer=8")
+    command = [sys.executable, "-m", "comi_jax.plan", *words, "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0 and "train step on v5e:2x2 (data 1 x fsdp 4 x tensor 1" in done.stdout, done.stderr
+    (step,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    assert step["fits"] and step["waste"] > 1 and step["sent"]

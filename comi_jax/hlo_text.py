@@ -1,0 +1,137 @@
+"""The text of a program that XLA has compiled: computations of instructions, and how often its loops run."""
+
+import dataclasses
+import math
+import re
+
+BYTES = {"pred": 1, "token": 0, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "opaque": 0}
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array: its element type, dimensions, and whether it lies in the device's main memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    main: bool = True
+
+    @property
+    def bytes(self) -> int:
+        width = BYTES.get(self.dtype) or int(re.sub(r"\D", "", self.dtype.split("e")[0]) or 0) / 8
+        return math.ceil(math.prod(self.dims) * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    text: str  # what stands behind the operands
+    root: bool
+    value: str  # a constant's, a parameter's number
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+    def called(self, *attributes: str) -> list[str]:
+        """The computations that an attribute such as ``calls`` names."""
+        found = []
+        for attribute in attributes:
+            for one, several in re.findall(rf"\b{attribute}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", self.text):
+                found += [one] if one else _NAME.findall(several)
+        return found
+
+
+Computation = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of the one that is run."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{", line)
+            if head:
+                current = computations[head[2]] = {}
+                entry = head[2] if head[1] else entry
+        elif line == "}" or line.startswith("}, execution_thread"):
+            current = None
+        elif (instruction := _instruction(line)) is not None:
+            current[instruction.name] = instruction
+    return computations, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if start is None:
+        return None
+    rest = line[start.end() :]
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    shapes, rest = _shapes(rest[:end]), rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest) - 2
+    inside, behind = rest[:end], rest[end + 1 :]
+    return Instruction(start[2], opcode, shapes, tuple(_NAME.findall(inside)), behind, bool(start[1]), inside)
+
+
+def _closing(text: str) -> int:
+    """Where the bracket that ``text`` begins with is closed: the index behind it."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return index + 1
+    raise ValueError(f"unbalanced brackets: {text[:80]}")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    """The arrays of a type. A layout that names a memory space other than 0, S(1), lies elsewhere than in main
+    memory."""
+    return tuple(
+        Shape(kind, tuple(int(n) for n in dims.split(",") if n), "S(" not in (layout or ""))
+        for kind, dims, layout in _SHAPE.findall(text)
+    )
+
+
+def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """How often a loop runs: as XLA noted it, or from a condition ``counter < constant`` and the step that the body
+    takes (an unrolled loop takes two at a time); None if the end is data."""
+    noted = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.text)
+    if noted:
+        return int(noted[1])
+    condition, body = (computations[loop.called(part)[0]] for part in ("condition", "body"))
+    test = root = root_of(condition)
+    if root.opcode == "fusion":  # its operands are the constant and the counter
+        test = root_of(computations[root.called("calls")[0]])
+    operands = [condition[name] for name in root.operands]
+    bounds = [int(i.value) for i in operands if i.opcode == "constant"]
+    counters = [i for i in operands if i.opcode == "get-tuple-element"]
+    if test.opcode != "compare" or "direction=LT" not in test.text or len(bounds) != 1 or len(counters) != 1:
+        return None
+    place = int(re.search(r"index=(\d+)", counters[0].text)[1])
+    step = _constant_part(body, root_of(body).operands[place], computations)
+    return math.ceil(bounds[0] / step) if step else None
+
+
+def root_of(computation: Computation) -> Instruction:
+    """The instruction whose value a computation gives."""
+    return next(i for i in computation.values() if i.root)
+
+
+def _constant_part(computation: Computation, name: str, computations: dict[str, Computation]) -> int:
+    """The sum of the constants in a sum of the loop's counter and constants."""
+    instruction = computation[name]
+    if instruction.opcode == "constant":
+        return int(instruction.value)
+    if instruction.opcode == "fusion":
+        inner = computations[instruction.called("calls")[0]]
+        outer = sum(_constant_part(computation, operand, computations) for operand in instruction.operands)
+        return outer + _constant_part(inner, root_of(inner).name, computations)
+    if instruction.opcode in ("add", "copy", "bitcast"):
+        return sum(_constant_part(computation, operand, computations) for operand in instruction.operands)
+    return 0
