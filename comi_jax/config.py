@@ -21,6 +21,7 @@ import importlib
 import json
 import math
 import pkgutil
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -36,8 +37,17 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """``repr`` for a message: short however large or deep ``value`` is, and printable."""
+    return _SHOWN.repr(value)
+
+
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    _require(value in choices, f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+    _require(value in choices, f"{name} is {shown(value)}; it can be {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,13 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self):
+        _require(
+            self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor,
+            f"the backbone's rope_scaling has factor {self.factor} and frequency factors {self.low_freq_factor} and "
+            f"{self.high_freq_factor}; they must be positive, and the high one above the low one",
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,8 @@ class Backbone:
             "num_key_value_heads",
             "head_dim",
             "max_position_embeddings",
+            "rope_theta",
+            "rms_norm_eps",
         ):
             _require(getattr(self, name) > 0, f"the backbone's {name} is {getattr(self, name)}; it must be positive")
         _require(
@@ -297,7 +316,10 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     """The inverse of ``to_dict``; unknown or wrongly typed entries are refused by name."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"{where} has unknown entries {unknown}; known are {sorted(hints)}")
+    _require(not unknown, f"{where} has unknown entries {shown(unknown)}; known are {sorted(hints)}")
+    needed = [f.name for f in dataclasses.fields(cls) if {f.default, f.default_factory} == {dataclasses.MISSING}]
+    missing = [name for name in needed if name not in values]
+    _require(not missing, f"{where} lacks {', '.join(missing)}")
     values = Model.upgraded(values) if cls is Model else values
     return cls(**{name: _coerce(value, hints[name], f"{where}.{name}") for name, value in values.items()})
 
@@ -311,7 +333,7 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     import comi_jax.configs
 
     names = sorted(module.name for module in pkgutil.iter_modules(comi_jax.configs.__path__))
-    _require(name in names, f"there is no config {name!r}{_nearest(name, names)}; there are: {', '.join(names)}")
+    _require(name in names, f"there is no config {shown(name)}{_nearest(name, names)}; there are: {', '.join(names)}")
     config = importlib.import_module(f"comi_jax.configs.{name}").get_config()
     return override(dataclasses.replace(config, name=name), overrides)
 
@@ -322,10 +344,10 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     values = to_dict(config)
     for word in overrides:
         path, equals, text = word.partition("=")
-        _require(bool(equals), f"{word!r} is not an override; write path=value, e.g. train.steps=100")
+        _require(bool(equals), f"{shown(word)} is not an override; write path=value, e.g. train.steps=100")
         section, _, leaf = path.partition(".")
         valid = [f"{s}.{leaf}" for s, entry in values.items() if isinstance(entry, dict) for leaf in entry]
-        _require(path in valid, f"there is no setting {path!r}{_nearest(path, valid)}")
+        _require(path in valid, f"there is no setting {shown(path)}{_nearest(path, valid)}")
         hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[leaf]
         values[section][leaf] = _parse(text, hint, path)
     return from_dict(Config, values)
@@ -350,23 +372,31 @@ def _parse(text: str, hint: Any, path: str) -> Any:
     try:
         return int(text.replace("_", "")) if hint is int else float(text)
     except ValueError:
+        text = text if text.isprintable() and len(text) <= 80 else shown(text)
         raise ConfigError(f"{path}={text} is not {_type_name(hint)}") from None
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, dict), f"{where} is {value!r}; an object is expected")
+        _require(isinstance(value, dict), f"{where} is {shown(value)}; an object is expected")
         return from_dict(hint, value, where)
     if isinstance(hint, types.UnionType):
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return None if value is None else _coerce(value, inner[0], where)
     if typing.get_origin(hint) is tuple:
-        _require(isinstance(value, list | tuple), f"{where} is {value!r}; a list is expected")
+        _require(isinstance(value, list | tuple), f"{where} is {shown(value)}; a list is expected")
         return tuple(_coerce(v, typing.get_args(hint)[0], where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:  # before it is shown or converted, neither of which Python does with any size
+        _require(abs(value) < 2**63, f"{where} is a whole number beyond 64 bits")
+    if hint is float and type(value) is int:
         return float(value)
-    _require(type(value) is hint, f"{where} is {value!r}, not {_type_name(hint)}")
+    _require(type(value) is hint, f"{where} is {shown(value)}, not {_type_name(hint)}")
     _require(hint is not float or math.isfinite(value), f"{where} is {value}; it must be finite")
+    if hint is str:
+        _require(
+            "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value),
+            f"{where} is {shown(value)}; a NUL character or half a surrogate pair is no text",
+        )
     return value
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from comi_jax import weights
 from comi_jax.backbone import specs as lm_specs
-from comi_jax.config import Backbone, ConfigError, Llama3Rope
+from comi_jax.config import Backbone, ConfigError, Llama3Rope, from_dict, shown
 from comi_jax.params import Tree, flatten, unflatten
 from comi_jax.weights import Layout, Source, Tensors
 
 # --- config.json ------------------------------------------------------------------------------------------------------
 
+MAX_CONFIG_BYTES = 2**20
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 # Attributes that change what is computed and that we implement for these values only. A missing one is at its default.
@@ -64,8 +65,15 @@ def read_config(folder: str | Path) -> Backbone:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} has {size} bytes; a model's config has a few thousand")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a JSON {type(values).__name__}; an object is expected")
@@ -76,46 +84,54 @@ def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
     """``values`` of a config.json as a Backbone; attributes we do not implement are refused by name unless neutral."""
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise ConfigError(f"{where}: model_type is {model_type!r}; implemented are {', '.join(MODEL_TYPES)}")
-    refused = [f"{k}={values[k]!r}" for k, allowed in NEUTRAL.items() if k in values and values[k] not in allowed]
+        raise ConfigError(f"{where}: model_type is {shown(model_type)}; implemented are {', '.join(MODEL_TYPES)}")
+    refused = [f"{k}={shown(values[k])}" for k, allowed in NEUTRAL.items() if k in values and values[k] not in allowed]
     unknown = set(values) - set(NEUTRAL) - HARMLESS - READ
-    refused += [f"{k}={values[k]!r}" for k in sorted(unknown) if values[k] not in (None, False)]
-    if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
-        refused.append(f"layer_types={values['layer_types']!r}")
+    refused += [f"{_name(k)}={shown(values[k])}" for k in sorted(unknown) if values[k] not in (None, False)]
+    kinds = values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        refused.append(f"layer_types={shown(kinds)}")
     if refused:
         raise ConfigError(f"{where} asks for what is not implemented: {', '.join(refused)}")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [name for name in required if not isinstance(values.get(name), int)]
+    missing = [name for name in required if type(values.get(name)) is not int]
     if missing:
         raise ConfigError(f"{where} lacks whole numbers for {', '.join(missing)}")
     theta, scaling = _rope(values, where)
     heads, width = values["num_attention_heads"], values["hidden_size"]
-    if values.get("head_dim") is None and width % heads:
+    if values.get("head_dim") is None and (heads < 1 or width % heads):
         raise ConfigError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    default_head = 128 if model_type == "qwen3" else width // heads
-    return Backbone(
-        model_type=model_type,
-        vocab_size=values["vocab_size"],
-        hidden_size=width,
-        intermediate_size=values["intermediate_size"],
-        num_hidden_layers=values["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or default_head,
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_position_embeddings=values.get("max_position_embeddings", 2048 if model_type == "llama" else 32768),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
-    )
+
+    def given(name: str, default: Any) -> Any:  # null means the same as nothing
+        return default if values.get(name) is None else values[name]
+
+    found = {name: values[name] for name in required} | {
+        "model_type": model_type,
+        "num_key_value_heads": given("num_key_value_heads", heads),
+        "head_dim": given("head_dim", 128 if model_type == "qwen3" else width // heads if heads else 0),
+        "rms_norm_eps": given("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": given("max_position_embeddings", 2048 if model_type == "llama" else 32768),
+        "tie_word_embeddings": given("tie_word_embeddings", False),
+        "qkv_bias": model_type == "qwen2",
+        "qk_norm": model_type == "qwen3",
+    }
+    return from_dict(Backbone, found, where)
 
 
-def _rope(values: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
-    """Base and scaling of the rotary embeddings, from either dialect."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0)
+def _name(key: str) -> str:
+    """A key as it is, if that is short and can be printed."""
+    return key if key.isidentifier() and len(key) <= 80 else shown(key)
+
+
+def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
+    """Base and scaling of the rotary embeddings, from either dialect, their numbers not yet checked."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{where}: the rotary embeddings are {shown(rope)}; an object is expected")
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if kind == "default" and not rope:
@@ -123,15 +139,10 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | No
     names = set(Llama3Rope.__dataclass_fields__)
     if kind != "llama3" or set(rope) != names:
         raise ConfigError(
-            f"{where} asks for rotary embeddings of type {kind!r} with {sorted(rope)}; implemented are 'default' with "
-            f"nothing and 'llama3' with {sorted(names)}"
+            f"{where} asks for rotary embeddings of type {shown(kind)} with {shown(sorted(rope))}; implemented are "
+            f"'default' with nothing and 'llama3' with {sorted(names)}"
         )
-    return theta, Llama3Rope(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
+    return theta, rope
 
 
 def config_values(backbone: Backbone, *, head: bool = True, **more: Any) -> dict[str, Any]:
@@ -149,7 +160,8 @@ def config_values(backbone: Backbone, *, head: bool = True, **more: Any) -> dict
 
 def is_base(folder: str | Path) -> bool:
     """Whether ``folder``'s config.json names a model without a language model's head."""
-    names = _read_object(Path(folder) / "config.json").get("architectures") or []
+    names = _read_object(Path(folder) / "config.json").get("architectures")
+    names = names if isinstance(names, list) else []
     return bool(names) and not any("ForCausalLM" in str(name) for name in names)
 
 
@@ -159,7 +171,10 @@ def stop_tokens(folder: str | Path) -> tuple[int, ...]:
         path = Path(folder) / name
         ids = _read_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+                raise ConfigError(f"{path}: eos_token_id is {shown(ids)}; token ids are whole numbers")
+            return tuple(ids)
     raise ConfigError(f"{folder} names no eos_token_id in generation_config.json or config.json")
 
 

@@ -7,15 +7,20 @@ answer becomes None, then the text "None", and is trained on.
 
 import gzip
 import json
+import os
+import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_LINE_BYTES = 64 * 2**20
+# JSON can take 24 times its length once parsed ("[{},{},..."): 16 MiB, a dozen novels, stay well under 1 GB.
+MAX_LINE_BYTES = 16 * 2**20
+MAX_SKIPPED = 100_000  # bad lines that one reading lists; a file with more is no data file
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_FIELDS = ("input", "prompt", "answer")
+FIELDS = ("input", "prompt", "answer")
 _SHOWN = 40  # characters of a rejected value, and 10 field names, are enough to find the place
 
 
@@ -72,7 +77,7 @@ class ReadReport:
         return "\n".join(lines + [f"skipped {line}" for line in self.skipped])
 
 
-class _Refused(ValueError):
+class Refused(ValueError):
     """Why one line is not a record; the reader adds file and line number."""
 
 
@@ -115,21 +120,36 @@ def iter_records(path: str | Path, *, skipped: list[Skipped] | None = None) -> I
 
     Raises:
         DataError: a line that is not exactly a record, or a file that is missing, a directory, unreadable, a damaged
-            gzip stream (raised where it stops, or at its end when the checksum fails) or without any good record.
+            gzip stream (raised where it stops, or at its end when the checksum fails), without any good record, or
+            with more than MAX_SKIPPED bad lines.
     """
+    for _, record in numbered_records(path, record_of, skipped=skipped):
+        yield record
+
+
+def numbered_records(
+    path: str | Path, adapt: Callable[[dict[str, object]], Record], *, skipped: list[Skipped] | None = None
+) -> Iterator[tuple[int, Record]]:
+    """As `iter_records`, each record after the number of its line, for lines of any schema: `adapt` makes a line's
+    object a record, or raises Refused."""
     kept = refused = 0
     for number, line in _lines(path):
         try:
-            record = _parse(line)
-        except _Refused as why:
+            fields = _fields(line)
+            if fields is None:
+                continue
+            record = adapt(fields)
+        except Refused as why:
             if skipped is None:
                 raise DataError(path, number, str(why)) from None
             skipped.append(Skipped(str(path), number, str(why)))
             refused += 1
+            if len(skipped) > MAX_SKIPPED:
+                reason = f"more than {MAX_SKIPPED:,} lines are not records, this one because: {why}"
+                raise DataError(path, number, reason) from None
             continue
-        if record is not None:
-            kept += 1
-            yield record
+        kept += 1
+        yield number, record
     if refused and not kept:
         raise DataError(path, None, f"no line is a record; the first of {refused} refused: {skipped[-refused]}")
     if not kept:
@@ -140,6 +160,9 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """(number, bytes) of each line; of a line above the limit only the first MAX_LINE_BYTES + 1 bytes."""
     number, whole = 0, True
     try:
+        # A pipe or a device could be read but once, for ever or not at all; a directory says so itself when opened.
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise DataError(path, None, "is not a regular file; name a JSON Lines file")
         with open(path, "rb", buffering=2**20) as raw:
             stream = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == _GZIP_MAGIC else raw
             while piece := stream.readline(MAX_LINE_BYTES + 1):
@@ -158,78 +181,84 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(path, number + whole, reason) from damage
 
 
-def _parse(line: bytes) -> Record | None:
-    """The record on a line, None for a blank line; raises _Refused with what was found and what was expected."""
+def record_of(fields: dict[str, object]) -> Record:
+    """The record that the fields of our own schema make; raises Refused with what was found and what was expected."""
+    for name in FIELDS:
+        if name not in fields:
+            raise Refused(f'field "{name}" is missing; found {field_names(fields)}')
+    context, answers = texts('field "input"', fields["input"]), texts('field "answer"', fields["answer"])
+    return Record(context, text('field "prompt"', fields["prompt"]), answers)
+
+
+def _fields(line: bytes) -> dict[str, object] | None:
+    """The object on a line, None for a blank line."""
     if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-        raise _Refused(f"the line is longer than {MAX_LINE_BYTES} bytes; expected one record per line")
+        raise Refused(f"the line is longer than {MAX_LINE_BYTES} bytes; expected one record per line")
     if line.isspace():
         return None
-    fields = _decode(line)
+    fields = decode(line)
     if not isinstance(fields, dict):
-        expected = 'expected an object with the fields "input", "prompt" and "answer"'
-        raise _Refused(f"the line is {_describe(fields)}; {expected}")
-    for name in _FIELDS:
-        if name not in fields:
-            found = ", ".join(_quote(key) for key in list(fields)[:10]) + (", ..." if len(fields) > 10 else "")
-            raise _Refused(f'field "{name}" is missing; found {found or "no field at all"}')
-    context, answers = _texts("input", fields["input"]), _texts("answer", fields["answer"])
-    return Record(context, _text('field "prompt"', fields["prompt"], "text"), answers)
+        raise Refused(
+            f'the line is {describe(fields)}; expected an object with the fields "input", "prompt" and "answer"'
+        )
+    return fields
 
 
-def _decode(line: bytes) -> object:
+def decode(line: bytes) -> object:
     """The JSON value on a line, by the letter of RFC 8259 and with no key given twice."""
     try:
         return json.loads(line.decode("utf-8").rstrip("\n"), object_pairs_hook=_object, parse_constant=_constant)
-    except _Refused:
+    except Refused:
         raise
     except UnicodeDecodeError as err:
-        raise _Refused(f"invalid UTF-8 at byte {err.start + 1} (0x{line[err.start]:02x}); expected UTF-8") from None
+        raise Refused(f"invalid UTF-8 at byte {err.start + 1} (0x{line[err.start]:02x}); expected UTF-8") from None
     except json.JSONDecodeError as err:
-        raise _Refused(f"broken JSON at character {err.pos + 1} ({err.msg}); expected one object per line") from None
+        raise Refused(f"broken JSON at character {err.pos + 1} ({err.msg}); expected one object per line") from None
     except RecursionError:
-        raise _Refused("the JSON is nested too deeply; expected an object of texts and lists of texts") from None
+        raise Refused("the JSON is nested too deeply; expected an object of texts and lists of texts") from None
     except ValueError:  # Python's limit on the digits of an integer is the one other thing that json raises
-        raise _Refused("a number has too many digits; expected texts and lists of texts") from None
+        raise Refused("a number has too many digits; expected texts and lists of texts") from None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in fields if names.count(name) > 1)
-        raise _Refused(f"field {_quote(twice)} is given {names.count(twice)} times in one object; expected it once")
+        twice, times = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise Refused(f"field {quote(twice)} is given {times} times in one object; expected it once")
     return fields
 
 
 def _constant(name: str) -> None:
-    raise _Refused(f"{name} is not JSON; expected texts and lists of texts")
+    raise Refused(f"{name} is not JSON; expected texts and lists of texts")
 
 
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    where, expected = f'field "{name}"', "text or a list of texts"
+def texts(where: str, value: object) -> tuple[str, ...]:
+    """One text or a list of texts, as a tuple; raises Refused."""
+    expected = "text or a list of texts"
     if not isinstance(value, list):
-        return (_text(where, value, expected),)
+        return (text(where, value, expected),)
     if not value:
-        raise _Refused(f"{where} is an empty list; expected {expected}")
-    return tuple(_text(f"{where}, item {i} of {len(value)},", item, "text") for i, item in enumerate(value, 1))
+        raise Refused(f"{where} is an empty list; expected {expected}")
+    return tuple(text(f"{where}, item {i} of {len(value)},", item) for i, item in enumerate(value, 1))
 
 
-def _text(where: str, value: object, expected: str) -> str:
+def text(where: str, value: object, expected: str = "text") -> str:
+    """`value`, if it is text that says something; raises Refused."""
     if not isinstance(value, str):
-        raise _Refused(f"{where} is {_describe(value)}; expected {expected}")
+        raise Refused(f"{where} is {describe(value)}; expected {expected}")
     if not value or value.isspace():
-        raise _Refused(f"{where} is {'blank (white space only)' if value else 'empty'}; expected {expected}")
+        raise Refused(f"{where} is {'blank (white space only)' if value else 'empty'}; expected {expected}")
     if "\0" in value:
-        raise _Refused(f"{where} has a NUL character at character {value.index(chr(0)) + 1}; expected plain {expected}")
+        raise Refused(f"{where} has a NUL character at character {value.index(chr(0)) + 1}; expected plain {expected}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as err:
         found = f"the lone surrogate \\u{ord(value[err.start]):04x} at character {err.start + 1}"
-        raise _Refused(f"{where} has {found}; expected valid Unicode") from None
+        raise Refused(f"{where} has {found}; expected valid Unicode") from None
     return value
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     """A JSON value in words, short whatever its size."""
     if value is None:
         return "null"
@@ -238,10 +267,16 @@ def _describe(value: object) -> str:
     if isinstance(value, int | float):
         return f"a number ({str(value)[:_SHOWN]})"
     if isinstance(value, str):
-        return f"text ({_quote(value)})"
+        return f"text ({quote(value)})"
     return f"an object of {len(value)} fields" if isinstance(value, dict) else f"a list of {len(value)} items"
 
 
-def _quote(text: str) -> str:
+def field_names(fields: dict[str, object]) -> str:
+    """The first names of an object's fields, for a message."""
+    found = ", ".join(quote(key) for key in list(fields)[:10]) + (", ..." if len(fields) > 10 else "")
+    return found or "no field at all"
+
+
+def quote(text: str) -> str:
     """Quoted and escaped to ASCII, so that no content of a file can garble a log."""
     return json.dumps(text[:_SHOWN]) + ("..." if len(text) > _SHOWN else "")
