@@ -201,8 +201,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    train: tuple[str, ...] = ()  # JSON Lines files (plain or .gz), or "synthetic"
+    """What is read. A word of ``train`` or ``eval`` is [SCHEMA:]PLACE[@WEIGHT], or "synthetic" alone:
+
+        train.jsonl  'part-*.jsonl.gz'  prepared/  hotpotqa:hotpot.jsonl@0.5  nq:nq.jsonl.gz@2  hf://OWNER/NAME#train
+
+    a JSON Lines file (plain or gzipped), files by a glob, a folder that comi_jax.prepare made, a file of a published
+    schema (which the fields tell where no word does) of which an epoch takes a half, or every example twice, and a
+    dataset of the Hugging Face hub, hf://OWNER/NAME[/CONFIG][#SPLIT]. ``comi_jax.data.sources`` reads them.
+    """
+
+    train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
+    examples_per_source: int = 0  # comi_jax.prepare draws at most so many from each word of data.train; 0: all
     eval_examples: int = 0  # the first so many of data.eval; 0: all
     synthetic_examples: int = 0  # how many records "synthetic" makes for training
     max_context: int = 32_768  # tokens
@@ -216,6 +226,10 @@ class Data:
         _one_of("data.on_long", self.on_long, ("refuse", "truncate"))
         for name in ("max_context", "max_query", "max_answer"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.examples_per_source >= 0,
+            f"data.examples_per_source is {self.examples_per_source}; 0 means all of them",
+        )
         _require(
             tuple(sorted(set(self.buckets))) == self.buckets and all(b > 0 for b in self.buckets),
             f"data.buckets is {self.buckets}; give rising positive lengths",

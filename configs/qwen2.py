@@ -16,7 +16,7 @@ def get_config() -> Config:
     return Config(
         model=Model(hub="Qwen/Qwen2-7B-Instruct"),
         compression=Compression(rates=(16, 32), encoder_layers=8, lsa_layers=1, segment_size=32_256),
-        data=Data(max_context=32_256, max_query=512, max_answer=512, on_long="truncate"),
+        data=Data(examples_per_source=20_000, max_context=32_256, max_query=512, max_answer=512, on_long="truncate"),
         optimizer=Optimizer(learning_rate=1e-5, schedule="linear", warmup=0.1, weight_decay=0.01, accumulate=0),
         mesh=Mesh(data=1, fsdp=0),  # weights and contexts split over all devices, however many
         train=Train(steps=1_563, batch_size=64, log_every=10, checkpoint_every=100),

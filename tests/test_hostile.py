@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from comi_jax import config, hf
 from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.data import adapters
 from comi_jax.data.records import DataError, Record, Skipped, numbered_records, read_records, record_of
+
+pytestmark = pytest.mark.fault
 
 # Some hundreds of inputs in every run; 10,000 with `-m slow`.
 trials = pytest.mark.parametrize("trials", [80, pytest.param(2_500, marks=pytest.mark.slow)])
@@ -111,6 +114,10 @@ def check_file(path, lines, packed, cut):
         assert error.path == str(path) and one_sentence(error)
         if cut == 100 and kept:
             raise AssertionError("a whole file with a record in it is read to its end") from error
+    try:  # the other schemas
+        assert all(isinstance(r, Record) for _, r in numbered_records(path, adapters.adapt, skipped=[]))
+    except DataError as error:
+        assert one_sentence(error)
     for number, record in kept if cut == 100 else kept[:-1]:
         fields = json.loads(lines[number - 1])
         assert record == Record(_tuple(fields["input"]), fields["prompt"], _tuple(fields["answer"]))

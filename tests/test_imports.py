@@ -49,6 +49,8 @@ ALLOWED = {
     "official": {"comi", "config", "hf", "params", "weights"},
     "metrics": set(),
     "data.records": set(),
+    "data.adapters": {"data.records"},
+    "data.sources": {"config", "data.adapters", "data.records"},
     "data.synthetic": {"data.records"},
 }
 
@@ -111,6 +113,13 @@ def test_no_module_reaches_itself():
 def test_hugging_face_is_known_in_few_places(package):
     places = ("comi_jax.hf", "comi_jax.answer", "comi_jax.pretrain", "comi_jax.data.")
     assert [name for name in SOURCES if package in OUTSIDE[name] and not name.startswith(places)] == []
+
+
+def test_datasets_is_imported_for_hub_datasets_alone():
+    """JSON Lines never go through it: it makes a missing answer None in silence."""
+    assert [name for name in SOURCES if "datasets" in OUTSIDE[name]] == ["comi_jax.data.sources"]
+    top = ast.parse(SOURCES["comi_jax.data.sources"].read_text()).body
+    assert "datasets" not in {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
 
 
 @pytest.mark.parametrize("package", ["kernels", "configs"])

@@ -1,0 +1,218 @@
+"""Where examples come from: the words of data.train and data.eval, a weighted mixture of files and hub datasets.
+
+A word is [SCHEMA:]PLACE[@WEIGHT]. PLACE is a JSON Lines file (plain or gzipped), a glob over such files, a folder that
+``python -m comi_jax.prepare`` made, or hf://OWNER/NAME[/CONFIG][#SPLIT], a dataset of the Hugging Face hub. SCHEMA is a
+name in ``adapters.SCHEMAS``; without it each example's fields tell. WEIGHT says how often an epoch has the source's
+examples: 2 twice, 0.5 a half of them, chosen by the seed; 1 if not given.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comi_jax.config import ConfigError
+from comi_jax.data import adapters
+from comi_jax.data.records import DataError, Record, Refused, Skipped, numbered_records
+
+HUB = "hf://"
+REPORT = "report.json"  # what comi_jax.prepare leaves beside the records of a folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """One word, read: a place, how to read it, and how often."""
+
+    word: str
+    place: str
+    schema: str = ""  # told from the fields
+    weight: float = 1.0
+
+    @property
+    def adapt(self) -> Callable[[Mapping[str, Any]], Record]:
+        return adapters.SCHEMAS[self.schema] if self.schema else adapters.adapt
+
+
+def parse(word: str) -> Source:
+    """The source that ``word`` names; a path in which a colon or an @ would be misread is written with ./ before it
+    and @1 behind it. Raises ConfigError."""
+    place, weight = word, 1.0
+    if found := re.search(r"@(\d{1,9}(?:\.\d{1,9})?)$", word):
+        place, weight = word[: found.start()], float(found[1])
+        if not weight:
+            raise ConfigError(f"the source {word} has weight 0; leave it out")
+    schema, colon, rest = place.partition(":")
+    if not colon or place.startswith(HUB) or not re.fullmatch(r"[\w-]+", schema):
+        schema, rest = "", place
+    elif schema not in adapters.SCHEMAS:
+        raise ConfigError(
+            f"the source {word} begins with no schema that is known; known are {', '.join(adapters.SCHEMAS)}"
+        )
+    if not rest:
+        raise ConfigError(f"the source {word!r} names no place")
+    return Source(word, rest, schema, weight)
+
+
+def files(source: Source, split: str) -> tuple[str, ...]:
+    """The files of a source that is not on the hub; of a prepared folder that of ``split``, "train" or "eval"."""
+    if (Path(source.place) / REPORT).is_file():
+        return (str(Path(source.place) / f"{split}.jsonl.gz"),)
+    if Path(source.place).exists() or not glob.has_magic(source.place):
+        return (source.place,)
+    matching = tuple(sorted(glob.glob(source.place, recursive=True)))
+    if not matching:
+        raise DataError(source.place, None, "matches no file")
+    return matching
+
+
+def examples(source: Source, split: str, skipped: list[Skipped] | None = None) -> Iterator[tuple[str, int, Record]]:
+    """(file or dataset, line or row from 1, record) of each example of ``source``, in order and streamed.
+
+    With ``skipped``, bad lines and rows are appended to it instead of raised. Raises DataError.
+    """
+    if source.place.startswith(HUB):
+        yield from _hub_examples(source, split, skipped)
+        return
+    for path in files(source, split):
+        for line, record in numbered_records(path, source.adapt, skipped=skipped):
+            yield path, line, record
+
+
+def _hub_examples(source: Source, split: str, skipped: list[Skipped] | None) -> Iterator[tuple[str, int, Record]]:
+    address, _, wanted = source.place.removeprefix(HUB).partition("#")
+    owner, _, rest = address.partition("/")
+    name, _, config = rest.partition("/")
+    rows = _load_dataset("/".join(filter(None, (owner, name))), config, wanted or _HUB_SPLITS[split], source.place)
+    kept = 0
+    for row, fields in enumerate(rows, 1):
+        try:
+            record = source.adapt(fields)
+        except Refused as why:
+            if skipped is None:
+                raise DataError(source.place, row, str(why)) from None
+            skipped.append(Skipped(source.place, row, str(why)))
+            continue
+        kept += 1
+        yield source.place, row, record
+    if not kept:
+        raise DataError(source.place, None, "has no example that can be read")
+
+
+_HUB_SPLITS = {"train": "train", "eval": "validation"}
+
+
+def _load_dataset(name: str, config: str, split: str, place: str) -> Any:
+    import datasets  # slow to import, and of use to hub datasets alone
+
+    try:
+        return datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the errors of datasets, of the hub's client and of two HTTP libraries share no class
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise DataError(
+            place,
+            None,
+            f"cannot be loaded from the Hugging Face hub ({reason}); check name, split and network, or "
+            "download it and name its JSON Lines files",
+        ) from error
+
+
+class Fingerprint:
+    """A hash of records in their order, the same whichever files, compression or schema they came in."""
+
+    def __init__(self):
+        self._hash = hashlib.sha256()
+
+    def add(self, record: Record) -> None:
+        parts = [*record.context, "", record.prompt, *record.answers]  # no document is empty
+        self._hash.update(json.dumps([len(part) for part in parts]).encode() + "".join(parts).encode())
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()[:16]
+
+
+def to_line(record: Record) -> str:
+    """A record as a line of our own format; the inverse of reading it."""
+    fields = {"input": list(record.context), "prompt": record.prompt, "answer": list(record.answers)}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def draw(count: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Which of ``count`` examples to take for a weight of ``share``: rising indices, each floor(share) times and a
+    random selection of them once more."""
+    copies, rest = divmod(share, 1.0)
+    chosen = np.sort(rng.permutation(count)[: round(rest * count)])
+    return np.concatenate([np.tile(np.arange(count), int(copies)), chosen])
+
+
+@dataclass(frozen=True)
+class MixtureReport:
+    """What ``read`` did: for each word how many examples it has and how many were taken, every line left out, and the
+    fingerprint of all that was taken."""
+
+    words: tuple[str, ...]
+    found: tuple[int, ...]
+    taken: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+    fingerprint: str
+
+    def __str__(self) -> str:
+        rows = zip(self.words, self.found, self.taken, strict=True)
+        parts = [
+            f"{taken} of {found} from {word}" if taken != found else f"{found} from {word}"
+            for word, found, taken in rows
+        ]
+        return f"{sum(self.taken)} records, fingerprint {self.fingerprint}: {', '.join(parts)}"
+
+
+def read(
+    words: Sequence[str], split: str, *, seed: int = 0, skip_bad: bool = False
+) -> tuple[list[Record], MixtureReport]:
+    """All records of a mixture, source after source, and a report. A pure function of the files, words and seed.
+
+    Args:
+        split: "train" or "eval": which file of a prepared folder, and which split of a hub dataset that names none.
+        skip_bad: as in ``read_records``.
+
+    Raises:
+        DataError: as ``read_records``; a prepared folder whose records are not those it was written with.
+        ConfigError: a word that names no source.
+    """
+    records: list[Record] = []
+    skipped: list[Skipped] = []
+    found, taken, everything = [], [], Fingerprint()
+    parsed = [parse(word) for word in words]
+    for number, source in enumerate(parsed):
+        own = [record for _, _, record in examples(source, split, skipped if skip_bad else None)]
+        _check_prepared(source, split, own)
+        chosen = draw(len(own), source.weight, np.random.default_rng([seed, number]))
+        records.extend(own[i] for i in chosen)
+        found.append(len(own))
+        taken.append(len(chosen))
+    if not records:
+        raise ConfigError(f"the sources {', '.join(words)} give no example; raise their weights")
+    for record in records:
+        everything.add(record)
+    return records, MixtureReport(tuple(words), tuple(found), tuple(taken), tuple(skipped), str(everything))
+
+
+def _check_prepared(source: Source, split: str, records: Sequence[Record]) -> None:
+    path = Path(source.place) / REPORT
+    if source.place.startswith(HUB) or not path.is_file():
+        return
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8"))["splits"][split]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(
+            path, None, f"is no report of comi_jax.prepare with a split {split!r}; prepare it again"
+        ) from None
+    got = Fingerprint()
+    for record in records:
+        got.add(record)
+    if str(got) != expected:
+        raise DataError(path, None, f"says {expected} of {split}.jsonl.gz, which now is {got}; prepare it again")
