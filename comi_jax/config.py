@@ -220,11 +220,12 @@ class Data:
     max_answer: int = 64  # end-of-sequence token included
     on_long: str = "refuse"  # a context, query or answer above its maximum: "refuse" or "truncate" (counted, reported)
     skip_bad_records: bool = False
-    buckets: tuple[int, ...] = ()  # context lengths that batches are padded to; empty: powers of two and their halves
+    buckets: tuple[int, ...] = ()  # context lengths that batches are padded to; empty: in training at most ...
+    max_buckets: int = 12  # ... so many, fitted to the data, and in answering powers of two and their halves
 
     def __post_init__(self):
         _one_of("data.on_long", self.on_long, ("refuse", "truncate"))
-        for name in ("max_context", "max_query", "max_answer"):
+        for name in ("max_context", "max_query", "max_answer", "max_buckets"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
         _require(
             self.examples_per_source >= 0,

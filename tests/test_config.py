@@ -28,6 +28,7 @@ REFUSED = [
     (c.Data, {"max_query": 0}, "max_query"),
     (c.Data, {"max_answer": 0}, "max_answer"),
     (c.Data, {"buckets": (128, 64)}, "buckets"),
+    (c.Data, {"max_buckets": 0}, "max_buckets"),
     (c.Data, {"examples_per_source": -1}, "examples_per_source"),
     (c.Data, {"buckets": (0, 64)}, "buckets"),
     (c.Optimizer, {"schedule": "step"}, "schedule"),

@@ -51,6 +51,8 @@ ALLOWED = {
     "data.records": set(),
     "data.adapters": {"data.records"},
     "data.sources": {"config", "data.adapters", "data.records"},
+    "data.order": set(),
+    "data.loader": {"comi", "compress", "config", "data.order", "data.records"},
     "data.synthetic": {"data.records"},
 }
 

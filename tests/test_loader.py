@@ -1,8 +1,14 @@
 """Text to batches: what is tokenised, what is refused or cut, how it is padded, and in which order it comes."""
 
 import dataclasses
-from itertools import islice
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import combinations, islice
 
+import jax
 import numpy as np
 import pytest
 import train_fixtures
@@ -10,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comi_jax.config import Compression, Data
-from comi_jax.data import loader
+from comi_jax.data import loader, order
 from comi_jax.data.records import Record
 
 TOKENIZER = train_fixtures.tokenizer()
@@ -264,3 +270,182 @@ def test_shared_contexts_come_once_an_epoch_with_a_rate_for_each_question():
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(1, 11)) and seen[:10] != seen[10:]
     assert all(batch.query.shape[0] == 8 for batch in drawn)
     assert any(len(set(batch.rate[:4].tolist())) == 2 for batch in drawn)
+
+
+# --- like lengths together, hosts, devices ----------------------------------------------------------------------------
+
+RNG = np.random.default_rng(7)
+MIXED = [
+    dataclasses.replace(example(int(n), query=int(q), answer=int(a)), rate=0)
+    for n, q, a in zip(
+        RNG.lognormal(6.8, 0.5, 600).clip(20, 6000), RNG.integers(5, 30, 600), RNG.choice([2, 5, 90], 600), strict=True
+    )
+]
+FITTED = loader.Shapes.fit(MIXED, Data(), Compression(rates=RATES, segment_size=4096))
+
+
+def row_lengths(batch):
+    share = len(batch.query) // len(batch.context)
+    context = np.repeat(batch.context_length.sum(axis=1), share)
+    return list(zip(context.tolist(), batch.query_length.tolist(), batch.answer_length.tolist(), strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=12), st.integers(1, 4), st.integers(64, 700))
+def test_fitted_buckets_are_the_cheapest_there_are(lengths, most, longest):
+    lengths = np.minimum(lengths, longest)
+    fitted = order.fit_lengths(lengths, most, longest)
+    assert len(fitted) <= most and fitted == tuple(sorted(set(fitted))) and fitted[-1] >= lengths.max()
+
+    def cost(buckets):
+        return sum(min(b for b in buckets if b >= n) for n in lengths)
+
+    steps = sorted({max(min(-(-n // 32) * 32, longest), 32) for n in map(int, lengths)})
+    cheapest = {
+        k: min(cost(c) for c in combinations(steps, k) if c[-1] >= lengths.max())
+        for k in range(1, min(most, len(steps)) + 1)
+    }
+    enough = [k for k in cheapest if cheapest[k] <= lengths.sum() / 0.95]
+    assert cost(fitted) == cheapest[min([*enough, max(cheapest)])]
+
+
+def test_the_given_buckets_are_obeyed_and_narrow_rows_come_where_they_pay():
+    settings = Compression(rates=RATES, segment_size=4096)
+    given = loader.Shapes.fit(MIXED, Data(buckets=(512, 4096)), settings)
+    assert given.buckets == (512, 4096)
+    assert FITTED.narrow == (29, 8) and (FITTED.query, FITTED.answer) == (29, 90)
+    assert loader.Shapes.fit([example(500), example(400)], Data(), settings).narrow is None
+    assert len(loader.Shapes.fit(MIXED, Data(max_buckets=3), settings).buckets) == 3
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share):
+    examples = [e for e in MIXED for _ in range(share)]
+    plan = loader.Plan.of(examples, FITTED, 8 * share, seed=3, share=share)
+    padding, sizes = plan.forecast()
+    drawn = list(islice(loader.training_batches(examples, FITTED, RATES, 8 * share, 3, share), 150))
+    for epoch in (drawn[:75], drawn[75:]):
+        seen = sorted(lengths for batch in epoch for lengths in row_lengths(batch))
+        assert seen == sorted((len(e.context), len(e.query), len(e.answer)) for e in examples)
+    parts = ("context", "query", "answer")
+    real = sum(int(getattr(b, f"{name}_length").sum()) for b in drawn[:75] for name in parts)
+    total = sum(getattr(b, name).size for b in drawn[:75] for name in parts)
+    assert padding == pytest.approx(1 - real / total)
+    assert sum(sizes.values()) == 75 and len(sizes) <= 2 * (len(FITTED.buckets) + 1)
+    assert {(*b.context.shape[1:], b.query.shape[1], b.answer.shape[1]) for b in drawn[:75]} == set(sizes)
+    one, rows = drawn[0], np.array(row_lengths(drawn[0]))
+    real, total = rows[::share, 0].sum() + rows[:, 1:].sum(), sum(getattr(one, name).size for name in parts)
+    assert loader.padding_share(one) == pytest.approx(1 - real / total)
+    # Long and short ones come in any order, in each epoch in another; shuffled alone they would be mostly padding.
+    means = [float(np.mean(b.context_length.sum(axis=1))) for b in drawn]
+    assert means[:75] != sorted(means[:75]) and means[:75] != means[75:]
+    shuffled = loader.Plan(plan.groups, FITTED, order.Order(np.zeros(len(MIXED)), 8, 3)).forecast()[0]
+    assert padding < 0.15 and shuffled > 0.5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 5))
+def test_any_number_of_batches_has_every_example_as_often_as_it_should(sizes, batch, seed):
+    made = order.Order(np.array(sizes), batch, seed)
+    end = made.first(3)
+    seen = np.bincount(np.concatenate([made[i] for i in range(end)]), minlength=len(sizes)) if end else np.zeros(1)
+    assert seen.sum() == end * batch and seen.max() - seen.min() <= 1 + batch // len(sizes)
+    again = order.Order(np.array(sizes), batch, seed)
+    for i in reversed(range(end)):  # in any order, whatever was asked before
+        assert (again[i] == made[i]).all()
+    mixed = sum(len({sizes[j] for j in made[i]}) > 1 for i in range(end))
+    assert mixed <= 3 * (len(set(sizes)) - 1)  # of an epoch at most as many batches as there are borders between sizes
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("share", [1, 4])
+def test_the_rows_of_all_processes_are_the_batch_of_one(processes, share):
+    examples = [e for e in MIXED[:90] for _ in range(share)]
+    whole = loader.training_batches(examples, FITTED, RATES, 12 * share, 1, share)
+    parts = [
+        loader.training_batches(examples, FITTED, RATES, 12 * share, 1, share, process_index=i, process_count=processes)
+        for i in range(processes)
+    ]
+    for _ in range(9):
+        batch, *pieces = (next(iterator) for iterator in (whole, *parts))
+        for name, array in dataclasses.asdict(batch).items():
+            assert np.array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), array), name
+    with pytest.raises(ValueError, match="12 contexts of a batch do not divide over 5 processes"):
+        loader.training_batches(examples, FITTED, RATES, 12 * share, 1, share, process_index=0, process_count=5)
+
+
+def test_batches_are_put_on_the_devices_ahead_and_taken_up_again_where_they_were_used():
+    placed = []
+
+    def put(batch):
+        placed.append(contents(batch))
+        return jax.device_put(batch)
+
+    plain = take(batches(), 9)
+    shapes = loader.Shapes.of(EXAMPLES, Data(), Compression(rates=RATES))
+    iterator = loader.training_batches(EXAMPLES, shapes, RATES, 4, 0, put=put)
+    host, device = next(iterator)
+    assert contents(host) == plain[0] and isinstance(device.context, jax.Array)
+    deadline = time.monotonic() + 5
+    while len(placed) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert placed[:3] == plain[:3]  # two more than were taken
+    assert [contents(b) for b, _ in islice(iterator, 3)] == plain[1:4]
+    position = iterator.get_state()
+    assert [contents(b) for b, _ in islice(iterator, 5)] == plain[4:9]
+    iterator.set_state(position)
+    assert [contents(b) for b, _ in islice(iterator, 5)] == plain[4:9]
+    iterator.close()
+    unplaced = batches()
+    unplaced.set_state(position)  # one position for both
+    assert take(unplaced, 5) == plain[4:9]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("where", ["making", "placing"])
+def test_a_data_worker_that_dies_is_an_error_at_once_and_loses_no_example(where, monkeypatch):
+    """The workers are threads of the training process: they cannot be killed alone, and do not outlive it."""
+    plain = take(batches(), 9)
+    left = [5]
+
+    def dies(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError("no more")
+        return collate(*arguments) if where == "making" else arguments[0]
+
+    collate = loader.collate
+    monkeypatch.setattr(loader, "collate", dies if where == "making" else collate)
+    shapes = loader.Shapes.of(EXAMPLES, Data(), Compression(rates=RATES))
+    put = dies if where == "placing" else lambda batch: batch
+    iterator = loader.training_batches(EXAMPLES, shapes, RATES, 4, 0, put=put)
+    done, start = [], time.monotonic()
+    with pytest.raises(MemoryError, match="no more"):
+        while True:
+            done.append(contents(next(iterator)[0]))
+    assert time.monotonic() - start < 5 and done == plain[: len(done)] and len(done) >= 3
+    left[0] = 1000
+    again = loader.training_batches(EXAMPLES, shapes, RATES, 4, 0, put=put)
+    again.set_state({"next_index": len(done)})
+    assert [contents(batch) for batch, _ in islice(again, 9 - len(done))] == plain[len(done) :]
+    iterator.close()
+    again.close()
+
+
+@pytest.mark.fault
+def test_a_killed_process_leaves_no_data_worker_behind():
+    code = (
+        "import os, signal, sys, numpy as np; from comi_jax.config import Compression, Data; "
+        "from comi_jax.data import loader; e = [loader.Example(*[np.arange(1, 9)] * 3)] * 9; "
+        "s = loader.Shapes.of(e, Data(), Compression(rates=(2,))); "
+        "b = loader.training_batches(e, s, (2,), 4, 0, put=lambda batch: batch); next(b); "
+        "print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    start = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as killed:
+        group = int(killed.stdout.readline())
+        assert killed.stdout.read() == b""  # at its end: nothing holds the pipe open
+        assert killed.wait(5) == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+    assert time.monotonic() - start < 60

@@ -5,16 +5,20 @@ answer and the end-of-sequence token.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
 
 from comi_jax.comi import Batch
 from comi_jax.compress import max_groups
 from comi_jax.config import Backbone, Compression, Data
+from comi_jax.data.order import Order, fit_lengths, fit_widths
 from comi_jax.data.records import Record
 
 CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
@@ -123,12 +127,14 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The few static shapes that batches are padded to: one compilation for each context bucket and segment count."""
+    """The few static shapes that batches are padded to, one compilation each: a bucket or a number of full segments for
+    the contexts, with ``narrow`` or the longest widths for queries and answers."""
 
     buckets: tuple[int, ...]  # rising; the last is the longest segment
     query: int
     answer: int
     segment_size: int
+    narrow: tuple[int, int] | None = None  # query and answer width for the many rows that are short in both
 
     @classmethod
     def of(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
@@ -148,27 +154,63 @@ class Shapes:
             segment_size=segment,
         )
 
+    @classmethod
+    def fit(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
+        """Shapes for training on ``examples``: the buckets of ``data``, or else at most data.max_buckets that leave the
+        least padding, and narrow rows where those save 2 % of the tokens or more."""
+        shapes, segment = cls.of(examples, data, compression), compression.segment_size
+        lengths = np.array([len(e.context) for e in examples])
+        widths = np.array([(len(e.query), max(len(e.answer), 1)) for e in examples])
+        query, answer, saved = fit_widths(widths)
+        if saved > 0.02 * (lengths.sum() + widths.sum()):
+            shapes = dataclasses.replace(shapes, narrow=(query, answer))
+        if not data.buckets:
+            fitted = fit_lengths(np.minimum(lengths, segment), data.max_buckets, segment)
+            shapes = dataclasses.replace(shapes, buckets=fitted)
+        return shapes
+
     def bucket(self, length: int) -> int:
         """The smallest bucket that holds ``length`` tokens."""
         return next(b for b in self.buckets if b >= length)
 
+    def size(self, examples: Sequence[Example]) -> tuple[int, int, int, int]:
+        """(segments, tokens of each, query width, answer width) of a batch of ``examples``."""
+        context = max(len(e.context) for e in examples)
+        query, answer = (max(len(getattr(e, name)) for e in examples) for name in ("query", "answer"))
+        fits = self.narrow is not None and query <= self.narrow[0] and answer <= self.narrow[1]
+        segments = max(-(-context // self.segment_size), 1)
+        return (
+            segments,
+            self.bucket(min(context, self.segment_size)),
+            *(self.narrow if fits else (self.query, self.answer)),
+        )
 
-def collate(examples: Sequence[Example], shapes: Shapes, share: int = 1) -> Batch:
+
+def collate(
+    examples: Sequence[Example], shapes: Shapes, share: int = 1, size: tuple[int, int, int, int] | None = None
+) -> Batch:
     """Right-padded numpy arrays of ``examples``, contexts cut into segments of ``shapes.segment_size``. Every ``share``
-    examples in a row have one context, which the batch holds once."""
-    size, owners = shapes.segment_size, examples[::share]
-    segments = [[e.context[i : i + size] for i in range(0, len(e.context), size)] for e in owners]
-    longest = max((len(s) for row in segments for s in row), default=1)
-    count, length = max(max(map(len, segments)), 1), shapes.bucket(longest)
+    examples in a row have one context, which the batch holds once. ``size`` is that of ``examples`` unless given, as it
+    is to a part of a batch."""
+    owners, step = examples[::share], shapes.segment_size
+    count, length, query_width, answer_width = size or shapes.size(examples)
     context = np.zeros((len(owners), count, length), np.int32)
     lengths = np.zeros((len(owners), count), np.int32)
-    for i, row in enumerate(segments):
-        for j, segment in enumerate(row):
+    for i, example in enumerate(owners):
+        for j, first in enumerate(range(0, len(example.context), step)):
+            segment = example.context[first : first + step]
             context[i, j, : len(segment)], lengths[i, j] = segment, len(segment)
-    query, query_length = _pad([e.query for e in examples], shapes.query)
-    answer, answer_length = _pad([e.answer for e in examples], shapes.answer)
+    query, query_length = _pad([e.query for e in examples], query_width)
+    answer, answer_length = _pad([e.answer for e in examples], answer_width)
     rate = np.array([e.rate for e in examples], np.int32)
     return Batch(context, lengths, query, query_length, answer, answer_length, rate)
+
+
+def padding_share(batch: Batch) -> float:
+    """The share of the tokens of a batch, in contexts, queries and answers, that are padding."""
+    arrays = (batch.context, batch.query, batch.answer)
+    lengths = (batch.context_length, batch.query_length, batch.answer_length)
+    return 1.0 - sum(int(np.sum(n)) for n in lengths) / sum(array.size for array in arrays)
 
 
 def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -191,20 +233,71 @@ def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Exampl
     return [tuple(g + [dataclasses.replace(g[-1], answer=blank)] * (share - len(g))) for g in groups]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The batches of training: which examples each holds and how large it is, known before any is made."""
+
+    groups: list[tuple[Example, ...]]  # examples about one context
+    shapes: Shapes
+    order: Order
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], shapes: Shapes, batch_size: int, seed: int, share: int = 1) -> "Plan":
+        groups = share_contexts(examples, share)
+        segments, lengths, *widths = np.array([shapes.size(group) for group in groups]).T
+        # Narrow rows rise and the others fall: where they meet, the longest of both share a batch.
+        tokens = segments * (max(lengths) + 1) + lengths
+        narrow = np.all(np.stack(widths, axis=1) == (shapes.narrow or (0, 0)), axis=1)
+        return cls(groups, shapes, Order(np.where(narrow, tokens, 2 * max(tokens) - tokens), batch_size // share, seed))
+
+    def examples(self, number: int) -> list[Example]:
+        """The examples of batch ``number``."""
+        return [example for i in self.order[number] for example in self.groups[i]]
+
+    def forecast(self) -> tuple[float, dict[tuple[int, int, int, int], int]]:
+        """Share of padding over the first epoch, and how often it has each size: every one is compiled once."""
+        real, padded, sizes = 0, 0, Counter()
+        for number in range(max(self.order.first(1), 1)):
+            examples = self.examples(number)
+            owners, (count, length, query, answer) = self.order.batch, self.shapes.size(examples)
+            real += sum(len(e.context) for e in examples[:: len(examples) // owners])
+            real += sum(len(e.query) + len(e.answer) for e in examples)
+            padded += owners * count * length + len(examples) * (query + answer)
+            sizes[count, length, query, answer] += 1
+        return 1.0 - real / padded, dict(sizes)
+
+
 def training_batches(
-    examples: Sequence[Example], shapes: Shapes, rates: tuple[int, ...], batch_size: int, seed: int, share: int = 1
+    examples: Sequence[Example],
+    shapes: Shapes,
+    rates: tuple[int, ...],
+    batch_size: int,
+    seed: int,
+    share: int = 1,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    put: Callable[[Batch], Any] | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches, every epoch in another order, each example with a rate drawn from ``rates``; with
     ``share``, neighbours about one context stay together, up to so many.
 
-    Element i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step.
+    Batch i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step. Process
+    ``process_index`` of ``process_count`` gets its rows of every batch, in the size that all of them have; so do the
+    drawn rates not depend on the number of processes. With ``put``, which places a batch on devices, elements are
+    (batch, put(batch)), and two are placed ahead of the one in use; ``close`` the iterator when done with it.
     """
+    if batch_size // share % process_count:
+        raise ValueError(f"{batch_size // share} contexts of a batch do not divide over {process_count} processes")
+    plan = Plan.of(examples, shapes, batch_size, seed, share)
+    own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
 
-    def draw_rates(group: tuple[Example, ...], rng: np.random.Generator) -> tuple[Example, ...]:
-        return tuple(dataclasses.replace(example, rate=int(rng.choice(rates))) for example in group)
+    def make(number: int, rng: np.random.Generator) -> Batch:
+        every = plan.examples(number)
+        drawn = [dataclasses.replace(e, rate=int(r)) for e, r in zip(every, rng.choice(rates, len(every)), strict=True)]
+        return collate(drawn[own], shapes, share, shapes.size(every))
 
-    def to_batch(groups: Sequence[tuple[Example, ...]]) -> Batch:
-        return collate([example for group in groups for example in group], shapes, share)
-
-    data = grain.MapDataset.source(share_contexts(examples, share)).seed(seed).shuffle().repeat().random_map(draw_rates)
-    return iter(data.batch(batch_size // share, batch_fn=to_batch).to_iter_dataset(grain.ReadOptions(1, 4)))
+    data = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(make).to_iter_dataset(grain.ReadOptions(1, 4))
+    if put is not None:
+        data = ThreadPrefetchIterDataset(data.map(lambda batch: (batch, put(batch))), prefetch_buffer_size=2)
+    return iter(data)

@@ -1,0 +1,74 @@
+"""Which examples make up batch i of training, a pure function of (seed, i): shuffled epochs, like sizes together.
+
+The stream of positions p = 0, 1, ... is one shuffled epoch of the n examples after the other: example p % n of epoch
+p // n. An epoch's batches are those that begin in it; the positions they cover, sorted by size, are cut into batches,
+and a batch comes when the last of its examples has come. Where all have one size, that is the shuffled stream itself.
+"""
+
+from functools import lru_cache
+
+import grain
+import numpy as np
+
+STEP, STEP_WIDTH = 32, 8  # fitted context lengths, query and answer widths are multiples of these
+ENOUGH = 0.05  # share of padding among context tokens below which no further bucket is added
+
+
+class Order:
+    """The indices of every batch, from the ``size`` of each example: equal numbers share a batch, near ones may."""
+
+    def __init__(self, sizes: np.ndarray, batch: int, seed: int):
+        self.sizes, self.batch = np.asarray(sizes), batch
+        self._shuffled = grain.MapDataset.range(len(sizes)).seed(seed).shuffle().repeat()
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # the loader reads ahead, over the end of an epoch
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """The indices of the examples in batch ``number``."""
+        epoch = number * self.batch // len(self.sizes)
+        return self._epoch(epoch)[number - self.first(epoch)]
+
+    def first(self, epoch: int) -> int:
+        """The number of the first batch that begins in ``epoch``, from 0."""
+        return -(-epoch * len(self.sizes) // self.batch)
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        positions = range(self.first(epoch) * self.batch, self.first(epoch + 1) * self.batch)
+        stream = np.array([self._shuffled[p] for p in positions])
+        places = np.argsort(self.sizes[stream], kind="stable").reshape(-1, self.batch)
+        return stream[places[np.argsort(places.max(axis=1))]]
+
+
+def fit_lengths(lengths: np.ndarray, most: int, longest: int) -> tuple[int, ...]:
+    """The up to ``most`` lengths, multiples of STEP or ``longest``, that ``lengths``, none above ``longest``, are
+    padded to at the least cost in all; fewer where padding is ENOUGH already. Exact, by dynamic programming."""
+    steps = np.clip(-(-lengths // STEP) * STEP, min(STEP, longest), longest)
+    values, counts = np.unique(steps, return_counts=True)
+    counts = counts.cumsum()
+    before = np.concatenate([[0], counts])
+    # cost[j]: tokens of all lengths up to values[j], padded to the buckets so far, of which values[j] is the last.
+    cost, cuts = values * counts, []
+    while cost[-1] > lengths.sum() / (1 - ENOUGH) and len(cuts) + 1 < min(most, len(values)):
+        # A further bucket values[j] over those behind i: i rises downwards, j to the right.
+        options = np.concatenate([[0], cost])[:, None] + values * (counts - before[:, None])
+        options = np.where(np.tri(len(values) + 1, len(values), -1, dtype=bool), np.iinfo(np.int64).max, options)
+        cuts.append(options.argmin(axis=0))
+        cost = options.min(axis=0)
+    buckets, end = set(), len(values)
+    for cut in reversed([np.zeros(len(values), np.int64), *cuts]):
+        if end:
+            buckets.add(int(values[end - 1]))
+            end = int(cut[end - 1])
+    return tuple(sorted(buckets))
+
+
+def fit_widths(widths: np.ndarray) -> tuple[int, int, int]:
+    """(query, answer) widths that, beside the longest of ``widths`` [n, 2], save the most padding; the tokens saved."""
+    longest = widths.max(axis=0)
+    steps = [np.unique(np.minimum(-(-widths[:, i] // STEP_WIDTH) * STEP_WIDTH, longest[i])) for i in range(2)]
+    best = (0, *map(int, longest))
+    for query in steps[0]:
+        fitting = np.sort(widths[widths[:, 0] <= query, 1])
+        fits = np.searchsorted(fitting, steps[1], side="right")
+        saved = fits * (longest.sum() - query - steps[1])
+        best = max(best, (int(saved.max()), int(query), int(steps[1][saved.argmax()])))
+    return best[1], best[2], best[0]
