@@ -336,11 +336,11 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
     one, rows = drawn[0], np.array(row_lengths(drawn[0]))
     real, total = rows[::share, 0].sum() + rows[:, 1:].sum(), sum(getattr(one, name).size for name in parts)
     assert loader.padding_share(one) == pytest.approx(1 - real / total)
-    # Long and short ones come in any order, in each epoch in another; shuffled alone they would be mostly padding.
+    # Long and short ones come in any order, in each epoch in another; shuffled alone half of it would be padding.
     means = [float(np.mean(b.context_length.sum(axis=1))) for b in drawn]
     assert means[:75] != sorted(means[:75]) and means[:75] != means[75:]
     shuffled = loader.Plan(plan.groups, FITTED, order.Order(np.zeros(len(MIXED)), 8, 3)).forecast()[0]
-    assert padding < 0.15 and shuffled > 0.5
+    assert padding < 0.15 and shuffled > 0.4
 
 
 @settings(max_examples=30, deadline=None)
