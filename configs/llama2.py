@@ -1,7 +1,9 @@
-"""COMI around LLaMA-2-7B, the paper's settings (section 5.1).
+r"""COMI around LLaMA-2-7B, the paper's settings (section 5.1).
 
     hf download meta-llama/Llama-2-7b-chat-hf --local-dir=models/llama2
-    python -m comi_jax.train --config=llama2 model.path=models/llama2 data.train=TRAIN.jsonl.gz data.eval=DEV.jsonl.gz
+    python -m comi_jax.prepare --config=llama2 model.path=models/llama2 --output=mixture data.eval=DEV.jsonl.gz \
+        data.train=NQ.jsonl.gz,HOTPOTQA.jsonl,2WIKIMQA.jsonl,NARRATIVEQA.jsonl,MULTINEWS.jsonl
+    python -m comi_jax.train --config=llama2 model.path=models/llama2 data.train=mixture data.eval=mixture
 
 Hardware in the paper: 8 GPUs. Not yet run at full size by this project: what has been run is in the README.
 The paper draws each example's rate from 16 and 32, takes contexts to 32K tokens, and trains encoder and LSA whole and

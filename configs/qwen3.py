@@ -1,7 +1,9 @@
-"""COMI around Qwen3-8B, the paper's settings (section 5.1).
+r"""COMI around Qwen3-8B, the paper's settings (section 5.1).
 
     hf download Qwen/Qwen3-8B --local-dir=models/qwen3
-    python -m comi_jax.train --config=qwen3 model.path=models/qwen3 data.train=TRAIN.jsonl.gz data.eval=DEV.jsonl.gz
+    python -m comi_jax.prepare --config=qwen3 model.path=models/qwen3 --output=mixture data.eval=DEV.jsonl.gz \
+        data.train=NQ.jsonl.gz,HOTPOTQA.jsonl,2WIKIMQA.jsonl,NARRATIVEQA.jsonl,MULTINEWS.jsonl
+    python -m comi_jax.train --config=qwen3 model.path=models/qwen3 data.train=mixture data.eval=mixture
 
 Hardware in the paper: 8 GPUs. Not yet run at full size by this project: what has been run is in the README.
 The paper has no Qwen3; the settings are those of its Qwen2. It draws each example's rate from 16 and 32, takes

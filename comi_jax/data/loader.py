@@ -66,9 +66,9 @@ def encode(
     limits = (data.max_context, data.max_query, data.max_answer)
     for first in range(0, len(records), CHUNK):
         chunk = records[first : first + CHUNK]
-        contexts = _ids(tokenizer, [record.context_text() for record in chunk])
-        queries = _ids(tokenizer, [record.prompt for record in chunk])
-        answers = _ids(tokenizer, [record.answers[0] for record in chunk]) if targets else [[]] * len(chunk)
+        contexts = token_ids(tokenizer, [record.context_text() for record in chunk])
+        queries = token_ids(tokenizer, [record.prompt for record in chunk])
+        answers = token_ids(tokenizer, [record.answers[0] for record in chunk]) if targets else [[]] * len(chunk)
         for number, parts in enumerate(zip(contexts, queries, answers, strict=True), start=first):
             spare = (0, 0, 1 if targets else 0)  # room for the end-of-sequence token
             over = [len(ids) + room > limit for ids, limit, room in zip(parts, limits, spare, strict=True)]
@@ -121,7 +121,8 @@ def check_positions(
             )
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, raw: nothing is added, nothing cut."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
