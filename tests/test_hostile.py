@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from comi_jax import config, hf
 from comi_jax.config import Backbone, Config, ConfigError
-from comi_jax.data import adapters
+from comi_jax.data import adapters, sources
 from comi_jax.data.records import DataError, Record, Skipped, numbered_records, read_records, record_of
 
 pytestmark = pytest.mark.fault
@@ -239,6 +239,27 @@ def test_overrides_of_anything_give_a_config_or_one_sentence(trials):
         else:
             assert config.from_dict(Config, config.to_dict(loaded)) == loaded
             json.dumps(config.to_dict(loaded), ensure_ascii=False).encode()  # it can be saved
+
+    run()
+
+
+@trials
+def test_sources_of_any_name_are_refused_in_one_sentence(trials, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[").mkdir()
+
+    @settings(max_examples=trials, deadline=None, derandomize=True, database=None)
+    @given(st.text(st.sampled_from("ab:@1.*[]?#nq!-~"), max_size=12) | TEXTS.filter(bool) | st.just("a/" * 3000))
+    def run(word):
+        if word.partition(":")[2].startswith(sources.HUB) or word.startswith(sources.HUB):
+            return
+        try:
+            config.override(Config(), [f"data.train={word}"])
+            sources.read([word], "train")
+        except (ConfigError, DataError) as error:
+            assert one_sentence(error) or len(word) > 1_000
+        else:
+            raise AssertionError(f"{word!r} was read")
 
     run()
 

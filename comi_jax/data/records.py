@@ -49,7 +49,8 @@ class DataError(ValueError):
         self.path, self.line, self.reason = str(path), line, reason
 
     def __str__(self) -> str:
-        return f"{self.path}{'' if self.line is None else f', line {self.line}'}: {self.reason}"
+        path = self.path if self.path.isprintable() else ascii(self.path)
+        return f"{path}{'' if self.line is None else f', line {self.line}'}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     except PermissionError:
         raise DataError(path, None, "may not be read (permission denied)") from None
     except (OSError, EOFError, zlib.error) as damage:
+        if not number and getattr(damage, "errno", None):  # the system's, not that of a gzip stream
+            raise DataError(path, None, f"cannot be read ({damage.strerror})") from None
         reason = f"the file is damaged or cut short and cannot be read from here on ({damage}); fetch or write it again"
         raise DataError(path, number + whole, reason) from damage
 

@@ -9,6 +9,7 @@ examples: 2 twice, 0.5 a half of them, chosen by the seed; 1 if not given.
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,9 @@ def parse(word: str) -> Source:
 
 def files(source: Source, split: str) -> tuple[str, ...]:
     """The files of a source that is not on the hub; of a prepared folder that of ``split``, "train" or "eval"."""
-    if (Path(source.place) / REPORT).is_file():
-        return (str(Path(source.place) / f"{split}.jsonl.gz"),)
-    if Path(source.place).exists() or not glob.has_magic(source.place):
+    if os.path.isfile(os.path.join(source.place, REPORT)):
+        return (os.path.join(source.place, f"{split}.jsonl.gz"),)
+    if os.path.exists(source.place) or not glob.has_magic(source.place):
         return (source.place,)
     matching = tuple(sorted(glob.glob(source.place, recursive=True)))
     if not matching:
@@ -202,11 +203,11 @@ def read(
 
 
 def _check_prepared(source: Source, split: str, records: Sequence[Record]) -> None:
-    path = Path(source.place) / REPORT
-    if source.place.startswith(HUB) or not path.is_file():
+    path = os.path.join(source.place, REPORT)
+    if source.place.startswith(HUB) or not os.path.isfile(path):
         return
     try:
-        expected = json.loads(path.read_text(encoding="utf-8"))["splits"][split]["fingerprint"]
+        expected = json.loads(Path(path).read_text(encoding="utf-8"))["splits"][split]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             path, None, f"is no report of comi_jax.prepare with a split {split!r}; prepare it again"
