@@ -117,7 +117,10 @@ def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
         "qkv_bias": model_type == "qwen2",
         "qk_norm": model_type == "qwen3",
     }
-    return from_dict(Backbone, found, where)
+    try:
+        return from_dict(Backbone, found, where)
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def _name(key: str) -> str:
