@@ -113,6 +113,15 @@ def test_a_bad_line_is_refused_with_file_number_and_reason(write, name):
     assert str(report) == f"{path}: 2 records kept\nskipped {message}"
 
 
+def test_a_file_that_is_one_list_is_told_what_to_do(write, monkeypatch):
+    path = write(b"[" + b", ".join([GOOD] * 3) + b"]")
+    with pytest.raises(DataError, match="line 1: the line is a list of 3 items; .* one list: jq -c '...' FILE"):
+        read_records(path)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
+    with pytest.raises(DataError, match="line 1: the line is longer than 100 bytes; .* one list: jq -c '...' FILE"):
+        read_records(path)
+
+
 def test_a_huge_value_or_name_does_not_fill_the_message(write):
     path = write(line_with(prompt=["x" * 9999]), json.dumps({"k" * 999 + str(i): 1 for i in range(99)}).encode(), GOOD)
     _, report = read_records(path, skip_bad=True)

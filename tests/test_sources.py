@@ -48,7 +48,8 @@ def test_a_word_is_a_schema_a_place_and_a_weight(word, expected):
     "word, message",
     [
         ("hotpot:a.jsonl", "no schema that is known; known are comi, hotpotqa, 2wikimqa, narrativeqa, .*, nq"),
-        ("a.jsonl@0", "has weight 0; leave it out"),
+        ("a.jsonl@0", "'a.jsonl@0' has weight 0; it must be above 0 and at most 100"),
+        ("a.jsonl@101", "has weight 101; it must be above 0"),
         ("nq:", "'nq:' names no place"),
         ("nq:@2", "'nq:@2' names no place"),
     ],

@@ -195,15 +195,16 @@ def record_of(fields: dict[str, object]) -> Record:
 
 def _fields(line: bytes) -> dict[str, object] | None:
     """The object on a line, None for a blank line."""
+    # HotpotQA and 2WikiMultihopQA are published as one list in one line.
+    hint = "; for a file that is one list: jq -c '.[]' FILE > FILE.jsonl" if line[:20].lstrip().startswith(b"[") else ""
     if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-        raise Refused(f"the line is longer than {MAX_LINE_BYTES} bytes; expected one record per line")
+        raise Refused(f"the line is longer than {MAX_LINE_BYTES} bytes; expected one record per line{hint}")
     if line.isspace():
         return None
     fields = decode(line)
     if not isinstance(fields, dict):
-        raise Refused(
-            f'the line is {describe(fields)}; expected an object with the fields "input", "prompt" and "answer"'
-        )
+        expected = 'expected an object with the fields "input", "prompt" and "answer"'
+        raise Refused(f"the line is {describe(fields)}; {expected}{hint}")
     return fields
 
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.config import ConfigError
+from comi_jax.config import ConfigError, shown
 from comi_jax.data import adapters
 from comi_jax.data.records import DataError, Record, Refused, Skipped, numbered_records
 
 HUB = "hf://"
+MOST = 100  # copies of an example in an epoch
 REPORT = "report.json"  # what comi_jax.prepare leaves beside the records of a folder
 
 
@@ -46,17 +47,17 @@ def parse(word: str) -> Source:
     place, weight = word, 1.0
     if found := re.search(r"@(\d{1,9}(?:\.\d{1,9})?)$", word):
         place, weight = word[: found.start()], float(found[1])
-        if not weight:
-            raise ConfigError(f"the source {word} has weight 0; leave it out")
+        if not 0 < weight <= MOST:
+            raise ConfigError(f"the source {shown(word)} has weight {found[1]}; it must be above 0 and at most {MOST}")
     schema, colon, rest = place.partition(":")
     if not colon or place.startswith(HUB) or not re.fullmatch(r"[\w-]+", schema):
         schema, rest = "", place
     elif schema not in adapters.SCHEMAS:
         raise ConfigError(
-            f"the source {word} begins with no schema that is known; known are {', '.join(adapters.SCHEMAS)}"
+            f"the source {shown(word)} begins with no schema that is known; known are {', '.join(adapters.SCHEMAS)}"
         )
     if not rest:
-        raise ConfigError(f"the source {word!r} names no place")
+        raise ConfigError(f"the source {shown(word)} names no place")
     return Source(word, rest, schema, weight)
 
 
