@@ -14,7 +14,7 @@ ORBAX = "_CHECKPOINT_METADATA"
 # Written by Orbax after the checksums, and of no consequence for what is restored.
 LATER = (ORBAX, "commit_success.txt", SUMS)
 BLOCK = 1 << 20  # bytes; what is read stays in the processor's cache until it is hashed
-THREADS = 4
+THREADS = 2
 
 
 class CheckpointError(ValueError):

@@ -4,7 +4,11 @@ A checkpoint counts from the rename on. So a process may die at any moment: what
 the next start. Restoring goes from the newest to the oldest and takes none whose bytes are not those that were written.
 """
 
+import concurrent.futures
 import contextlib
+import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -61,6 +65,7 @@ class SealedWriter:
 
     def __init__(self, handler: Any):
         self._temporary = Path()
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, too
         # Orbax calls this when all files are complete, just before the rename.
         options = ocp.options.AsyncOptions(post_finalization_callback=lambda: integrity.seal(self._temporary))
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
@@ -155,9 +160,8 @@ class Checkpoints:
         return not self._failed
 
     def _missed(self, step: int, size: int, error: Exception) -> None:
-        reason = (str(error).strip() or repr(error)).split("\n")[0][:300]
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
-        what = f"checkpoint {self.folder / str(step)} ({size:,} bytes, {free:,} free there) cannot be saved: {reason}"
+        what = f"checkpoint {self.folder / str(step)} ({size:,} bytes, {free:,} free there) cannot be saved: {_reason(error)}"
         if self._failed:
             kept = self.latest()
             held = f"the newest is that of step {kept}" if kept is not None else "there is none yet"
@@ -201,31 +205,47 @@ class Checkpoints:
         A damaged one is told, and renamed so that it is neither used nor lost. Raises CheckpointError if none is whole.
         """
         bad: set[int] = set()
-        while (step := self._newest_whole(bad)) is not None:
+        while (step := self._newest_but(bad)) is not None:
             try:
-                return self.restore(step, state)
-            except DamageError as error:  # what checksums cannot tell, or there are none
+                sealed, restored = self._restore_verified(step, state)
+            except DamageError as error:
                 self._set_aside(step, error, bad)
+                continue
+            if not sealed:
+                self._say(f"{self.folder / str(step)} was written before there were checksums: not verified")
+            return restored
         raise CheckpointError(
             f"none of the checkpoints in {self.folder} can be read, damaged ones are kept as STEP{DAMAGED}; choose "
             "another train.output to begin anew"
         )
 
-    def _newest_whole(self, bad: set[int]) -> int | None:
-        """Found by the first process, for all."""
-        chosen = -1
-        for step in reversed(self.steps()) if jax.process_index() == 0 else ():
-            if step in bad:
-                continue
+    def _restore_verified(self, step: int, state: Any) -> tuple[bool, tuple[Any, Progress]]:
+        """Whether checkpoint ``step`` has checksums, and what ``restore`` gives; the one while the other goes on."""
+        if jax.process_count() > 1:  # the first looks, for all
+            return self._verified_for_all(step), self.restore(step, state)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            verified = thread.submit(integrity.verify, self.folder / str(step))
             try:
-                if not integrity.verify(self.folder / str(step)):
-                    self._say(f"{self.folder / str(step)} was written before there were checksums: not verified")
-                chosen = step
-                break
+                restored = self.restore(step, state)
+            except Exception:
+                verified.result()  # damaged files may be taken for anything: checksums speak first
+                raise
+            return verified.result(), restored
+
+    def _verified_for_all(self, step: int) -> bool:
+        verdict = 0
+        if jax.process_index() == 0:
+            try:
+                verdict = int(integrity.verify(self.folder / str(step)))
             except DamageError as error:
-                self._set_aside(step, error, bad)
-        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        return None if chosen < 0 else chosen
+                verdict, text = -1, str(error)
+        verdict = int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
+        if verdict < 0:
+            raise DamageError(text if jax.process_index() == 0 else f"{self.folder / str(step)} is damaged")
+        return bool(verdict)
+
+    def _newest_but(self, bad: set[int]) -> int | None:
+        return max((step for step in self.steps() if step not in bad), default=None)
 
     def _set_aside(self, step: int, error: DamageError, bad: set[int]) -> None:
         bad.add(step)
@@ -243,6 +263,14 @@ class Checkpoints:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, if it is the system that refused."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore, which writes for Orbax, puts it
+    if code:
+        return os.strerror(int(code[1]))
+    return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).split("\n")[0][:200]
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load(options.config, overrides)
         run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
-    except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError) as error:
+    except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
