@@ -113,7 +113,7 @@ def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> li
         raise CheckpointError(
             f"{folder} holds an imported model; choose another train.output, and model.path={folder} to train it"
         )
-    if not store.steps_in(folder / "checkpoints") and not list(folder.glob(f"checkpoints/*{store.DAMAGED}*")):
+    if not store.begun(folder / "checkpoints"):
         return []
     harmless, differences = _differences(before, run)
     if differences and not allow_change:
@@ -128,11 +128,11 @@ def open_run(folder: str | Path, run: Run, tokenizer: Any, allow_change: bool = 
     """Make ``folder`` the folder of ``run``, or check that it already is; returns and raises as ``check_folder``."""
     folder = Path(folder)
     changes = check_folder(folder, run, allow_change)
-    if not store.steps_in(folder / "checkpoints"):
+    if not store.begun(folder / "checkpoints"):
         write_run(folder, run, tokenizer)
     elif changes:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        after = max(store.steps_in(folder / "checkpoints"))
+        after = max(store.steps_in(folder / "checkpoints"), default=0)
         history = [*values.get("changes", []), {"after_step": after, "settings": changes}]
         _write_config(folder, run, changes=history)
     return changes

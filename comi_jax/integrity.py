@@ -96,9 +96,11 @@ def _compare(folder: Path, files: dict[str, tuple[int, str]]) -> dict[str, str]:
             wrong[name] = f"has {path.stat().st_size} bytes, not {size}"
         else:
             whole.append(name)
-    sums = _checksums([folder / name for name in whole])
-    wrong |= {name: "has other content" for name, s in zip(whole, sums, strict=True) if s != files[name][1]}
-    return wrong
+    try:
+        sums = _checksums([folder / name for name in whole])
+    except OSError as error:
+        return wrong | {Path(str(error.filename)).name: f"cannot be read: {error.strerror}"}
+    return wrong | {name: "has other content" for name, s in zip(whole, sums, strict=True) if s != files[name][1]}
 
 
 def _checksums(paths: list[Path]) -> list[str]:

@@ -100,6 +100,10 @@ class Checkpoints:
         self._writes = not read_only and jax.process_index() == 0
         if self._writes:
             self._sweep()
+        # The newest is compared with its checksums from now on, while the caller makes place for what it holds.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "verify")
+        newest = self.latest() if jax.process_index() == 0 else None
+        self._ahead = (newest, None if newest is None else self._start_verifying(newest))
         self.best: int | None = None
         self._writer: SealedWriter | None = None
         self._under_way: tuple[int, int] | None = None  # step and bytes
@@ -112,10 +116,6 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The number of updates in the newest complete checkpoint."""
         return max(self.steps(), default=None)
-
-    def begun(self) -> bool:
-        """Whether there is a checkpoint, or was one that is damaged."""
-        return bool(self.steps() or list(self.folder.glob(f"*{DAMAGED}*")))
 
     def _sweep(self) -> None:
         """Remove what an earlier process left half written or half removed."""
@@ -161,7 +161,8 @@ class Checkpoints:
 
     def _missed(self, step: int, size: int, error: Exception) -> None:
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
-        what = f"checkpoint {self.folder / str(step)} ({size:,} bytes, {free:,} free there) cannot be saved: {_reason(error)}"
+        place = f"{self.folder / str(step)} ({size:,} bytes, {free:,} free there)"
+        what = f"checkpoint {place} cannot be saved: {_reason(error)}"
         if self._failed:
             kept = self.latest()
             held = f"the newest is that of step {kept}" if kept is not None else "there is none yet"
@@ -207,7 +208,8 @@ class Checkpoints:
         bad: set[int] = set()
         while (step := self._newest_but(bad)) is not None:
             try:
-                sealed, restored = self._restore_verified(step, state)
+                sealed = self._verify(step)
+                restored = self.restore(step, state)
             except DamageError as error:
                 self._set_aside(step, error, bad)
                 continue
@@ -219,30 +221,22 @@ class Checkpoints:
             "another train.output to begin anew"
         )
 
-    def _restore_verified(self, step: int, state: Any) -> tuple[bool, tuple[Any, Progress]]:
-        """Whether checkpoint ``step`` has checksums, and what ``restore`` gives; the one while the other goes on."""
-        if jax.process_count() > 1:  # the first looks, for all
-            return self._verified_for_all(step), self.restore(step, state)
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            verified = thread.submit(integrity.verify, self.folder / str(step))
-            try:
-                restored = self.restore(step, state)
-            except Exception:
-                verified.result()  # damaged files may be taken for anything: checksums speak first
-                raise
-            return verified.result(), restored
-
-    def _verified_for_all(self, step: int) -> bool:
-        verdict = 0
+    def _verify(self, step: int) -> bool:
+        """Whether checkpoint ``step`` has checksums, which the first process compares for all. Raises DamageError."""
+        verdict, error = 0, DamageError(f"{self.folder / str(step)} is damaged")
         if jax.process_index() == 0:
             try:
-                verdict = int(integrity.verify(self.folder / str(step)))
-            except DamageError as error:
-                verdict, text = -1, str(error)
+                ahead, self._ahead = self._ahead, (None, None)
+                verdict = int((ahead[1] if ahead[0] == step else self._start_verifying(step)).result())
+            except DamageError as found:
+                verdict, error = -1, found
         verdict = int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
         if verdict < 0:
-            raise DamageError(text if jax.process_index() == 0 else f"{self.folder / str(step)} is damaged")
+            raise error
         return bool(verdict)
+
+    def _start_verifying(self, step: int) -> concurrent.futures.Future[bool]:
+        return self._thread.submit(integrity.verify, self.folder / str(step))
 
     def _newest_but(self, bad: set[int]) -> int | None:
         return max((step for step in self.steps() if step not in bad), default=None)
@@ -260,6 +254,7 @@ class Checkpoints:
         try:
             self.settle()
         finally:
+            self._thread.shutdown()
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
@@ -279,6 +274,11 @@ def _handler() -> ocp.CompositeCheckpointHandler:
     return ocp.CompositeCheckpointHandler(
         **names, data=ocp.JsonCheckpointHandler(), counters=ocp.JsonCheckpointHandler()
     )
+
+
+def begun(folder: Path) -> bool:
+    """Whether there is a checkpoint in ``folder``, or was one that is damaged."""
+    return bool(steps_in(folder) or list(folder.glob(f"*{DAMAGED}*")))
 
 
 def steps_in(folder: Path) -> list[int]:

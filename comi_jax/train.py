@@ -42,7 +42,7 @@ from comi_jax.data.records import DataError, Record, read_records
 from comi_jax.params import flatten, partition
 from comi_jax.step import TrainState
 from comi_jax.stop import Stop
-from comi_jax.store import Checkpoints, Progress, Say
+from comi_jax.store import Checkpoints, Progress, Say, begun
 
 # --- what a run starts from -------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ def resumed_params(run: Run, output: Path, mesh: jax.sharding.Mesh, say: Say) ->
 def first_params(task: Task, run: Run, output: Path, console: Console) -> dict[str, Array]:
     """The weights to begin with; if there are checkpoints in ``output``, those that these do not hold."""
     mesh, _ = plan(run, task.examples)
-    if Checkpoints(output, read_only=True).begun():
+    if begun(output / "checkpoints"):
         return resumed_params(run, output, mesh, functools.partial(console.print, highlight=False))
     return initial_params(run, task.folder, mesh)
 
@@ -199,13 +199,13 @@ def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Ar
     config, settings, examples = run.config, run.config.train, task.examples
     mesh, shapes = plan(run, examples)
     update = optim.optimizer(config.optimizer, settings.steps)
-    state, frozen = initial_state(run, params, update, mesh)
     checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=task.dry_run)
+    state, frozen = initial_state(run, params, update, mesh)
     batches = loader.training_batches(
         examples, shapes, config.compression.rates, settings.batch_size, settings.seed, settings.share_context
     )
     progress = Progress(0, batches.get_state(), examples=fingerprint(examples))
-    if checkpoints.begun():
+    if begun(checkpoints.folder):
         state, found = checkpoints.restore_newest(state)
         if found.examples not in ("", progress.examples) and not task.allow_change:
             raise CheckpointError(

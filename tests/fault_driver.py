@@ -121,7 +121,7 @@ def small_state(step):
 def save_small_states(folder):
     """Checkpoints 1, 2, 3 ... with the newest two kept, for ever; the newest complete one is printed."""
     checkpoints = store.Checkpoints(folder, keep=2)
-    first = checkpoints.restore_newest(small_state(0))[1].step if checkpoints.begun() else 0
+    first = checkpoints.restore_newest(small_state(0))[1].step if checkpoints.steps() else 0
     for step in range(first + 1, 10_000):
         checkpoints.save(small_state(step), store.Progress(step, {"next": step}))
         print("settled", checkpoints.latest(), flush=True)
@@ -131,12 +131,17 @@ def save_on_a_full_disk(folder, full):
     """Checkpoints 1 to 5; while those named in ``full`` are written, no file can grow beyond some bytes: the system
     itself refuses, as on a full disk."""
     checkpoints = store.Checkpoints(folder, keep=9, say=lambda text: print(text, flush=True))
-    for step in range(1, 6):
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6000 if step in full else hard, hard))
-        checkpoints.save(small_state(step), store.Progress(step, {"next": step}))
-        checkpoints.settle()
-    checkpoints.close()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    try:
+        for step in range(1, 6):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000 if step in full else hard, hard))
+            checkpoints.save(small_state(step), store.Progress(step, {"next": step}))
+            checkpoints.settle()
+    except integrity.CheckpointError as error:
+        sys.exit(str(error))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        checkpoints.close()
 
 
 def main():
