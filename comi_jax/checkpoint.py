@@ -305,8 +305,13 @@ def evaluations(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def best_step(folder: str | Path, metric: str) -> int | None:
+    """The step of the run in ``folder`` that ``best_of`` its evaluations is."""
+    return best_of(evaluations(folder), metric)
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:
     """The step whose evaluation has the highest mean of ``metric``, the first of equals."""
-    measured = {row["step"]: row["metrics"][metric]["mean"] for row in evaluations(folder)}
+    measured = {row["step"]: row["metrics"][metric]["mean"] for row in rows}
     return max(measured, key=lambda step: (measured[step], -step), default=None)
 
 
