@@ -27,8 +27,9 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.8em } img { width: 100%; height: auto }
 table { border-collapse: collapse; margin: .5em 0 } th, td { padding: .25em .9em; border-bottom: 1px solid #ddd }
-th { text-align: left; font-weight: 600 } td { text-align: right; font-variant-numeric: tabular-nums }
-td.text { text-align: left } summary { cursor: pointer } .note { color: #666 } div.wide { overflow-x: auto }
+th { text-align: left; font-weight: 600 }
+td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.text { text-align: left; white-space: normal } summary { cursor: pointer } .note { color: #666 } div.wide { overflow-x: auto }
 """
 
 
@@ -95,7 +96,7 @@ def draw(courses: Sequence[Course]) -> bytes:
     axes = figure.subplots(3, 2, sharex=True).ravel()
     for axis, (name, title, unit) in zip(axes, panels, strict=False):
         for course, colour in zip(courses, _colours(len(courses)), strict=True):
-            _curve(axis, *course.curve(name), course.name, colour)
+            _curve(axis, *course.curve(name), course.name, colour, smooth=name != "learning_rate")
         _finish(axis, title, unit)
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylim(-0.02, 1.02)
@@ -123,11 +124,11 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _curve(axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
-    if len(steps) <= SMOOTHED:
+def _curve(axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour: str, smooth: bool) -> None:
+    if not smooth or len(steps) <= SMOOTHED:
         axis.plot(steps, values, color=colour, label=label, linewidth=1.6)
         return
-    width = max(len(steps) // 25, 3)
+    width = max(len(steps) // 50, 3)
     smooth = [
         np.nanmean(values[max(i - width, 0) : i + 1]) if np.isfinite(values[i]) else np.nan for i in range(len(values))
     ]

@@ -26,7 +26,7 @@ class Child:
     def printed(self):
         return self.log.read_text()
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=300):
         end = time.monotonic() + seconds
         while text not in self.printed():
             assert time.monotonic() < end and Path(f"/proc/{self.pid}").exists(), self.printed()
