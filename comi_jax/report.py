@@ -29,7 +29,8 @@ h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.8em } img { width:
 table { border-collapse: collapse; margin: .5em 0 } th, td { padding: .25em .9em; border-bottom: 1px solid #ddd }
 th { text-align: left; font-weight: 600 }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.text { text-align: left; white-space: normal } summary { cursor: pointer } .note { color: #666 } div.wide { overflow-x: auto }
+td.text { text-align: left; white-space: normal }
+summary { cursor: pointer } .note { color: #666 } div.wide { overflow-x: auto }
 """
 
 
