@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from comi_jax import comi, generate, hf
-from comi_jax.checkpoint import CheckpointError, Run, load_params
+from comi_jax.checkpoint import CheckpointError, Run, choose_step, load_params
 from comi_jax.config import ConfigError, Generation
 from comi_jax.data import loader
 from comi_jax.data.records import Record
@@ -181,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Answer one question about one text file."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.answer", description="Ask a compressed text a question.")
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
+    parser.add_argument("--step", default="newest", help='number of a checkpoint, "best" or "newest" (default)')
     parser.add_argument("--context", required=True, help="text file (UTF-8), or - for standard input")
     parser.add_argument("--question", required=True, help="given to the model as it is, e.g. 'Question: ... Answer:'")
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
@@ -194,7 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         context = _read_text(options.context)
-        model = Comi.load(options.checkpoint, overrides=options.set)
+        step = choose_step(options.checkpoint, options.step)
+        model = Comi.load(options.checkpoint, overrides=options.set, step=step)
         answer = model.answer(
             context,
             options.question,

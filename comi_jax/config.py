@@ -234,7 +234,7 @@ class Train:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # evaluate on data.eval, after saving; 0: only at the end
-    checkpoint_every: int = 0  # 0: only at the end
+    checkpoint_every: int = 0  # 0: only at the end. A save that fails is told; the second in a row ends the run
     keep_checkpoints: int = 2  # the newest so many, and besides them the best evaluated one
     best_by: str = "f1_max"  # the metric of the evaluations that says which is best
     max_skipped: int = 10  # stop after so many steps in a row whose loss or gradient is not finite

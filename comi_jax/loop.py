@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 from rich.console import Console
 
@@ -77,7 +78,7 @@ class Loop:
         job.checkpoints.best = checkpoint.best_step(job.output, settings.best_by)
         with RunLog(job.output, job.title, job.steps, start, self.console) as self.log:
             self.meter = Meter(
-                job.run.architecture, settings.log_every, settings.max_skipped, self.rate, self.log.write,
+                job.run.architecture, self._is_logged, settings.max_skipped, self.rate, self.log.write,
                 job.progress.skipped, job.progress.in_a_row,
             )  # fmt: skip
             with contextlib.closing(job.checkpoints):
@@ -91,6 +92,9 @@ class Loop:
                 except TooManySkipped as error:
                     raise self._give_up(error) from None
         return True
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.settings.log_every == 0 or step == self.job.steps
 
     def _step(self, step: int) -> None:
         job, settings = self.job, self.settings
@@ -118,7 +122,10 @@ class Loop:
             job.checkpoints.settle()
 
     def _end_requested(self, step: int) -> bool:
-        """Whether a signal has come; then everything up to ``step`` is saved."""
+        """Whether a signal has come; then everything up to ``step`` is saved. Several processes agree on the step."""
+        together = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
+        if together and multihost_utils.reached_preemption_sync_point(step):
+            self.stop.requested = "SIGTERM"
         if not self.stop.requested:
             return False
         if step > self.saved or not self.job.checkpoints.settle():

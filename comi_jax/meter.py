@@ -62,8 +62,8 @@ def _example_flops(arch: comi.Architecture, context: int, query: int, answer: in
 
 
 class Meter:
-    """Takes each step as it is dispatched and, one step later, its numbers; hands those of every ``log_every``-th step
-    to ``write``.
+    """Takes each step as it is dispatched and, one step later, its numbers; hands those of the steps that ``is_logged``
+    names to ``write``.
 
     ``skipped`` and ``in_a_row`` count the updates that were left out, in all and just now; the learning rate is that of
     the updates that were made.
@@ -72,16 +72,15 @@ class Meter:
     def __init__(
         self,
         arch: comi.Architecture,
-        log_every: int,
+        is_logged: Callable[[int], bool],
         max_skipped: int,
         rate: Callable[[int], Array],
         write: Callable[[int, dict[str, float]], None],
         skipped: int = 0,
         in_a_row: int = 0,
     ):
-        self._arch, self._log_every, self._max_skipped, self._rate, self._write = (
-            arch, log_every, max_skipped, rate, write,
-        )  # fmt: skip
+        self._arch, self._is_logged, self._max_skipped = arch, is_logged, max_skipped
+        self._rate, self._write = rate, write
         self.skipped, self.in_a_row = skipped, in_a_row
         self._pending: tuple[int, dict[str, Array], comi.Batch] | None = None
         chip = chips.find(jax.devices()[0].device_kind)
@@ -113,7 +112,7 @@ class Meter:
         if self._since is not None:
             self._tokens += tally.tokens
             self._flops += batch_flops(self._arch, batch) if self._peak else 0.0
-        if step % self._log_every == 0:
+        if self._is_logged(step):
             values = {name: float(metrics[name]) for name in ("loss", "accuracy", "gradient_norm")}
             values["learning_rate"] = float(self._rate(updates))
             if self._since is not None:
@@ -125,7 +124,7 @@ class Meter:
             values["memory_gb"] = memory_in_use() / 1e9
             values["skipped"] = self.skipped
             self._write(step, values)
-        if self._since is None or step % self._log_every == 0:
+        if self._since is None or self._is_logged(step):
             self._since, self._tokens, self._flops = now, 0, 0.0
         if self.in_a_row >= self._max_skipped:
             raise TooManySkipped(step, self.in_a_row, batch)

@@ -239,7 +239,8 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
 
     stop = Stop(functools.partial(console.print, highlight=False), leave)
     with contextlib.ExitStack() as until_end:
-        until_end.enter_context(stop.listening())
+        if jax.process_count() == 1:  # of several, JAX's preemption service takes the signal; the loop asks it
+            until_end.enter_context(stop.listening())
         with stop.saved():
             task, runs, places = begin(config, output, console, allow_change, dry_run)
         for title, place in places.items():

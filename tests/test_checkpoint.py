@@ -1,6 +1,7 @@
 """A run's folder: what is in it comes back bit for bit, and nothing of anybody else's is touched or taken for a run."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -124,7 +125,7 @@ def test_a_run_that_never_saved_anything_gives_way(tmp_path):
         ("{", "does not describe a COMI checkpoint"),
         ("[1]", "does not describe a COMI checkpoint"),
         ('{"model_type": "qwen2"}', "is not a COMI checkpoint of format 1 .its format is None"),
-        ('{"format": 2}', "its format is 2"),
+        ('{"format": 2}', "its format is 2.; a later version of comi_jax wrote it, install that"),
         ('{"format": 1}', "does not describe a COMI checkpoint"),
         ('{"format": 1, "config": {"trian": {}}, "backbone": {}, "stop": []}', "trian"),
     ],
@@ -211,6 +212,21 @@ def test_a_damaged_folder_is_named(tmp_path, part):
     (where / "_METADATA").write_text("{")
     with pytest.raises(checkpoint.CheckpointError, match=f"{part} is damaged: .*_METADATA has 1 bytes, not"):
         checkpoint.load_params(tmp_path)
+
+
+def test_a_checkpoint_is_chosen_by_its_number_or_as_the_newest_or_the_best(tmp_path):
+    saved(tmp_path, run_of(), steps=(1, 2, 3), keep=3)
+    with pytest.raises(checkpoint.CheckpointError, match="has no best checkpoint: train.eval_every was 0"):
+        checkpoint.choose_step(tmp_path, "best")
+    rows = [{"step": step, "metrics": {"f1_max": {"mean": mean}}} for step, mean in ((1, 0.2), (2, 0.6), (3, 0.6))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4')
+    assert [checkpoint.choose_step(tmp_path, name) for name in ("newest", "best", "1")] == [3, 2, 1]
+    biases = [flatten(checkpoint.load_params(tmp_path, step=step)[1])["encoder/norm"] for step in (1, None)]
+    np.testing.assert_allclose(biases[1] - biases[0], 2, atol=1e-6)
+    with pytest.raises(checkpoint.CheckpointError, match="has no checkpoint of step 7; it has 1, 2, 3"):
+        checkpoint.choose_step(tmp_path, "7")
+    with pytest.raises(checkpoint.CheckpointError, match="--step=last is not a step"):
+        checkpoint.choose_step(tmp_path, "last")
 
 
 # --- other settings ---------------------------------------------------------------------------------------------------

@@ -76,6 +76,11 @@ def test_each_step_tells_what_a_person_wants_to_know(files, quick_step, tmp_path
     assert "MFU" not in said  # the peak of this processor is in no table
 
 
+def test_the_last_step_is_always_told(files, quick_step, tmp_path):
+    run(files, tmp_path / "run", "train.steps=5", "train.log_every=3")
+    assert [row["step"] for row in lines(tmp_path / "run")] == [3, 5]
+
+
 def test_a_dry_run_ends_with_the_summary_and_writes_nothing(files, quick_step, tmp_path):
     said = run(files, tmp_path / "run", "--dry-run")
     assert not (tmp_path / "run").exists()
