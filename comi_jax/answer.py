@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from comi_jax import comi, generate, hf
-from comi_jax.checkpoint import CheckpointError, Run, load_params
+from comi_jax.checkpoint import CheckpointError, Run, choose_step, load_params
 from comi_jax.config import ConfigError, Generation
 from comi_jax.data import loader
 from comi_jax.data.records import Record
@@ -65,10 +65,12 @@ class Comi:
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
 
     @classmethod
-    def load(cls, folder: str | Path, *, batch_size: int = 16, overrides: Sequence[str] = ()) -> "Comi":
-        """The model of a run's folder after its newest checkpoint, with settings changed by ``overrides`` such as
-        "data.on_long=truncate". Raises CheckpointError if there is none."""
-        run, params = load_params(folder, overrides)
+    def load(
+        cls, folder: str | Path, *, batch_size: int = 16, overrides: Sequence[str] = (), step: int | None = None
+    ) -> "Comi":
+        """The model of a run's folder after its newest checkpoint, or that of ``step``, with settings changed by
+        ``overrides`` such as "data.on_long=truncate". Raises CheckpointError if there is none."""
+        run, params = load_params(folder, overrides, step)
         return cls(run, params, hf.load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size)
 
     def compress(
@@ -114,6 +116,15 @@ class Comi:
                 results[row] = Answer(text, tokens, len(example.context), int(vectors[i]), example.truncated)
         return results
 
+    def check(self, examples: Sequence[loader.Example], rate: int | None, new_tokens: int) -> int:
+        """The rate, if ``examples`` can be answered at it. Raises ConfigError or LengthError, before any work."""
+        compression = self.run.config.compression
+        rate = compression.rates[0] if rate is None else rate
+        if not isinstance(rate, int) or rate < 1:
+            raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
+        loader.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
+        return rate
+
     def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
         given = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
         changes = {name: value for name, value in given.items() if value is not None}
@@ -133,13 +144,10 @@ class Comi:
 
     def _batches(self, examples: Sequence[loader.Example], rate: int | None, new_tokens: int):
         """Rows, padded batch and rate, contexts of like length together."""
-        rate = self.run.config.compression.rates[0] if rate is None else rate
-        if not isinstance(rate, int) or rate < 1:
-            raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
+        rate = self.check(examples, rate, new_tokens)
         if not examples:
             return
         compression = self.run.config.compression
-        loader.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
         shapes = loader.Shapes.of(examples, self.run.config.data, compression)
         # Calls of like length share a compilation.
         shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)
@@ -173,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Answer one question about one text file."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.answer", description="Ask a compressed text a question.")
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
+    parser.add_argument("--step", default="newest", help='number of a checkpoint, "best" or "newest" (default)')
     parser.add_argument("--context", required=True, help="text file (UTF-8), or - for standard input")
     parser.add_argument("--question", required=True, help="given to the model as it is, e.g. 'Question: ... Answer:'")
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
@@ -186,7 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         context = _read_text(options.context)
-        model = Comi.load(options.checkpoint, overrides=options.set)
+        step = choose_step(options.checkpoint, options.step)
+        model = Comi.load(options.checkpoint, overrides=options.set, step=step)
         answer = model.answer(
             context,
             options.question,

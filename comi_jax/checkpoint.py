@@ -1,26 +1,33 @@
 """A run's folder: its config, tokenizer, frozen weights (written once) and checkpoints of what changes (Orbax).
 
-config.json      resolved config, backbone and stop tokens
-tokenizer/       as transformers saves it
-frozen/          weights that are not trained, by flat path
-checkpoints/N/   after update N: trained weights, optimizer state, position in the data
+config.json        resolved config, backbone and stop tokens; which settings were changed on the way, and when
+tokenizer/         as transformers saves it
+frozen/            weights that are not trained, by flat path
+checkpoints/N/     after step N: trained weights, optimizer state, position in the data, counters
+evaluations.jsonl  what was measured on the held-out records on the way
+
+There is no random state to keep: the key of a step is made of train.seed and the step's number. Every folder of these
+has a checksums.json; what was written before there were checksums is read all the same.
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from comi_jax import integrity, lock, store
 from comi_jax.comi import Architecture, is_trained, specs
 from comi_jax.config import Backbone, Config, ConfigError, from_dict, override, to_dict
+from comi_jax.integrity import CheckpointError, DamageError
 from comi_jax.params import flatten, partition, unflatten
+from comi_jax.store import restore_arrays, stored
 from comi_jax.weights import Placement, as_stored
 
 FORMAT = 1
@@ -31,13 +38,14 @@ CHANGEABLE = (
     "compression.coarse_redundancy", "compression.fine_redundancy", "generation.max_new_tokens",
     "generation.repetition_penalty",
 )  # fmt: skip
-
-
+# Settings that a run may go on with in another way than it began with: they leave the trained weights as they are.
+HARMLESS = (
+    "train.output", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.best_by", "train.max_skipped", "train.compare_mean_pooling", "mesh.", "data.eval", "data.eval_examples",
+    "generation.", "model.attention", "model.remat",
+)  # fmt: skip
+DRAFT = "config.json.draft"
 BEFORE = "; with that folder removed, the checkpoint before it is used"
-
-
-class CheckpointError(ValueError):
-    """A folder that holds no usable run, or another one; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,11 @@ def read_run(folder: str | Path) -> Run:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
+            form = values.get("format")
+            newer = isinstance(form, int) and form > FORMAT
+            advice = "; a later version of comi_jax wrote it, install that" if newer else ""
             raise CheckpointError(
-                f"{path} is not a COMI checkpoint of format {FORMAT} (its format is {values.get('format')!r})"
+                f"{path} is not a COMI checkpoint of format {FORMAT} (its format is {form!r}){advice}"
             )
         config, backbone = from_dict(Config, values["config"]), from_dict(Backbone, values["backbone"], "backbone")
         return Run(config, backbone, tuple(values["stop"]), bool(values.get("imported", False)))
@@ -84,34 +95,47 @@ def read_run(folder: str | Path) -> Run:
         raise CheckpointError(f"{path} does not describe a COMI checkpoint: {error}") from None
 
 
-def check_folder(folder: str | Path, run: Run) -> bool:
-    """Whether ``folder`` holds checkpoints of ``run``. Raises CheckpointError, as ``open_run``, if it holds anything
-    else."""
+def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> list[str]:
+    """Whether ``run`` can begin or go on in ``folder``; returns the settings with which it would go on otherwise than
+    it began, "name old -> new", HARMLESS ones first.
+
+    Raises CheckpointError if the folder holds files that belong to no run, or checkpoints of a run with other settings,
+    unless they are HARMLESS or ``allow_change`` is given.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        ours = (lock.NAME, DRAFT)  # all that is left of a run that was killed as it began
+        if folder.exists() and not (folder.is_dir() and all(p.name.startswith(ours) for p in folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
-        return False
-    differences = _differences(read_run(folder), run)
-    if not any((folder / "checkpoints").glob("[0-9]*")):
-        return False
-    if differences:
+        return []
+    before = read_run(folder)
+    if before.imported:
         raise CheckpointError(
-            f"{folder} already holds another run, with {'; '.join(differences)}; choose another train.output, or the "
-            "same settings to go on with it"
+            f"{folder} holds an imported model; choose another train.output, and model.path={folder} to train it"
         )
-    return True
+    if not store.begun(folder / "checkpoints"):
+        return []
+    harmless, differences = _differences(before, run)
+    if differences and not allow_change:
+        raise CheckpointError(
+            f"{folder} already holds another run, with {'; '.join(differences)}; choose another train.output, the same "
+            "settings to go on with it, or --allow-config-change to go on with the new ones"
+        )
+    return harmless + differences
 
 
-def open_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
-    """Make ``folder`` the folder of ``run``, or check that it already is.
-
-    Raises CheckpointError if it holds checkpoints of a run with other settings, naming the differences, or files that
-    belong to no run.
-    """
-    if check_folder(folder, run):
-        return
-    write_run(folder, run, tokenizer)
+def open_run(folder: str | Path, run: Run, tokenizer: Any, allow_change: bool = False) -> list[str]:
+    """Make ``folder`` the folder of ``run``, or check that it already is; returns and raises as ``check_folder``."""
+    folder = Path(folder)
+    changes = check_folder(folder, run, allow_change)
+    if not store.begun(folder / "checkpoints"):
+        write_run(folder, run, tokenizer)
+    elif changes:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        after = max(store.steps_in(folder / "checkpoints"), default=0)
+        history = [*values.get("changes", []), {"after_step": after, "settings": changes}]
+        _write_config(folder, run, changes=history)
+    return changes
 
 
 def write_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
@@ -119,83 +143,32 @@ def write_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"format": FORMAT, "config": to_dict(run.config), "backbone": to_dict(run.backbone), "stop": run.stop}
-        if run.imported:
-            values["imported"] = True
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _write_config(folder, run)
         tokenizer.save_pretrained(folder / "tokenizer")
+        integrity.seal(folder / "tokenizer")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
 
 
-def _differences(old: Run, new: Run) -> list[str]:
-    pairs = []
-    for name in ("config", "backbone"):
-        a, b = (flatten({name: to_dict(getattr(run, name))}) for run in (old, new))
-        pairs += [
-            f"{path.replace('/', '.').removeprefix('config.')} = {a.get(path)!r} there, {b.get(path)!r} here"
-            for path in sorted(set(a) | set(b))
-            if a.get(path) != b.get(path) and path != "config/train/output"  # a run may be moved
-        ]
-    return pairs
+def _write_config(folder: Path, run: Run, **more: Any) -> None:
+    values = {"format": FORMAT, "config": to_dict(run.config), "backbone": to_dict(run.backbone), "stop": run.stop}
+    if run.imported:
+        values["imported"] = True
+    (folder / DRAFT).write_text(json.dumps(values | more, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / DRAFT, folder / "config.json")
 
 
-@contextlib.contextmanager
-def _reading(path: Path, advice: str = "") -> Iterator[None]:
-    """Turn what Orbax raises for a damaged folder, which may be a bare Exception, into a CheckpointError."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).split("\n")[0][:200]
-        raise CheckpointError(f"{path} cannot be read, files are damaged or missing ({reason}){advice}") from error
-
-
-class Checkpoints:
-    """The checkpoints of a run, written in the background and kept only when complete."""
-
-    def __init__(self, folder: str | Path, keep: int | None = None, *, create: bool = True):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-        self._manager = ocp.CheckpointManager((Path(folder) / "checkpoints").absolute(), options=options)
-
-    def latest(self) -> int | None:
-        """The number of updates in the newest complete checkpoint."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Start writing what ``state`` (step.TrainState) holds; its arrays may be donated once this returns."""
-        items = {
-            "trained": ocp.args.StandardSave(state.trained),
-            "optimizer": ocp.args.StandardSave(state.optimizer),
-            "data": ocp.args.JsonSave(data),
-        }
-        self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The state after ``step`` updates, placed like the arrays of ``state``, and the position in the data."""
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        items = {
-            "trained": ocp.args.StandardRestore(like.trained),
-            "optimizer": ocp.args.StandardRestore(like.optimizer),
-            "data": ocp.args.JsonRestore(),
-        }
-        restored = self._restore(step, items)
-        changed = {"trained": restored["trained"], "optimizer": restored["optimizer"]}
-        count = jax.device_put(jnp.int32(step), state.step.sharding)
-        return state.replace(step=count, **changed), restored["data"]
-
-    def restore_trained(self, step: int, trained: Any) -> Any:
-        """The trained weights alone."""
-        return self._restore(step, {"trained": ocp.args.StandardRestore(trained)})["trained"]
-
-    def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        place = Path(self._manager.directory) / str(step)
-        with _reading(place, BEFORE):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-    def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:
+    """What differs: the HARMLESS settings, but for the place of the run, and the others."""
+    harmless, others = [], []
+    for part in ("config", "backbone"):
+        a, b = (flatten({part: to_dict(getattr(run, part))}) for run in (old, new))
+        for path in sorted(set(a) | set(b)):
+            name = path.replace("/", ".").removeprefix("config.")
+            if a.get(path) != b.get(path) and name != "train.output":
+                fine = any(name == h or h.endswith(".") and name.startswith(h) for h in HARMLESS)
+                (harmless if fine else others).append(f"{name} {a.get(path)!r} -> {b.get(path)!r}")
+    return harmless, others
 
 
 def save_import(folder: str | Path, run: Run, arrays: Mapping[str, jax.Array], tokenizer: Any) -> None:
@@ -205,9 +178,10 @@ def save_import(folder: str | Path, run: Run, arrays: Mapping[str, jax.Array], t
     trained, frozen = partition(arrays, lambda path: is_trained(path, run.architecture))
     write_run(folder, run, tokenizer)
     save_frozen(folder, frozen)
-    place, handlers = (Path(folder) / "checkpoints").absolute(), {"trained": _frugal(trained)}
-    with ocp.CheckpointManager(place, item_handlers=handlers) as manager:
-        manager.save(0, args=ocp.args.Composite(trained=ocp.args.PyTreeSave(trained)))
+    handler = ocp.CompositeCheckpointHandler(trained=store.frugal(trained))
+    place = Path(folder) / "checkpoints" / "0"
+    place.parent.mkdir()
+    store.write_once(place, handler, ocp.args.Composite(trained=ocp.args.PyTreeSave(trained)))
 
 
 def check_new(folder: str | Path) -> None:
@@ -217,16 +191,23 @@ def check_new(folder: str | Path) -> None:
 
 
 def save_frozen(folder: str | Path, frozen: dict[str, Any]) -> None:
-    """Write the weights that are not trained."""
-    with ocp.Checkpointer(_frugal(frozen)) as checkpointer:
-        checkpointer.save((Path(folder) / "frozen").absolute(), args=ocp.args.PyTreeSave(frozen), force=True)
+    """Write the weights that are not trained; what an earlier start left of them is replaced."""
+    place = Path(folder) / "frozen"
+    if jax.process_index() == 0:
+        for old in (place, place.with_name(place.name + store.WRITING)):
+            if old.exists():
+                shutil.rmtree(old)
+    store.write_once(place, store.frugal(frozen), ocp.args.PyTreeSave(frozen))
 
 
-def _frugal(arrays: Mapping[str, jax.Array]) -> ocp.PyTreeCheckpointHandler:
-    """Writes about an array at a time, and as it is: a model that fills the memory has no room for a copy of itself.
-    Compression, which gains little on weights, makes one and takes three times as long."""
-    largest = max((array.nbytes for array in arrays.values()), default=0)
-    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
+def restore_frozen(folder: str | Path, like: dict[str, jax.ShapeDtypeStruct], say: store.Say) -> dict[str, jax.Array]:
+    """The weights of the run in ``folder`` that are not trained, verified, placed as ``like``."""
+    place = Path(folder) / "frozen"
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is missing, and the checkpoints of the run need it; put a copy back")
+    if not integrity.verify(place):
+        say(f"{place} was written before there were checksums: not verified")
+    return restore_arrays(place, like)
 
 
 def change(run: Run, overrides: Sequence[str]) -> Run:
@@ -238,61 +219,113 @@ def change(run: Run, overrides: Sequence[str]) -> Run:
     return dataclasses.replace(run, config=override(run.config, overrides))
 
 
-def load_params(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, dict[str, Any]]:
-    """The run in ``folder``, its settings changed by ``overrides``, and all its weights after the newest checkpoint, in
-    the model's dtype.
+def load_params(
+    folder: str | Path, overrides: Sequence[str] = (), step: int | None = None
+) -> tuple[Run, dict[str, Any]]:
+    """The run in ``folder``, its settings changed by ``overrides``, and all its weights after checkpoint ``step``
+    (None: the newest), in the model's dtype.
 
-    Raises CheckpointError if the folder holds no run or no checkpoint yet.
+    Raises CheckpointError if the folder holds no run or no such checkpoint, or if its files are damaged.
     """
     run = change(read_run(folder), overrides)
     arch = run.architecture
-    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), None)))
+    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), None), step))
 
 
-def load_flat(folder: str | Path, arch: Architecture, place: Placement = as_stored) -> dict[str, jax.Array]:
-    """All weights of the run in ``folder`` after its newest checkpoint, by flat path, in the dtypes and places that
-    ``place`` gives (None: as stored, on the first device). Raises CheckpointError if it has no checkpoint yet."""
+def load_flat(
+    folder: str | Path, arch: Architecture, place: Placement = as_stored, step: int | None = None
+) -> dict[str, jax.Array]:
+    """All weights of the run in ``folder`` after checkpoint ``step`` (None: the newest), by flat path, in the dtypes
+    and places that ``place`` gives (None: as stored, on the first device). Raises CheckpointError if there is no such
+    checkpoint, or if its files are damaged: nothing is renamed or replaced here."""
     folder = Path(folder)
-    if not all((folder / name).is_dir() for name in ("checkpoints", "frozen")):
-        raise CheckpointError(f"{folder} has no complete checkpoint yet")
-    with contextlib.closing(Checkpoints(folder, create=False)) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise CheckpointError(f"{folder} has no complete checkpoint yet")
-        trained, frozen = stored_arrays(folder, step)
-        shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    step = existing(folder, step)
+    place_of_trained = folder / "checkpoints" / str(step)
+    for part, advice in ((place_of_trained, BEFORE), (folder / "frozen", ""), (folder / "tokenizer", "")):
+        try:
+            integrity.verify(part)
+        except DamageError as error:
+            raise DamageError(f"{error}{advice}") from None
+    trained, frozen = stored_arrays(folder, step)
+    shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-        def abstract(path: str, stored: Any) -> jax.ShapeDtypeStruct:
-            dtype, sharding = place(path)
-            return jax.ShapeDtypeStruct(shapes[path], dtype or stored[path].dtype, sharding=sharding or first)
+    def abstract(path: str, stored: Any) -> jax.ShapeDtypeStruct:
+        dtype, sharding = place(path)
+        return jax.ShapeDtypeStruct(shapes[path], dtype or stored[path].dtype, sharding=sharding or first)
 
-        with _reading(folder):
-            # By what is stored, not by what ``arch`` trains: a run may train another part of a model than made it.
-            wanted = {path: abstract(path, trained) for path in shapes if path in trained}
-            kept = {path: abstract(path, frozen) for path in shapes if path not in trained}
-        arrays = checkpoints.restore_trained(step, wanted)
-    place_of_frozen = (folder / "frozen").absolute()
-    with ocp.StandardCheckpointer() as checkpointer, _reading(place_of_frozen):
-        return arrays | checkpointer.restore(place_of_frozen, kept)
+    with store.reading(folder):
+        # By what is stored, not by what ``arch`` trains: a run may train another part of a model than made it.
+        wanted = {path: abstract(path, trained) for path in shapes if path in trained}
+        kept = {path: abstract(path, frozen) for path in shapes if path not in trained}
+    with store.reading(place_of_trained, BEFORE):
+        arrays = restore_arrays(place_of_trained / "trained", wanted)
+    return arrays | restore_arrays(folder / "frozen", kept)
 
 
 def newest(folder: str | Path) -> int | None:
     """The number of updates in the newest complete checkpoint of ``folder``, if it has one."""
-    if not all((Path(folder) / name).is_dir() for name in ("checkpoints", "frozen")):
-        return None
-    with contextlib.closing(Checkpoints(folder, create=False)) as checkpoints:
-        return checkpoints.latest()
+    return (
+        max(store.steps_in(Path(folder) / "checkpoints"), default=None) if (Path(folder) / "frozen").is_dir() else None
+    )
+
+
+def existing(folder: str | Path, step: int | None = None) -> int:
+    """``step`` if ``folder`` has that checkpoint, for None the newest. Raises CheckpointError if it has none."""
+    found = store.steps_in(Path(folder) / "checkpoints")
+    if newest(folder) is None:
+        raise CheckpointError(f"{folder} has no complete checkpoint yet")
+    if step is not None and step not in found:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    return found[-1] if step is None else step
+
+
+def choose_step(folder: str | Path, text: str) -> int:
+    """The checkpoint that ``text`` names: "newest", "best" (on the held-out records) or a number."""
+    metric = read_run(folder).config.train.best_by
+    if text == "newest":
+        return existing(folder)
+    if text == "best":
+        best = best_step(folder, metric)
+        if best is None:
+            raise CheckpointError(
+                f"{folder} has no best checkpoint: nothing was evaluated on the way (train.eval_every)"
+            )
+        return existing(folder, best)
+    if not text.isdecimal():
+        raise CheckpointError(f'--step={text} is not a step; it can be a number, "newest" or "best"')
+    return existing(folder, int(text))
+
+
+def evaluations(folder: str | Path) -> list[dict[str, Any]]:
+    """What was measured on the way, a line a step; a line that a dying process left half written is not read."""
+    path = Path(folder) / "evaluations.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def best_step(folder: str | Path, metric: str) -> int | None:
+    """The step of the run in ``folder`` that ``best_of`` its evaluations is."""
+    return best_of(evaluations(folder), metric)
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:
+    """The step whose evaluation has the highest mean of ``metric``, the first of equals."""
+    measured = {row["step"]: row["metrics"][metric]["mean"] for row in rows}
+    return max(measured, key=lambda step: (measured[step], -step), default=None)
+
+
+def weights_of(folder: str | Path, step: int) -> str:
+    """A short name for the weights of checkpoint ``step``; empty if they were written without checksums."""
+    parts = [integrity.identity(part) for part in (Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen")]
+    return "".join(parts) if all(parts) else ""
 
 
 def stored_arrays(folder: str | Path, step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What is on disk, by flat path, with shape and dtype: of checkpoint ``step``, and of the frozen weights."""
-    newest_one, frozen = Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen"
-    found = []
-    for place, items in ((newest_one, newest_one / "trained"), (frozen, frozen)):
-        with _reading(place, BEFORE if place is newest_one else ""):
-            found.append(ocp.StandardCheckpointHandler().metadata(items.absolute()).tree)
-    return found[0], found[1]
+    place, frozen = Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen"
+    with store.reading(place, BEFORE):
+        return stored(place / "trained"), stored(frozen)
 
 
 def frozen_dtype(path: str, arch: Architecture) -> str:

@@ -88,6 +88,7 @@ class LossSums:
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     tokens: Float[Array, ""]
+    vectors: Float[Array, ""] | float = 0.0  # of memory, for the examples that have an answer
 
 
 def specs(arch: Architecture) -> dict[str, Any]:
@@ -284,8 +285,10 @@ def answer_logits(
 
 def loss(params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_key: Array | None = None) -> LossSums:
     """(9): next-token cross-entropy on the answer tokens only, summed; also how many were predicted right."""
-    scores = answer_logits(params, arch, remember(params, arch, batch, min_rate), batch, dropout_key)
-    return sum_loss(scores, batch.answer, batch.answer_length)
+    memory = remember(params, arch, batch, min_rate)
+    scores = answer_logits(params, arch, memory, batch, dropout_key)
+    vectors = jnp.sum(jnp.where(batch.answer_length > 0, memory.length, 0).astype(scores.dtype))
+    return sum_loss(scores, batch.answer, batch.answer_length).replace(vectors=vectors)
 
 
 def sum_loss(scores: Float[Array, "B A V"], answer: Int[Array, "B A"], length: Int[Array, " B"]) -> LossSums:

@@ -269,6 +269,9 @@ class Mesh:
         _require(min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, one of them may be 0: {self}")
 
 
+MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")  # of comi_jax.metrics
+
+
 @dataclass(frozen=True)
 class Train:
     output: str = ""  # folder of the run; empty: runs/<config name>
@@ -277,14 +280,19 @@ class Train:
     share_context: int = 1  # up to so many neighbouring examples about one context are taken together, encoding it once
     seed: int = 0
     log_every: int = 10
-    eval_every: int = 0  # 0: only at the end
-    checkpoint_every: int = 0  # 0: only at the end
-    keep_checkpoints: int = 2
+    eval_every: int = 0  # evaluate on data.eval, after saving; 0: only at the end
+    checkpoint_every: int = 0  # 0: only at the end. A save that fails is told; the second in a row ends the run
+    keep_checkpoints: int = 2  # the newest so many, and besides them the best evaluated one
+    best_by: str = "f1_max"  # the metric of the evaluations that says which is best
+    max_skipped: int = 10  # stop after so many steps in a row whose loss or gradient is not finite
     compare_mean_pooling: bool = False  # also train group mean-pooling on the same data, for the closing table
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "share_context", "log_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "share_context", "log_every", "keep_checkpoints", "max_skipped"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("eval_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it is 0 (at the end) or more")
+        _one_of("train.best_by", self.best_by, MEASURES)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     wait = _number(environment, "COMI_JOIN_TIMEOUT", 300)
+    jax.config.update("jax_enable_preemption_service", True)  # SIGTERM to one: all save after the same step
     try:
         # JAX's own end of a process names nobody that a user knows; it is the second resort.
         jax.distributed.initialize(

@@ -1,24 +1,27 @@
 """Answer held-out questions and measure: ``python -m comi_jax.evaluate --checkpoint=DIR --data=FILE``.
 
-Every prediction is written as a JSON line; the summary has the mean and a 95 % bootstrap interval of each metric, the
-achieved compression ratio (all context tokens over all memory vectors) and the decoding options.
+Every prediction is written as a JSON line as it comes, and an evaluation that was killed goes on where it was. The
+summary has the mean and a 95 % bootstrap interval of each metric, the achieved compression ratio (all context tokens
+over all memory vectors) and the decoding options.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from comi_jax import metrics, weights
 from comi_jax.answer import Answer, Comi
-from comi_jax.checkpoint import CheckpointError
+from comi_jax.checkpoint import CheckpointError, choose_step, weights_of
 from comi_jax.config import ConfigError, Generation
 from comi_jax.data import loader
 from comi_jax.data.records import DataError, Record, read_records
@@ -32,37 +35,45 @@ def evaluate(
     rate: int | None = None,
     options: Generation | None = None,
     closed_book: bool = False,
+    weights: str = "",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Answer ``records``, write predictions to ``output`` (JSON Lines) and return the summary.
 
-    ``closed_book`` withholds the contexts: the same decoder answers from the question alone.
+    ``closed_book`` withholds the contexts: the same decoder answers from the question alone. ``weights`` identifies the
+    model's weights: what an earlier attempt with the same ones, and all else equal, has answered is taken over; if
+    empty, nothing is.
     """
     options = options or model.run.config.generation
     data = model.run.config.data
     examples, report = loader.encode(records, model.tokenizer, data, targets=False)
     if closed_book:
         examples = [dataclasses.replace(e, context=e.context[:0]) for e in examples]
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
-    chunk = model.batch_size * 8
-    answers: list[Any] = [None] * len(examples)
-    starts = range(0, len(order), chunk)
-    quiet = console is None or not console.is_terminal
-    for first in track(starts, "evaluating", console=console, disable=quiet, transient=True):
-        rows = order[first : first + chunk]
-        for row, answer in zip(rows, model.generate([examples[i] for i in rows], rate, options), strict=True):
-            answers[row] = answer
-    scores = [metrics.score(a.text, r.answers) for a, r in zip(answers, records, strict=True)]
+    model.check(examples, rate, options.max_new_tokens)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with Path(output).open("w", encoding="utf-8") as lines:
-        for number, (record, answer, score) in enumerate(zip(records, answers, scores, strict=True)):
-            lines.write(json.dumps(_prediction(number, record, answer, score), ensure_ascii=False) + "\n")
-    vectors = sum(a.memory_vectors for a in answers)
+    part = Path(f"{output}.part")
+    of = _identity(records, model, weights, rate, options, closed_book)
+    found = _begin(part, of, len(records) if weights else 0)
+    if found and console:
+        console.print(f"{len(found)} of {len(records)} answers were there already, in {part}", highlight=False)
+    order = sorted(set(range(len(examples))) - set(found), key=lambda i: len(examples[i].context))
+    chunk = model.batch_size * 8
+    quiet = console is None or not console.is_terminal or not order
+    with part.open("a", encoding="utf-8") as lines:
+        for first in track(range(0, len(order), chunk), "evaluating", console=console, disable=quiet, transient=True):
+            rows = order[first : first + chunk]
+            for row, answer in zip(rows, model.generate([examples[i] for i in rows], rate, options), strict=True):
+                found[row] = _prediction(row, records[row], answer)
+                lines.write(json.dumps(found[row]) + "\n")
+            lines.flush()
+    predictions = [found[row] for row in range(len(records))]
+    _finish(part, Path(output), predictions)
+    vectors = sum(p["memory_vectors"] for p in predictions)
     return {
         "n": len(records),
-        "metrics": metrics.summarize(scores),
-        "ratio": sum(a.context_tokens for a in answers) / vectors if vectors else 0.0,
-        "mean_output_tokens": sum(len(a.tokens) for a in answers) / len(answers),
+        "metrics": metrics.summarize([{name: p[name] for name in metrics.MEASURES} for p in predictions]),
+        "ratio": sum(p["context_tokens"] for p in predictions) / vectors if vectors else 0.0,
+        "mean_output_tokens": sum(p["output_tokens"] for p in predictions) / len(predictions),
         "rate": None if closed_book else rate or model.run.config.compression.rates[0],
         "closed_book": closed_book,
         "decoding": {"method": "greedy", **dataclasses.asdict(options)},
@@ -71,7 +82,47 @@ def evaluate(
     }
 
 
-def _prediction(number: int, record: Record, answer: Answer, score: Mapping[str, float]) -> dict[str, Any]:
+def _identity(records: Sequence[Record], model: Comi, *others: Any) -> str:
+    """All that the predictions depend on, as a short name."""
+    of = xxhash.xxh3_128(repr((model.run, others)).encode())
+    for record in records:
+        of.update(repr(record).encode("utf-8", "surrogatepass"))
+    return of.hexdigest()
+
+
+def _begin(part: Path, of: str, count: int) -> dict[int, dict[str, Any]]:
+    """The predictions in ``part`` by record, if they are of this evaluation and ``count`` is not 0; afterwards ``part``
+    holds its first line and them. A last line that is torn is cut off."""
+    found, whole = {}, 0
+    if count and part.is_file():
+        for number, line in enumerate(part.read_bytes().splitlines(keepends=True)):
+            try:
+                row = json.loads(line)
+                good = line.endswith(b"\n") and (row["index"] in range(count) if number else row["of"] == of)
+            except (ValueError, KeyError, TypeError):
+                good = False
+            if not good:
+                break
+            whole += len(line)
+            if number:
+                found[row["index"]] = row
+    if whole:
+        os.truncate(part, whole)
+    else:
+        part.write_text(json.dumps({"of": of}) + "\n", encoding="utf-8")
+    return found
+
+
+def _finish(part: Path, output: Path, predictions: Sequence[dict[str, Any]]) -> None:
+    """``predictions`` in the order of the records as ``output``, at once; ``part`` goes."""
+    draft = Path(f"{output}.draft")
+    with draft.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    os.replace(draft, output)
+    part.unlink()
+
+
+def _prediction(number: int, record: Record, answer: Answer) -> dict[str, Any]:
     return {
         "index": number,
         "prompt": record.prompt,
@@ -79,13 +130,16 @@ def _prediction(number: int, record: Record, answer: Answer, score: Mapping[str,
         "prediction": answer.text,
         "context_tokens": answer.context_tokens,
         "memory_vectors": answer.memory_vectors,
-        **score,
+        "output_tokens": len(answer.tokens),
+        **metrics.score(answer.text, record.answers),
     }
 
 
 def save_table(rows: Mapping[str, dict[str, Any]], path: str | Path) -> None:
     """Write the summaries as JSON."""
-    Path(path).write_text(json.dumps(dict(rows), indent=2) + "\n", encoding="utf-8")
+    draft = Path(f"{path}.draft")
+    draft.write_text(json.dumps(dict(rows), indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def print_table(rows: Mapping[str, dict[str, Any]], console: Console, shown: Sequence[str] = ("em", "f1_max")) -> None:
@@ -108,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Evaluate a checkpoint on a file of records."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.evaluate", description="Measure a COMI checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
+    parser.add_argument("--step", default="newest", help='number of a checkpoint, "best" or "newest" (default)')
     parser.add_argument("--data", required=True, nargs="+", help="JSON Lines files, plain or .gz")
     parser.add_argument(
         "--output", help="folder for predictions.jsonl and results.json (default: CHECKPOINT/evaluation)"
@@ -127,7 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if given.limit is not None and given.limit < 1:
             raise ConfigError(f"--limit={given.limit} leaves no records; it must be at least 1")
-        model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set)
+        step = choose_step(given.checkpoint, given.step)
+        model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step)
         records, report = read_records(given.data, skip_bad=given.skip_bad_records)
         for line in report.skipped:
             console.print(f"left out {line}", highlight=False)
@@ -141,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
             rate=given.rate,
             options=dataclasses.replace(model.run.config.generation, **changes),
             closed_book=given.closed_book,
+            weights=weights_of(given.checkpoint, step),
             console=console,
         )
         result["skipped_records"] = len(report.skipped)

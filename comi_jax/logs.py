@@ -1,10 +1,15 @@
 """What a run tells: metrics as JSON Lines and TensorBoard, a progress bar on a terminal, plain lines in a log."""
 
+import datetime
 import json
 import logging
+import math
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,10 +20,10 @@ class RunLog:
     """Metrics of one run, written into its folder as they come and shown on the way."""
 
     def __init__(self, folder: str | Path, title: str, steps: int, start: int, console: Console):
-        self._title, self._steps, self._console = title, steps, console
-        path = Path(folder) / "metrics.jsonl"
-        path.write_text(_until(path, start), encoding="utf-8")
-        self._lines = path.open("a", encoding="utf-8")
+        self._title, self._steps, self._start, self._console = title, steps, start, console
+        self._since = time.monotonic()
+        keep_until(Path(folder) / "metrics.jsonl", start)
+        self._lines = (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8")
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
         self._bar: Progress | None = None
@@ -28,7 +33,7 @@ class RunLog:
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             )  # fmt: skip
             self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task(title, total=steps, completed=start, shown="compiling")
+            self._task = self._bar.add_task(title, total=steps, completed=start, shown="")
 
     def __enter__(self) -> "RunLog":
         if self._bar:
@@ -47,21 +52,79 @@ class RunLog:
             self._bar.update(self._task, completed=step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` of ``step`` and show the ones a person watches."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        """Record ``values`` of ``step`` and show the ones a person watches. What is not finite becomes null in the
+        file: JSON has no word for it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        shown = (
-            f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
-        )
         if self._bar:
-            self._bar.update(self._task, completed=step, shown=shown)
+            self._bar.update(self._task, completed=step, shown=shown(values))
         else:
-            self._console.print(f"{self._title}  step {step}/{self._steps}  {shown}", highlight=False)
+            left = (time.monotonic() - self._since) / max(step - self._start, 1) * (self._steps - step)
+            text = f"{self._title}  step {step}/{self._steps}  {shown(values)}"
+            self._console.print(f"{text}  left {datetime.timedelta(seconds=round(left))}", highlight=False)
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Show and record the means of an evaluation, which has a file of its own."""
+        for name, value in values.items():
+            self._board.add_scalar(f"evaluation/{name}", value, step)
+        means = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self._console.print(f"{self._title}  step {step}/{self._steps}  evaluation: {means}", highlight=False)
+
+    def sync(self) -> None:
+        """Put what was written so far on the disk: a checkpoint must not be there without the lines before it."""
+        os.fsync(self._lines.fileno())
 
 
-def _until(path: Path, start: int) -> str:
-    """The whole lines of an earlier attempt up to step ``start``; what came after its last checkpoint is run again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start)
+def shown(values: Mapping[str, float]) -> str:
+    """The numbers of a step that a person watches, on one line."""
+    words = [f"loss {values['loss']:.4f}", f"accuracy {values['accuracy']:.3f}"]
+    if "tokens_per_second" in values:
+        words.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in values:
+        words.append(f"MFU {values['mfu']:.1%}")
+    words += [f"lr {values['learning_rate']:.2e}", f"gradient {values['gradient_norm']:.3g}"]
+    words += [f"memory {values['memory_gb']:.2f} GB"]
+    if values["skipped"]:
+        words.append(f"skipped {values['skipped']:.0f}")
+    return "  ".join(words)
+
+
+class SilentLog:
+    """In place of RunLog in processes whose run another one tells about."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Cut the JSON Lines file at ``path`` after its last whole line of ``step`` or before; what an earlier attempt
+    wrote after its checkpoint is run again."""
+    if not path.is_file():
+        return
+    kept = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        kept += len(line)
+    os.truncate(path, kept)

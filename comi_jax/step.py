@@ -1,6 +1,9 @@
 """One update of the trained weights.
 
 loss (9) = mean over the answer tokens of a batch of -log p(token | memory, query, answer tokens before it)
+
+An update is left out if the loss or a gradient is not finite: weights and optimizer, its own counter included, stay as
+they were, bit for bit; only ``TrainState.step`` moves on, and with it the position in the data and the random key.
 """
 
 import ctypes
@@ -20,7 +23,8 @@ from comi_jax.params import combine
 @no_type_check
 @struct.dataclass
 class TrainState:
-    """All that an update changes. ``trained`` is flat ("encoder/layers/q") and float32."""
+    """All that a step changes. ``trained`` is flat ("encoder/layers/q") and float32; ``step`` counts batches, those
+    whose update was left out included."""
 
     step: Int[Array, ""]
     trained: dict[str, Array]
@@ -49,7 +53,9 @@ def train_step(
     update: optax.GradientTransformation,
     accumulate: int,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from ``batch``, whose rows are taken in ``accumulate`` micro-batches; equal to one big batch."""
+    """One update from ``batch``, whose rows are taken in ``accumulate`` micro-batches; equal to one big batch.
+
+    The metric ``skipped`` is 1 if the update was left out, else 0; ``memory_vectors`` counts those of all rows."""
     micro = micro_batches(batch, accumulate)
     keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
 
@@ -68,17 +74,23 @@ def train_step(
         grads, sums = gradients(jax.tree.map(lambda x: x[0], (micro, keys)))
     else:
         zero = jnp.zeros((), jnp.float32)
-        nothing = (jax.tree.map(jnp.zeros_like, state.trained), comi.LossSums(zero, zero, zero))
+        nothing = (jax.tree.map(jnp.zeros_like, state.trained), comi.LossSums(zero, zero, zero, zero))
         (grads, sums), _ = jax.lax.scan(add_micro, nothing, (micro, keys))
     grads = jax.tree.map(lambda g: g / sums.tokens, grads)
     # optax raises Python floats to int32 counters, which the tests' strict promotion refuses.
     with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
         updates, optimizer = update.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
+    norm = optax.tree.norm(grads)  # not finite if any gradient is not
+    finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+    new, old = (trained, optimizer), (state.trained, state.optimizer)
+    trained, optimizer = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     metrics = {
         "loss": sums.loss / sums.tokens,
         "accuracy": sums.correct / sums.tokens,
-        "gradient_norm": optax.tree.norm(grads),
+        "gradient_norm": norm,
+        "skipped": 1 - finite.astype(jnp.int32),
+        "memory_vectors": sums.vectors,
     }
     return TrainState(state.step + 1, trained, optimizer), metrics
 
@@ -93,11 +105,18 @@ class CompiledStep:
     def __call__(
         self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
+        return self._for(state, frozen, batch, key)(state, frozen, batch, key)
+
+    def prepare(self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array) -> Any:
+        """Compile for batches of this shape; returns XLA's analysis of the memory, None where there is none."""
+        return self._for(state, frozen, batch, key).memory_analysis()
+
+    def _for(self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array) -> Any:
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._compiled:
             self._compiled[shapes] = self.lower(state, frozen, batch, key).compile()
             return_freed_memory()
-        return self._compiled[shapes](state, frozen, batch, key)
+        return self._compiled[shapes]
 
     def lower(self, state: Any, frozen: Any, batch: Any, key: Any) -> jax.stages.Lowered:
         """The step before its compilation, of arrays or of their abstract shapes with places."""

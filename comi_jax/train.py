@@ -1,42 +1,46 @@
 """Train a compressor: ``python -m comi_jax.train --config=NAME [path=value ...]``.
 
-The update itself is in ``step``. The order of a run: settings, data, weights, folder, loop, closing table. The same
-command goes on where it stopped.
+The order of a run: settings, data, folder, weights, loop, closing table. The same command goes on where it stopped. The
+update itself is in ``step``, the loop in ``loop``.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import xxhash
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import comi, distributed, evaluate, hf, optim, sharding, weights
+from comi_jax import comi, distributed, evaluate, hf, lock, loop, optim, sharding, weights
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import (
     CheckpointError,
-    Checkpoints,
     Run,
     check_folder,
+    existing,
     frozen_dtype,
     is_run,
     load_flat,
-    load_params,
     open_run,
     read_run,
+    restore_frozen,
     save_frozen,
+    weights_of,
 )
 from comi_jax.config import Backbone, Config, ConfigError, load, to_dict
-from comi_jax.data import loader, synthetic
-from comi_jax.data.records import DataError, Record, read_records
-from comi_jax.logs import RunLog
-from comi_jax.params import count, flatten
+from comi_jax.data import loader, sources, synthetic
+from comi_jax.data.records import DataError, Record
+from comi_jax.params import flatten, partition
 from comi_jax.state import create, own_parameters
-from comi_jax.step import CompiledStep, TrainState
+from comi_jax.stop import Stop
+from comi_jax.store import Checkpoints, Progress, Say, begun
 
 # --- what a run starts from -------------------------------------------------------------------------------------------
 
@@ -54,11 +58,6 @@ def backbone_folder(config: Config) -> Path:
             f"{name}{fetch}, then pass model.path=DIR"
         )
     return Path(config.model.path)
-
-
-def starting_backbone(folder: Path) -> Backbone:
-    """The backbone of the language model, or of the COMI checkpoint, in ``folder``."""
-    return read_run(folder).backbone if is_run(folder) else hf.read_config(folder)
 
 
 def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[int, ...]]:
@@ -99,7 +98,8 @@ def read_data(names: tuple[str, ...], split: str, config: Config, console: Conso
         if made < 1:
             raise ConfigError(f'data.{setting} is {made}; it says how many records "synthetic" makes')
         return synthetic.records(split, made, seed=config.train.seed)
-    records, report = read_records(names, skip_bad=config.data.skip_bad_records)
+    records, report = sources.read(names, split, seed=config.train.seed, skip_bad=config.data.skip_bad_records)
+    console.print(f"{split}: {report}", highlight=False, markup=False)
     if report.skipped:
         lines = [f"left out {len(report.skipped)} bad records:", *map(str, report.skipped)]
         console.print("\n  ".join(lines), highlight=False, markup=False)
@@ -121,7 +121,7 @@ def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str,
     return params | own_parameters(arch, run.config.train.seed, mesh)
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- on the devices ---------------------------------------------------------------------------------------------------
 
 
 def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, loader.Shapes]:
@@ -131,126 +131,146 @@ def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, l
     sharding.check_heads(run.backbone, mesh)
     sharding.micro_batches(config, mesh)
     loader.check_positions(examples, run.backbone, config.compression, min(config.compression.rates))
-    return mesh, loader.Shapes.of(examples, config.data, config.compression)
+    return mesh, loader.Shapes.fit(examples, config.data, config.compression)
 
 
-def fit(run: Run, output: Path, params: dict[str, Array], examples: list[loader.Example], title: str, console: Console):
-    """Train ``params`` until the run's last step, from its newest checkpoint if it has one; leaves a checkpoint."""
-    config, settings = run.config, run.config.train
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the systems of a run have in common."""
+
+    folder: Path  # of the model to start from
+    tokenizer: Any
+    examples: list[loader.Example]
+    held_out: list[Record]
+    allow_change: bool
+    dry_run: bool
+
+
+def resumed_params(run: Run, output: Path, mesh: jax.sharding.Mesh, say: Say) -> dict[str, Array]:
+    """The frozen weights of the run in ``output``; zeros where its checkpoint has what is trained."""
+    arch = run.architecture
+    placed, shapes = sharding.parameters(comi.specs(arch), mesh), flatten(comi.specs(arch))
+    trained, frozen = partition(shapes, lambda path: comi.is_trained(path, arch))
+    like = {p: jax.ShapeDtypeStruct(x.shape, frozen_dtype(p, arch), sharding=placed[p]) for p, x in frozen.items()}
+    zeros = {p: jnp.zeros(x.shape, jnp.float32, device=placed[p]) for p, x in trained.items()}
+    return zeros | restore_frozen(output, like, say)
+
+
+def first_params(task: Task, run: Run, output: Path, console: Console) -> dict[str, Array]:
+    """The weights to begin with; if there are checkpoints in ``output``, those that these do not hold."""
+    mesh, _ = plan(run, task.examples)
+    if begun(output / "checkpoints"):
+        return resumed_params(run, output, mesh, functools.partial(console.print, highlight=False))
+    return initial_params(run, task.folder, mesh)
+
+
+def fingerprint(examples: list[loader.Example]) -> str:
+    """A short name for what the examples hold, in their order."""
+    content = xxhash.xxh3_128()
+    for example in examples:
+        for ids in (example.context, example.query, example.answer):
+            content.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return content.hexdigest()
+
+
+def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Array], console: Console) -> loop.Job:
+    """``run`` on its devices, as its newest whole checkpoint in ``output`` has it, or beginning with ``params``."""
+    say = functools.partial(console.print, highlight=False)
+    config, settings, examples = run.config, run.config.train, task.examples
     mesh, shapes = plan(run, examples)
     update = optim.optimizer(config.optimizer, settings.steps)
-    arch = run.architecture.on(mesh)
-    state, frozen = create(params, arch, update, mesh)
+    checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=task.dry_run)
+    state, frozen = create(params, run.architecture, update, mesh)
     batches = loader.training_batches(
-        examples, shapes, config.compression.rates, settings.batch_size, settings.seed, settings.share_context
-    )
-    checkpoints = Checkpoints(output, settings.keep_checkpoints)
-    done = checkpoints.latest() or 0
-    if done:
-        state, position = checkpoints.restore(done, state)
-        batches.set_state(position)
-        console.print(f"{title}: going on from step {done} of {settings.steps} in {output}")
-    else:
+        examples, shapes, config.compression.rates, settings.batch_size, settings.seed, settings.share_context,
+        put=functools.partial(sharding.put_batch, mesh=mesh),
+    )  # fmt: skip
+    progress = Progress(0, batches.get_state(), examples=fingerprint(examples))
+    if begun(checkpoints.folder):
+        state, found = checkpoints.restore_newest(state)
+        if found.examples not in ("", progress.examples) and not task.allow_change:
+            raise CheckpointError(
+                f"data.train holds other examples than those that the run in {output} was trained on; give it the same "
+                "ones, or --allow-config-change to go on with these"
+            )
+        batches.set_state(found.position)
+        progress = dataclasses.replace(found, examples=progress.examples)
+        say(f"{title}: going on from step {progress.step} of {settings.steps} in {output}")
+    elif not task.dry_run:
         save_frozen(output, frozen)
-    describe(state, frozen, config, shapes, title, console)
-    step_fn = CompiledStep(arch, update, sharding.micro_batches(config, mesh))
-    key, rate = jax.random.key(settings.seed), optim.schedule(config.optimizer, settings.steps)
-    meter = Meter()
-    log_class = RunLog if distributed.is_first() else SilentLog
-    with log_class(output, title, settings.steps, done, console) as log:
-        for step in range(done + 1, settings.steps + 1):
-            batch = next(batches)
-            state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh), key)
-            # Numbers are read one step late, so that the device never waits for the host.
-            before = meter.add(step, metrics, batch)
-            if before and before % settings.log_every == 0:
-                log.write(before, meter.read(float(rate(before - 1))))
-            log.advance(step)
-            if step == settings.steps or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
-                checkpoints.save(step, state, batches.get_state())
-        if done < settings.steps:
-            meter.add(settings.steps + 1, {}, None)
-            log.write(settings.steps, meter.read(float(rate(settings.steps - 1))))
-    checkpoints.close()
-
-
-class SilentLog:
-    """In place of RunLog where another process writes it."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __enter__(self) -> "SilentLog":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-
-class Meter:
-    """Numbers of the step before the newest dispatched one, with the tokens a second since the last reading."""
-
-    def __init__(self):
-        self._newest: tuple[int, dict[str, Array], int] = (0, {}, 0)
-        self._ready: dict[str, Array] = {}
-        self._tokens, self._since = 0, 0.0
-
-    def add(self, step: int, metrics: dict[str, Array], batch: comi.Batch | None) -> int:
-        """Take in a dispatched step (or the end, None); returns the number of the step before it, 0 at first."""
-        before, self._ready, tokens = self._newest
-        if not before:  # the first step compiles, which is not counted
-            jax.block_until_ready(metrics)
-            self._since = time.perf_counter()
-        self._tokens += tokens
-        lengths = (batch.context_length, batch.query_length, batch.answer_length) if batch and before else ()
-        self._newest = (step, metrics, sum(int(x.sum()) for x in lengths))
-        return before
-
-    def read(self, learning_rate: float) -> dict[str, float]:
-        """The numbers of the step that ``add`` returned."""
-        values = {name: float(value) for name, value in self._ready.items()}
-        now = time.perf_counter()
-        values["learning_rate"] = learning_rate
-        values["tokens_per_second"] = self._tokens / (now - self._since)
-        self._tokens, self._since = 0, now
-        return values
-
-
-def describe(
-    state: TrainState, frozen: Any, config: Config, shapes: loader.Shapes, title: str, console: Console
-) -> None:
-    """Print the numbers that matter before the first step."""
-    parts: dict[str, int] = {}
-    for path, leaf in {**state.trained, **frozen}.items():
-        parts[path.split("/")[0]] = parts.get(path.split("/")[0], 0) + leaf.size
-    by_part = ", ".join(f"{part} {size:,}" for part, size in parts.items() if part != "mig")
-    row = f"{shapes.buckets[-1]} + {shapes.query} + {shapes.answer}"
-    console.print(
-        f"{title}: {sum(parts.values()):,} parameters ({by_part}), {count(state.trained):,} trained on "
-        f"{jax.device_count()} {jax.default_backend()} device(s); {config.train.steps} steps of "
-        f"{config.train.batch_size} examples, rates {', '.join(map(str, config.compression.rates))}, "
-        f"rows up to {row} tokens "
-        "(segment + query + answer)",
-        highlight=False,
-    )
+    longest = max(examples, key=lambda example: len(example.context))
+    largest = loader.collate([longest] * settings.batch_size, shapes, settings.share_context)
+    return loop.Job(
+        title, run, output, mesh, update, state, frozen, batches, largest, task.held_out, task.tokenizer, checkpoints,
+        progress,
+    )  # fmt: skip
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(config: Config, console: Console) -> None:
+def run(config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False) -> None:
     """All of one training run: data, weights, loop, closing table. Raises the errors that ``main`` reports."""
+    output = Path(config.train.output or f"runs/{config.name}")
+
+    def leave() -> None:
+        console.show_cursor()
+        if not dry_run:
+            lock.release(output)
+
+    stop = Stop(functools.partial(console.print, highlight=False), leave)
+    with contextlib.ExitStack() as until_end:
+        if jax.process_count() == 1:  # of several, JAX's preemption service takes the signal; the loop asks it
+            until_end.enter_context(stop.listening())
+        with stop.saved():
+            task, runs, places = begin(config, output, console, allow_change, dry_run)
+        for title, place in places.items():
+            with stop.saved():
+                params = first_params(task, runs[title], place, console)
+                if not dry_run:
+                    distributed.meet(f"{title} is checked")
+                    if distributed.is_first():
+                        if place == output:
+                            until_end.enter_context(lock.held(output))
+                        changes = open_run(place, runs[title], task.tokenizer, allow_change)
+                        if changes:
+                            console.print(f"{title}: settings changed: {'; '.join(changes)}", highlight=False)
+                    distributed.meet(f"{title} is open")
+                job = prepare(task, title, runs[title], place, params, console)
+                del params
+                training = loop.Loop(job, stop, console)
+                if job.progress.step < job.steps:
+                    training.describe()
+            if dry_run:
+                continue
+            if not training.run():
+                return
+            console.print(f"{title}: checkpoint in {place}", highlight=False)
+            del job, training  # the next system needs their memory
+        with stop.saved():
+            if task.held_out and not dry_run:
+                closing_table(places, task.held_out, output, console)
+    if dry_run:
+        console.print("dry run: everything is in order; nothing was trained or written", highlight=False)
+
+
+def begin(
+    config: Config, output: Path, console: Console, allow_change: bool, dry_run: bool
+) -> tuple[Task, dict[str, Run], dict[str, Path]]:
+    """Read the data and refuse what cannot work, before anything is written; the systems to train, by their titles, and
+    their folders."""
     if not config.data.train:
         raise ConfigError(
             "data.train is not set; pass data.train=FILE.jsonl (several separated by commas, .gz allowed)"
         )
-    folder, output = backbone_folder(config), Path(config.train.output or f"runs/{config.name}")
+    if config.train.eval_every and jax.process_count() > 1:
+        raise ConfigError(
+            f"train.eval_every is {config.train.eval_every}, but a run of several processes evaluates at its end only; "
+            "set it to 0, and evaluate its checkpoints with python -m comi_jax.evaluate --step=N"
+        )
+    if config.train.eval_every and not config.data.eval:
+        raise ConfigError(f"train.eval_every is {config.train.eval_every}, but data.eval is not set")
+    folder = backbone_folder(config)
     backbone, tokenizer, stop = starting_point(config, folder)
     records = read_data(config.data.train, "train", config, console)
     examples, report = loader.encode(records, tokenizer, config.data)
@@ -262,19 +282,11 @@ def run(config: Config, console: Console) -> None:
         plain = dataclasses.replace(config.compression, coarse=False, fine=False)
         variants["mean-pooling"] = (dataclasses.replace(config, compression=plain), output / "mean_pooling")
     runs = {title: Run(settings, backbone, stop) for title, (settings, _) in variants.items()}
-    for title, (_, place) in variants.items():
-        mesh, _ = plan(runs[title], examples)
-        check_folder(place, runs[title])
-    for title, (_, place) in variants.items():
-        params = initial_params(runs[title], folder, mesh)
-        distributed.meet(f"{title} is checked")
-        if distributed.is_first():
-            open_run(place, runs[title], tokenizer)
-        distributed.meet(f"{title} is open")
-        fit(runs[title], place, params, examples, title, console)
-        console.print(f"{title}: checkpoint in {place}", highlight=False)
-    if held_out:
-        closing_table({title: place for title, (_, place) in variants.items()}, held_out, output, console)
+    places = {title: place for title, (_, place) in variants.items()}
+    for title, place in places.items():
+        plan(runs[title], examples)
+        check_folder(place, runs[title], allow_change)
+    return Task(folder, tokenizer, examples, held_out, allow_change, dry_run), runs, places
 
 
 def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:
@@ -292,14 +304,15 @@ def closing_table(places: dict[str, Path], records: list[Record], output: Path, 
     table."""
     rows = {}
     for title, place in places.items():
-        loaded = load_params(place)  # by all: Orbax waits for every process
+        model = Comi.load(place)  # by all: Orbax waits for every process
         if not distributed.is_first():
             continue
-        model = Comi(*loaded, hf.load_tokenizer(place / "tokenizer"))
-        rows[title] = evaluate.evaluate(model, records, place / "predictions.jsonl", console=console)
+        same = weights_of(place, existing(place))
+        path = place / "predictions.jsonl"
+        rows[title] = evaluate.evaluate(model, records, path, weights=same, console=console)
         if title == "COMI":
             path = output / "predictions_closed_book.jsonl"
-            closed = evaluate.evaluate(model, records, path, closed_book=True, console=console)
+            closed = evaluate.evaluate(model, records, path, closed_book=True, weights=same, console=console)
     if distributed.is_first():
         evaluate.save_table({**rows, "closed book": closed}, output / "results.json")
         evaluate.print_table({**rows, "closed book": closed}, console)
@@ -311,6 +324,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m comi_jax.train", description="Train a COMI compressor.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--skip-bad-records", action="store_true", help="leave out bad data lines, counted and listed")
+    parser.add_argument(
+        "--allow-config-change", action="store_true", help="go on with a run whose settings were others"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="do everything but the training, and write nothing into its folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
@@ -318,10 +337,11 @@ def main(arguments: list[str] | None = None) -> None:
         distributed.start()
         # Paths and data may hold brackets; what all processes know is said once.
         console = Console(soft_wrap=True, markup=False, quiet=not distributed.is_first())
-        run(load(options.config, overrides), console)
+        config = load(options.config, overrides)
+        run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
     except jax.errors.JaxRuntimeError as error:
         sys.exit(f"error: {distributed.failed(error)}")
-    except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError) as error:
+    except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

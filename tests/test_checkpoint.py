@@ -1,6 +1,7 @@
 """A run's folder: what is in it comes back bit for bit, and nothing of anybody else's is touched or taken for a run."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -11,10 +12,11 @@ import tiny_models
 import train_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax import checkpoint, comi, hf, sharding
+from comi_jax import checkpoint, comi, hf, sharding, store
 from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
 from comi_jax.params import flatten, partition
 from comi_jax.step import TrainState
+from comi_jax.store import Progress
 
 TOKENIZER = train_fixtures.tokenizer()
 CONFIG = Config(
@@ -44,10 +46,10 @@ def saved(folder, run, steps=(1,), keep=2):
     params = tiny_models.shaken(comi.specs(run.architecture), seed=3)
     trained, frozen = partition(params, lambda path: comi.is_trained(path, run.architecture))
     checkpoint.save_frozen(folder, frozen)
-    checkpoints = checkpoint.Checkpoints(folder, keep)
+    checkpoints = store.Checkpoints(folder, keep)
     for step in steps:
         state = TrainState(jnp.int32(step), {p: x + step for p, x in trained.items()}, {"count": jnp.int32(step)})
-        checkpoints.save(step, state, {"next": step})
+        checkpoints.save(state, Progress(step, {"next": step}))
     checkpoints.close()
     return flatten(params)
 
@@ -89,16 +91,16 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
     other = changed("train", steps=8, seed=1)
     with pytest.raises(checkpoint.CheckpointError) as refused:
         checkpoint.open_run(tmp_path, other, TOKENIZER)
-    for part in ("train.steps = 7 there, 8 here", "train.seed = 0 there, 1 here", "choose another train.output"):
+    for part in ("train.steps 7 -> 8", "train.seed 0 -> 1", "choose another train.output", "--allow-config-change"):
         assert part in str(refused.value)
-    assert str(refused.value).count(" there, ") == 2
+    assert str(refused.value).count(" -> ") == 2
     assert contents(tmp_path) == before
 
 
 def test_another_backbone_is_a_difference(tmp_path):
     saved(tmp_path, run_of())
     other = dataclasses.replace(run_of(), backbone=train_fixtures.backbone(rope_theta=5e5))
-    with pytest.raises(checkpoint.CheckpointError, match="backbone.rope_theta = 10000.0 there, 500000.0 here"):
+    with pytest.raises(checkpoint.CheckpointError, match="backbone.rope_theta 10000.0 -> 500000.0"):
         checkpoint.open_run(tmp_path, other, TOKENIZER)
 
 
@@ -123,7 +125,7 @@ def test_a_run_that_never_saved_anything_gives_way(tmp_path):
         ("{", "does not describe a COMI checkpoint"),
         ("[1]", "does not describe a COMI checkpoint"),
         ('{"model_type": "qwen2"}', "is not a COMI checkpoint of format 1 .its format is None"),
-        ('{"format": 2}', "its format is 2"),
+        ('{"format": 2}', "its format is 2.; a later version of comi_jax wrote it, install that"),
         ('{"format": 1}', "does not describe a COMI checkpoint"),
         ('{"format": 1, "config": {"trian": {}}, "backbone": {}, "stop": []}', "trian"),
     ],
@@ -152,30 +154,30 @@ def state_on(mesh, value):
 
 def test_a_state_comes_back_bit_for_bit_where_it_was(tmp_path):
     mesh = sharding.make_mesh(Mesh())
-    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints = store.Checkpoints(tmp_path)
     state = state_on(mesh, 5)
     expected = jax.tree.map(np.array, state)
-    checkpoints.save(5, state, {"next": [1, 2]})
+    checkpoints.save(state, Progress(5, {"next": [1, 2]}, skipped=3, in_a_row=1, examples="x"))
     # The next step takes the arrays over while they may still be on their way to the disk.
     jax.jit(lambda s: jax.tree.map(lambda x: x * 0 + 1, s), donate_argnums=0)(state)
     like = state_on(mesh, 0)
-    restored, position = checkpoints.restore(5, like)
+    checkpoints.settle()
+    restored, progress = checkpoints.restore(5, like)
     checkpoints.close()
-    assert position == {"next": [1, 2]}
+    assert progress == Progress(5, {"next": [1, 2]}, skipped=3, in_a_row=1, examples="x")
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
 
 
-def test_the_newest_checkpoints_are_kept(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    checkpoints = store.Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() is None
-    for step in (2, 4, 6):
-        checkpoints.save(step, state_on(sharding.make_mesh(Mesh()), step), {})
+    checkpoints.best = 4
+    for step in (2, 4, 6, 8, 10):
+        checkpoints.save(state_on(sharding.make_mesh(Mesh()), step), Progress(step, {}))
     checkpoints.close()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
-    again = checkpoint.Checkpoints(tmp_path, keep=2)
-    assert again.latest() == 6
-    again.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "4", "8"]
+    assert store.Checkpoints(tmp_path, keep=2).latest() == 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -208,8 +210,23 @@ def test_a_damaged_folder_is_named(tmp_path, part):
     saved(tmp_path, run_of())
     where = tmp_path / part / ("trained" if part != "frozen" else "")
     (where / "_METADATA").write_text("{")
-    with pytest.raises(checkpoint.CheckpointError, match=f"{part} cannot be read, files are damaged or missing"):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{part} is damaged: .*_METADATA has 1 bytes, not"):
         checkpoint.load_params(tmp_path)
+
+
+def test_a_checkpoint_is_chosen_by_its_number_or_as_the_newest_or_the_best(tmp_path):
+    saved(tmp_path, run_of(), steps=(1, 2, 3), keep=3)
+    with pytest.raises(checkpoint.CheckpointError, match="has no best checkpoint: train.eval_every was 0"):
+        checkpoint.choose_step(tmp_path, "best")
+    rows = [{"step": step, "metrics": {"f1_max": {"mean": mean}}} for step, mean in ((1, 0.2), (2, 0.6), (3, 0.6))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4')
+    assert [checkpoint.choose_step(tmp_path, name) for name in ("newest", "best", "1")] == [3, 2, 1]
+    biases = [flatten(checkpoint.load_params(tmp_path, step=step)[1])["encoder/norm"] for step in (1, None)]
+    np.testing.assert_allclose(biases[1] - biases[0], 2, atol=1e-6)
+    with pytest.raises(checkpoint.CheckpointError, match="has no checkpoint of step 7; it has 1, 2, 3"):
+        checkpoint.choose_step(tmp_path, "7")
+    with pytest.raises(checkpoint.CheckpointError, match="--step=last is not a step"):
+        checkpoint.choose_step(tmp_path, "last")
 
 
 # --- other settings ---------------------------------------------------------------------------------------------------

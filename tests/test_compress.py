@@ -133,7 +133,7 @@ def check_against_loops(out, states, query, lengths, rates, scalars, options, at
         np.testing.assert_array_equal(out.mask[row], np.arange(SLOTS) < found)
         for name in ("weights", "relevance", "redundancy", "mig"):
             np.testing.assert_allclose(getattr(out.aux, name)[row, :n], want[name], atol=atol)
-        scale = max((np.abs(v).max() for v in want["memory"]), default=1.0)
+        scale = max((np.abs(v).max() for v in want["memory"]), default=1.0) or 1.0
         np.testing.assert_allclose(
             out.memory[row, :found] / scale, np.reshape(want["memory"], (found, WIDTH)) / scale, atol=atol
         )
@@ -190,6 +190,29 @@ def test_float32_computes_what_spec_says():
         options_of("all on"),
         1e-5,
     )
+
+
+EXTREMES = {
+    "one token, repeated": lambda x: np.broadcast_to(x[:, :1], x.shape),
+    "pairs of tokens": lambda x: np.repeat(x[:, ::2], 2, axis=1),
+    "huge norms": lambda x: x * 1e15,
+    "tiny norms": lambda x: x * 1e-15,
+    "huge and tiny norms": lambda x: x * 10.0 ** np.where(np.arange(LENGTH) % 2, 12.0, -12.0)[None, :, None],
+    "nothing but zeros": np.zeros_like,
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_states_are_compressed_as_the_float64_loops_do(name, dtype):
+    states, query = random_input(5)
+    states = np.asarray(jnp.asarray(np.array(EXTREMES[name](states)), dtype), np.float32)
+    query = np.asarray(jnp.asarray(query, dtype), np.float32)
+    out = run(jnp.asarray(states, dtype), jnp.asarray(query, dtype), LENGTHS, RATES, scalars_of(), options_of("all on"))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out))
+    wide = (x.astype(np.float64) for x in (states, query))
+    check_against_loops(out, *wide, LENGTHS, RATES, scalars_of(), options_of("all on"), 1e-5)
 
 
 def test_short_floats_are_compressed_in_float32():

@@ -1,0 +1,118 @@
+"""One process at a time in a run's folder: a file that only one can create, with the host, process and start time."""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from comi_jax.integrity import CheckpointError
+
+NAME = "lock"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, which is made if it is not there.
+
+    Raises CheckpointError, naming host and process, while another process holds it. The lock of a process of this host
+    that is gone is taken over.
+    """
+    path, own = folder / NAME, json.dumps(_owner(os.getpid()))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(3):  # two may find the same stale lock
+            if _create(path, own):
+                break
+            _remove_stale(path)
+        else:
+            raise CheckpointError(f"{path} is being fought over by several processes; start one of them")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def release(folder: Path) -> None:
+    """Remove the lock of ``folder`` if this process holds it."""
+    path = folder / NAME
+    if _read(path) == _owner(os.getpid()) | {"since": _read(path).get("since")}:
+        path.unlink(missing_ok=True)
+
+
+def _create(path: Path, text: str) -> bool:
+    """Make the file with its text in one go, which a link does on network file systems too."""
+    draft = path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    finally:
+        draft.unlink()
+    return True
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the lock at ``path`` if its process is gone; else raise CheckpointError."""
+    owner = _read(path)
+    if not owner:
+        if not path.exists():  # released meanwhile
+            return
+        raise CheckpointError(f"{path} is not a lock that this program wrote; remove it if no training runs there")
+    if owner.get("host") != socket.gethostname() or _owner(owner["pid"]).get("start") == owner["start"]:
+        raise CheckpointError(
+            f"{path.parent} is in use by process {owner['pid']} on {owner['host']}, since {owner['since']}; wait for "
+            f"it, choose another train.output or, if that process is gone, remove {path}"
+        )
+    stale = path.with_name(f"{NAME}.stale.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(stale)
+        if _read(stale) != owner:  # another one was quicker, and this is its new lock
+            with contextlib.suppress(FileExistsError):
+                os.link(stale, path)
+        stale.unlink()
+
+
+def _read(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) and {"host", "pid", "start", "since"} <= set(values) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _owner(pid: int) -> dict[str, str | int | None]:
+    """What tells process ``pid`` of this host from all others; ``start`` is None if there is none."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": pid, "start": _start(pid), "since": now}
+
+
+def _start(pid: int) -> str | None:
+    """When process ``pid`` began, so that a later process of the same number is not taken for it."""
+    try:
+        # Fields are counted from behind the name, which may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
+    except FileNotFoundError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:  # a system without /proc
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "running"

@@ -1,0 +1,226 @@
+"""The loop of a run: step, tell, save, evaluate; and its ends: the last step, a signal, numbers that are not finite."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+from rich.console import Console
+
+from comi_jax import checkpoint, comi, distributed, evaluate, optim, sharding
+from comi_jax.answer import Comi
+from comi_jax.checkpoint import CheckpointError, Run, frozen_dtype
+from comi_jax.data.records import Record
+from comi_jax.logs import RunLog, SilentLog, keep_until
+from comi_jax.meter import Meter, TooManySkipped, batch_flops, bytes_per_device
+from comi_jax.params import combine, count
+from comi_jax.step import CompiledStep, TrainState
+from comi_jax.stop import Stop
+from comi_jax.store import Checkpoints, Progress
+
+PEEKED = 4  # batches that the tokens and FLOP of a step are estimated from
+
+
+@dataclasses.dataclass
+class Job:
+    """One system to train, ready to go: everything is read, placed and checked."""
+
+    title: str
+    run: Run
+    output: Path
+    mesh: jax.sharding.Mesh
+    update: optax.GradientTransformation
+    state: TrainState
+    frozen: dict[str, Array]
+    batches: Any  # endless comi.Batch, as they are and on the devices, with get_state, set_state and close
+    largest: comi.Batch  # zeros in the largest shape that a batch can have
+    held_out: list[Record]
+    tokenizer: Any
+    checkpoints: Checkpoints
+    progress: Progress  # after the checkpoint it goes on from, or at the beginning
+
+    @property
+    def steps(self) -> int:
+        return self.run.config.train.steps
+
+
+class Loop:
+    """The steps of one job."""
+
+    def __init__(self, job: Job, stop: Stop, console: Console):
+        self.job, self.stop, self.console = job, stop, console
+        config = job.run.config
+        self.settings = config.train
+        parts = sharding.micro_batches(config, job.mesh)
+        self.step_fn = CompiledStep(job.run.architecture.on(job.mesh), job.update, parts)
+        self.key = jax.random.key(self.settings.seed)
+        self.rate = optim.schedule(config.optimizer, self.settings.steps)
+        self.saved = job.progress.step
+
+    def describe(self) -> None:
+        """Compile the step for the largest batch, and print the numbers that matter before the first one."""
+        analysis = self.step_fn.prepare(
+            self.job.state, self.job.frozen, sharding.put_batch(self.job.largest, self.job.mesh), self.key
+        )
+        for line in summary(self.job, analysis):
+            self.console.print(f"{self.job.title}: {line}", highlight=False)
+
+    def run(self) -> bool:
+        """Train to the last step; whether it came there, or was asked to end before."""
+        job, start, settings = self.job, self.job.progress.step, self.settings
+        if distributed.is_first():
+            keep_until(job.output / "evaluations.jsonl", start)
+        job.checkpoints.best = checkpoint.best_step(job.output, settings.best_by)
+        log_class = RunLog if distributed.is_first() else SilentLog
+        with log_class(job.output, job.title, job.steps, start, self.console) as self.log:
+            self.meter = Meter(
+                job.run.architecture, self._is_logged, settings.max_skipped, self.rate, self.log.write,
+                job.progress.skipped, job.progress.in_a_row,
+            )  # fmt: skip
+            with contextlib.closing(job.checkpoints), contextlib.closing(job.batches):
+                if self._evaluation_due(start):  # it was killed as it evaluated
+                    self._evaluate(start)
+                try:
+                    for step in range(start + 1, job.steps + 1):
+                        if self._end_requested(step - 1):
+                            return False
+                        self._step(step)
+                except TooManySkipped as error:
+                    raise self._give_up(error) from None
+        return True
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.settings.log_every == 0 or step == self.job.steps
+
+    def _step(self, step: int) -> None:
+        job, settings = self.job, self.settings
+        batch, placed = next(job.batches)
+        job.state, metrics = self.step_fn(job.state, job.frozen, placed, self.key)
+        self.meter.add(step, metrics, batch)
+        self.log.advance(step)
+        every = settings.checkpoint_every
+        if step == job.steps or (every and step % every == 0) or self._evaluation_due(step):
+            self._save(step, wait=step == job.steps)
+        if self._evaluation_due(step):
+            self._evaluate(step)
+
+    def _save(self, step: int, wait: bool) -> None:
+        """Start writing the checkpoint of ``step``, and ``wait`` until it is written if there may be no later one."""
+        job = self.job
+        self.meter.drain()
+        self.log.sync()
+        position, examples = job.batches.get_state(), job.progress.examples
+        progress = Progress(step, position, self.meter.skipped, self.meter.in_a_row, examples)
+        job.checkpoints.save(job.state, progress)
+        self.saved = step
+        if wait and not job.checkpoints.settle():
+            job.checkpoints.save(job.state, progress)
+            job.checkpoints.settle()
+
+    def _end_requested(self, step: int) -> bool:
+        """Whether a signal has come; then everything up to ``step`` is saved. Several processes agree on the step."""
+        together = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
+        if together and multihost_utils.reached_preemption_sync_point(step):
+            self.stop.requested = "SIGTERM"
+        if not self.stop.requested:
+            return False
+        if step > self.saved or not self.job.checkpoints.settle():
+            self._save(step, wait=True)
+        self.console.print(
+            f"{self.job.title}: stopped by {self.stop.requested} after step {step} of {self.job.steps}; the same "
+            "command goes on from there",
+            highlight=False,
+        )
+        return True
+
+    def _give_up(self, error: TooManySkipped) -> CheckpointError:
+        """What is said when too many steps were not finite; the last batch and the state are written before."""
+        with contextlib.suppress(TooManySkipped):
+            self.meter.drain()
+        step = int(self.job.state.step)
+        self._save(step, wait=True)
+        path = self.job.output / "bad_batches" / f"step_{error.step}.npz"
+        path.parent.mkdir(exist_ok=True)
+        ids = dataclasses.asdict(error.batch)
+        words = {
+            name: [self.job.tokenizer.decode(row[:n]) for row, n in zip(ids[name], ids[f"{name}_length"], strict=True)]
+            for name in ("query", "answer")
+        }
+        np.savez_compressed(path, **ids, **{f"{name}_text": np.array(rows) for name, rows in words.items()})
+        return CheckpointError(
+            f"{error}: their updates were left out and the run stops, saved after step {step}; the last batch is in "
+            f"{path}; look at it, then run the same command to go on behind it, or with a lower "
+            "optimizer.learning_rate and --allow-config-change"
+        )
+
+    # --- evaluation on the way ----------------------------------------------------------------------------------------
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.settings.eval_every
+        if not every or not step or step % every or not self.job.held_out:
+            return False
+        return all(row["step"] != step for row in checkpoint.evaluations(self.job.output))
+
+    def _evaluate(self, step: int) -> None:
+        """Measure the weights of the checkpoint of ``step``, which is on disk before, and mark the best one."""
+        job = self.job
+        job.checkpoints.settle()
+        folder = job.output / "checkpoints" / str(step)
+        arch = job.run.architecture
+        with self.stop.saved() if folder.is_dir() else contextlib.nullcontext():
+            flat = {path: x.astype(frozen_dtype(path, arch)) for path, x in job.state.trained.items()}
+            model = Comi(job.run, combine(flat, job.frozen), job.tokenizer)
+            output = job.output / "evaluations" / f"step_{step}.jsonl"
+            result = evaluate.evaluate(
+                model, job.held_out, output, weights=checkpoint.weights_of(job.output, step), console=self.console
+            )
+            with (job.output / "evaluations.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": step, **result}) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+        shown = (self.settings.best_by, *(name for name in ("em", "f1_max") if name != self.settings.best_by))
+        self.log.measured(step, {name: result["metrics"][name]["mean"] for name in shown})
+        job.checkpoints.best = checkpoint.best_step(job.output, self.settings.best_by)
+        self.meter.pause()
+
+
+def summary(job: Job, analysis: Any) -> list[str]:
+    """Parameters, tokens and FLOP of a step, and the memory that one device will need, as sentences."""
+    run, config = job.run, job.run.config
+    parts: dict[str, int] = {}
+    for path, leaf in {**job.state.trained, **job.frozen}.items():
+        parts[path.split("/")[0]] = parts.get(path.split("/")[0], 0) + leaf.size
+    by_part = ", ".join(f"{part} {size:,}" for part, size in parts.items() if part != "mig")
+    position = job.batches.get_state()
+    batches = [next(job.batches)[0] for _ in range(PEEKED)]
+    job.batches.set_state(position)
+    tokens = np.mean([sum(int(x.sum()) for x in (b.context_length, b.query_length, b.answer_length)) for b in batches])
+    operations = np.mean([batch_flops(run.architecture, b) for b in batches])
+    rows = job.largest
+    held = {
+        "frozen weights": bytes_per_device(job.frozen),
+        "trained weights": bytes_per_device(job.state.trained),
+        "optimizer": bytes_per_device(job.state.optimizer),
+        "step": analysis.temp_size_in_bytes if analysis else 0,
+    }
+    memory = ", ".join(f"{name} {_gigabytes(size)}" for name, size in held.items())
+    return [
+        f"{sum(parts.values()):,} parameters ({by_part}), {count(job.state.trained):,} trained on "
+        f"{jax.device_count()} {jax.default_backend()} device(s)",
+        f"{config.train.steps} steps of {config.train.batch_size} examples, rates "
+        f"{', '.join(map(str, config.compression.rates))}, rows up to {rows.context.shape[2]} + {rows.query.shape[1]} "
+        f"+ {rows.answer.shape[1]} tokens (segment + query + answer); about {tokens:,.0f} tokens and {operations:.3g} "
+        "FLOP a step",
+        f"memory of a device: about {_gigabytes(sum(held.values()))} ({memory})",
+    ]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,148 @@
+"""Numbers of a run, read one step late so that the device never waits for the host.
+
+MFU = FLOP of the model's own arithmetic on real tokens / (seconds · devices · peak of the chip)
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from comi_jax import chips, comi, flops
+
+
+class TooManySkipped(RuntimeError):
+    """A run of steps that were not finite has become too long; ``batch`` is that of the last."""
+
+    def __init__(self, step: int, count: int, batch: comi.Batch):
+        super().__init__(f"the loss or a gradient of {count} steps in a row, up to step {step}, is not finite")
+        self.step, self.batch = step, batch
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a batch of arrays holds: real tokens, all positions, context tokens that answers are asked about."""
+
+    tokens: int
+    positions: int
+    asked_context: int
+
+    @classmethod
+    def of(cls, batch: comi.Batch) -> "Tally":
+        lengths = (batch.context_length, batch.query_length, batch.answer_length)
+        share = len(batch.query) // len(batch.context)
+        asked = np.repeat(batch.context_length.sum(axis=1), share)[batch.answer_length > 0]
+        size = sum(x.size for x in (batch.context, batch.query, batch.answer))
+        return cls(sum(int(x.sum()) for x in lengths), size, int(asked.sum()))
+
+
+def batch_flops(arch: comi.Architecture, batch: comi.Batch) -> float:
+    """FLOP of the loss and gradients of ``batch``: padding left out, a context that several ask about encoded once."""
+    share, total = len(batch.query) // len(batch.context), 0.0
+    contexts, rows = batch.context_length.sum(axis=1).tolist(), (batch.query_length, batch.answer_length, batch.rate)
+    for row, (query, answer, rate) in enumerate(zip(*(x.tolist() for x in rows), strict=True)):
+        total += _example_flops(arch, contexts[row // share], query, answer, rate, row % share > 0)
+    return total
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _example_flops(arch: comi.Architecture, context: int, query: int, answer: int, rate: int, encoded: bool) -> float:
+    if not answer:
+        return 0.0
+    whole = flops.train_step(arch, flops.Lengths(context, query, answer, rate))
+    if not encoded:
+        return whole
+    return whole - flops.by_part(arch, flops.Lengths(context, 0, 0, rate))["encoder"].total
+
+
+class Meter:
+    """Takes each step as it is dispatched and, one step later, its numbers; hands those of the steps that ``is_logged``
+    names to ``write``.
+
+    ``skipped`` and ``in_a_row`` count the updates that were left out, in all and just now; the learning rate is that of
+    the updates that were made.
+    """
+
+    def __init__(
+        self,
+        arch: comi.Architecture,
+        is_logged: Callable[[int], bool],
+        max_skipped: int,
+        rate: Callable[[int], Array],
+        write: Callable[[int, dict[str, float]], None],
+        skipped: int = 0,
+        in_a_row: int = 0,
+    ):
+        self._arch, self._is_logged, self._max_skipped = arch, is_logged, max_skipped
+        self._rate, self._write = rate, write
+        self.skipped, self.in_a_row = skipped, in_a_row
+        self._pending: tuple[int, dict[str, Array], comi.Batch] | None = None
+        chip = chips.find(jax.devices()[0].device_kind)
+        self._peak = chip.flops * jax.device_count() if chip else 0.0
+        self._since: float | None = None
+        self._tokens, self._flops = 0, 0.0
+
+    def add(self, step: int, metrics: dict[str, Array], batch: comi.Batch) -> None:
+        """Take in a dispatched step, and read the one before it. Raises TooManySkipped."""
+        before, self._pending = self._pending, (step, metrics, batch)
+        if before:
+            self._read(*before)
+
+    def drain(self) -> None:
+        """Read the newest step, waiting for it. Raises TooManySkipped."""
+        before, self._pending = self._pending, None
+        if before:
+            self._read(*before)
+
+    def pause(self) -> None:
+        """What happens from now to the end of the next step is not counted as its time: compiling, evaluating."""
+        self._since = None
+
+    def _read(self, step: int, metrics: dict[str, Array], batch: comi.Batch) -> None:
+        skipped = int(metrics["skipped"])
+        updates = step - 1 - self.skipped
+        self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped
+        tally, now = Tally.of(batch), time.perf_counter()
+        if self._since is not None:
+            self._tokens += tally.tokens
+            self._flops += batch_flops(self._arch, batch) if self._peak else 0.0
+        if self._is_logged(step):
+            values = {name: float(metrics[name]) for name in ("loss", "accuracy", "gradient_norm")}
+            values["learning_rate"] = float(self._rate(updates))
+            if self._since is not None:
+                values["tokens_per_second"] = self._tokens / (now - self._since)
+                if self._peak:
+                    values["mfu"] = self._flops / (now - self._since) / self._peak
+            values["padding"] = 1 - tally.tokens / tally.positions
+            values["ratio"] = tally.asked_context / max(float(metrics["memory_vectors"]), 1.0)
+            values["memory_gb"] = memory_in_use() / 1e9
+            values["skipped"] = self.skipped
+            self._write(step, values)
+        if self._since is None or self._is_logged(step):
+            self._since, self._tokens, self._flops = now, 0, 0.0
+        if self.in_a_row >= self._max_skipped:
+            raise TooManySkipped(step, self.in_a_row, batch)
+
+
+def memory_in_use() -> int:
+    """Bytes: the most that any device of this process has held; where devices do not say, what the process holds."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    most = max((s.get("peak_bytes_in_use", 0) for s in stats), default=0)
+    if most:
+        return most
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that the first device of this process holds of the arrays in ``tree``."""
+    first = jax.local_devices()[0]
+    shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == first)

@@ -1,0 +1,322 @@
+"""Checkpoints as folders: written by Orbax in the background, sealed with checksums, then renamed into place.
+
+A checkpoint counts from the rename on. So a process may die at any moment: what is found is whole, or is swept away at
+the next start. Restoring goes from the newest to the oldest and takes none whose bytes are not those that were written.
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from comi_jax import integrity
+from comi_jax.integrity import CheckpointError, DamageError
+
+WRITING = ".orbax-checkpoint-tmp"  # as Orbax names what is not complete
+REMOVING, DAMAGED = ".removing", ".damaged"
+COUNTERS = ("skipped", "in_a_row", "examples")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint holds besides arrays."""
+
+    step: int  # batches taken; the position in the data, and with the seed the key of the next random numbers
+    position: dict[str, Any]  # of the data iterator
+    skipped: int = 0  # steps whose update was left out because it was not finite
+    in_a_row: int = 0  # of them, those just before
+    examples: str = ""  # a short name of the examples that the position is in
+
+
+@contextlib.contextmanager
+def reading(path: Path, advice: str = "") -> Iterator[None]:
+    """Turn what Orbax raises for a damaged folder, which may be a bare Exception, into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).split("\n")[0][:200]
+        raise DamageError(f"{path} cannot be read, files are damaged or missing ({reason}){advice}") from error
+
+
+def frugal(arrays: Mapping[str, jax.Array]) -> ocp.PyTreeCheckpointHandler:
+    """Writes about an array at a time, and as it is: a model that fills the memory has no room for a copy of itself.
+    Compression, which gains little on weights, makes one and takes three times as long."""
+    largest = max((array.nbytes for array in arrays.values()), default=0)
+    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
+
+
+class SealedWriter:
+    """Orbax's asynchronous writer; what it has written is sealed before it is renamed into place."""
+
+    def __init__(self, handler: Any):
+        self._temporary = Path()
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, too
+        # Orbax calls this when all files are complete, just before the rename.
+        options = ocp.options.AsyncOptions(post_finalization_callback=lambda: integrity.seal(self._temporary))
+        self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
+
+    def save(self, folder: Path, arguments: Any) -> None:
+        """Start writing the new ``folder``; its arrays may be donated once this returns."""
+        folder = folder.absolute()
+        self._temporary = folder.with_name(folder.name + WRITING)
+        self._writer.save(folder, args=arguments, custom_metadata=dict(integrity.SEAL))
+
+    def wait(self) -> None:
+        """Until the folder is complete. Raises what went wrong."""
+        self._writer.wait_until_finished()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def write_once(folder: Path, handler: Any, arguments: Any) -> None:
+    """Write the new ``folder`` and wait until it is complete."""
+    with contextlib.closing(SealedWriter(handler)) as writer:
+        writer.save(folder, arguments)
+        writer.wait()
+
+
+class Checkpoints:
+    """The checkpoints of a run: the newest ``keep`` and the one that ``best`` names. If ``read_only``, all are left as
+    they are, damaged ones too."""
+
+    def __init__(self, folder: str | Path, keep: int = 2, say: Say = print, read_only: bool = False):
+        self.folder, self._keep, self._say = (Path(folder) / "checkpoints").absolute(), keep, say
+        self._writes = not read_only and jax.process_index() == 0
+        if self._writes:
+            self._sweep()
+        # The newest is compared with its checksums from now on, while the caller makes place for what it holds.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "verify")
+        newest = self.latest() if jax.process_index() == 0 else None
+        self._ahead = (newest, None if newest is None else self._start_verifying(newest))
+        self.best: int | None = None
+        self._writer: SealedWriter | None = None
+        self._under_way: tuple[int, int] | None = None  # step and bytes
+        self._failed = False
+
+    def steps(self) -> list[int]:
+        """The checkpoints that there are, rising."""
+        return steps_in(self.folder)
+
+    def latest(self) -> int | None:
+        """The number of updates in the newest complete checkpoint."""
+        return max(self.steps(), default=None)
+
+    def _sweep(self) -> None:
+        """Remove what an earlier process left half written or half removed."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if WRITING in path.name or path.name.endswith(REMOVING):
+                    shutil.rmtree(path)
+
+    def save(self, state: Any, progress: Progress) -> None:
+        """Start writing ``state`` (step.TrainState), whose arrays may be donated once this returns.
+
+        A save that fails is told and the run goes on; when the next one fails too, CheckpointError is raised.
+        """
+        self.settle()
+        items = {
+            "trained": ocp.args.PyTreeSave(state.trained),
+            "optimizer": ocp.args.PyTreeSave(state.optimizer),
+            "data": ocp.args.JsonSave(progress.position),
+            "counters": ocp.args.JsonSave({name: getattr(progress, name) for name in COUNTERS}),
+        }
+        size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.optimizer)))
+        try:
+            if self._writer is None:
+                self._writer = SealedWriter(_handler())
+            self.folder.mkdir(exist_ok=True)
+            self._writer.save(self.folder / str(progress.step), ocp.args.Composite(**items))
+            self._under_way = (progress.step, size)
+        except Exception as error:
+            self._missed(progress.step, size, error)
+
+    def settle(self) -> bool:
+        """Wait for the save that is under way, and remove what is no longer kept; whether all that was to be saved
+        is."""
+        if self._under_way is not None:
+            (step, size), self._under_way = self._under_way, None
+            try:
+                self._writer.wait()
+                self._failed = False
+            except Exception as error:
+                self._missed(step, size, error)
+        self._prune()
+        return not self._failed
+
+    def _missed(self, step: int, size: int, error: Exception) -> None:
+        free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
+        place = f"{self.folder / str(step)} ({size:,} bytes, {free:,} free there)"
+        what = f"checkpoint {place} cannot be saved: {_reason(error)}"
+        if self._failed:
+            kept = self.latest()
+            held = f"the newest is that of step {kept}" if kept is not None else "there is none yet"
+            raise CheckpointError(f"{what}; it is the second in a row, so the run stops; {held}") from error
+        self._failed = True
+        shutil.rmtree(self.folder / f"{step}{WRITING}", ignore_errors=True)
+        self._say(f"{what}; the run goes on until the next one")
+
+    def _prune(self) -> None:
+        if self._writes:
+            for step in self.steps()[: -self._keep]:
+                if step != self.best:
+                    going = self.folder / f"{step}{REMOVING}"
+                    (self.folder / str(step)).rename(going)  # half of a checkpoint never has a checkpoint's name
+                    shutil.rmtree(going)
+
+    def restore(self, step: int, state: Any) -> tuple[Any, Progress]:
+        """The state after ``step``, placed like the arrays of ``state``. Its checksums are not looked at here.
+
+        Raises CheckpointError with the list of differences if other arrays are stored than ``state`` has."""
+        place = self.folder / str(step)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        differences = [
+            f"{part}/{line}"
+            for part in ("trained", "optimizer")
+            for line in _differences(stored(place / part), getattr(like, part))
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{place} is a checkpoint of another model: {'; '.join(differences[:10])}"
+                f"{f' and {len(differences) - 10} more' if len(differences) > 10 else ''}"
+            )
+        changed = {part: restore_arrays(place / part, getattr(like, part)) for part in ("trained", "optimizer")}
+        count = jax.device_put(jnp.int32(step), state.step.sharding)
+        counters = _json(place / "counters") if (place / "counters").is_dir() else {}
+        return state.replace(step=count, **changed), Progress(step, _json(place / "data"), **counters)
+
+    def restore_newest(self, state: Any) -> tuple[Any, Progress]:
+        """The state of the newest checkpoint that is whole, placed like ``state``, and its progress.
+
+        A damaged one is told, and renamed so that it is neither used nor lost. Raises CheckpointError if none is whole.
+        """
+        bad: set[int] = set()
+        while (step := self._newest_but(bad)) is not None:
+            try:
+                sealed = self._verify(step)
+                restored = self.restore(step, state)
+            except DamageError as error:
+                self._set_aside(step, error, bad)
+                continue
+            if not sealed:
+                self._say(f"{self.folder / str(step)} was written before there were checksums: not verified")
+            return restored
+        raise CheckpointError(
+            f"none of the checkpoints in {self.folder} can be read, damaged ones are kept as STEP{DAMAGED}; choose "
+            "another train.output to begin anew"
+        )
+
+    def _verify(self, step: int) -> bool:
+        """Whether checkpoint ``step`` has checksums, which the first process compares for all. Raises DamageError."""
+        verdict, error = 0, DamageError(f"{self.folder / str(step)} is damaged")
+        if jax.process_index() == 0:
+            try:
+                ahead, self._ahead = self._ahead, (None, None)
+                verdict = int((ahead[1] if ahead[0] == step else self._start_verifying(step)).result())
+            except DamageError as found:
+                verdict, error = -1, found
+        verdict = int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
+        if verdict < 0:
+            raise error
+        return bool(verdict)
+
+    def _start_verifying(self, step: int) -> concurrent.futures.Future[bool]:
+        return self._thread.submit(integrity.verify, self.folder / str(step))
+
+    def _newest_but(self, bad: set[int]) -> int | None:
+        return max((step for step in self.steps() if step not in bad), default=None)
+
+    def _set_aside(self, step: int, error: DamageError, bad: set[int]) -> None:
+        bad.add(step)
+        names = (f"{step}{DAMAGED}{number or ''}" for number in range(1000))
+        name = next(name for name in names if not (self.folder / name).exists())
+        if self._writes:
+            (self.folder / str(step)).rename(self.folder / name)
+        self._say(f"{error}; {'kept as ' + name if self._writes else 'left there'}, the checkpoint before it is tried")
+
+    def close(self) -> None:
+        """Wait until everything is on disk. Raises CheckpointError if the last save failed."""
+        try:
+            self.settle()
+        finally:
+            self._thread.shutdown()
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, if it is the system that refused."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore, which writes for Orbax, puts it
+    if code:
+        return os.strerror(int(code[1]))
+    return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).split("\n")[0][:200]
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    arrays = (ocp.PyTreeCheckpointHandler(use_compression=False) for _ in range(2))
+    names = dict(zip(("trained", "optimizer"), arrays, strict=True))
+    return ocp.CompositeCheckpointHandler(
+        **names, data=ocp.JsonCheckpointHandler(), counters=ocp.JsonCheckpointHandler()
+    )
+
+
+def begun(folder: Path) -> bool:
+    """Whether there is a checkpoint in ``folder``, or was one that is damaged."""
+    return bool(steps_in(folder) or list(folder.glob(f"*{DAMAGED}*")))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The complete checkpoints in ``folder``, rising."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def restore_arrays(folder: Path, like: Any) -> Any:
+    """The arrays of ``folder`` with the shapes, dtypes and places of ``like``."""
+    with ocp.StandardCheckpointer() as reader, reading(folder):
+        return reader.restore(folder.absolute(), like)
+
+
+def stored(folder: Path) -> Any:
+    """What ``folder`` holds, with shapes and dtypes."""
+    with reading(folder):
+        return ocp.StandardCheckpointHandler().metadata(folder.absolute()).tree
+
+
+def _json(folder: Path) -> Any:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader, reading(folder):
+        return reader.restore(folder.absolute())
+
+
+def _differences(there: Any, here: Any) -> list[str]:
+    a, b = _leaves(there), _leaves(here)
+    missing = [f"{name} is not there" for name in b if name not in a]
+    more = [f"{name} is there alone" for name in a if name not in b]
+    other = [f"{name} is {a[name]} there, {b[name]} here" for name in b if name in a and a[name] != b[name]]
+    return other + missing + more
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Dtype and shape by path; tuples, lists and named tuples alike."""
+
+    def name(key: Any) -> str:
+        return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name, path)): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}

@@ -1,0 +1,121 @@
+"""The report of a run: a picture and one page, or one sentence that says why not."""
+
+import dataclasses
+import json
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import train_fixtures
+
+from comi_jax import checkpoint, report
+from comi_jax.config import MEASURES, Config, Train
+
+TOKENIZER = train_fixtures.tokenizer()
+
+
+def interval(mean):
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 6}
+
+
+def write(folder, steps=60, evaluated=True, **settings):
+    """A run's folder as it is after its last step, without its weights."""
+    config = Config(name="<b>", train=Train(steps=steps, **settings))
+    checkpoint.write_run(folder, checkpoint.Run(config, train_fixtures.backbone(num_hidden_layers=8), (2,)), TOKENIZER)
+    rows = [
+        {
+            "step": step, "loss": None if step == 7 else 5 / step, "accuracy": 1 - 1 / step, "gradient_norm": 1 / step,
+            "learning_rate": 1e-3 / step, "padding": 0.1, "ratio": 3.9, "memory_gb": 0.5, "skipped": int(step >= 7),
+        } | ({"tokens_per_second": 1000.0 + step} if step > 1 else {})
+        for step in range(1, steps + 1)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 61')
+    measured = {
+        step: {"n": 6, "metrics": dict.fromkeys(MEASURES, interval(mean)), "ratio": 3.9}
+        for step, mean in ((20, 0.3), (40, 0.7), (60, 0.6))
+    }
+    if evaluated:
+        lines = (json.dumps({"step": step, **row}) + "\n" for step, row in measured.items())
+        (folder / "evaluations.jsonl").write_text("".join(lines))
+        (folder / "results.json").write_text(
+            json.dumps({"COMI": measured[60], "closed book": measured[20] | {"ratio": 0.0}})
+        )
+    return folder
+
+
+class Reader(HTMLParser):
+    """Every tag that opens is closed, nothing is loaded, and what can be read."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.loaded = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.loaded += [value[:30] for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(path):
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    assert not reader.open
+    return " | ".join(text.strip() for text in reader.text if text.strip()), reader.loaded
+
+
+def test_a_run_becomes_a_picture_and_one_page_that_needs_no_other_file(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = write(tmp_path / "<run>")
+    report.main([str(run)])
+    assert capsys.readouterr().out.split() == [str(run / "report.png"), str(run / "report.html")]
+    assert (run / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    text, loaded = read(run / "report.html")
+    assert loaded == ["data:image/png;base64,iVBORw0K"]
+    for part in (
+        "<run> |", "60 of 60", "0.0833", "best evaluated step | 40 (f1_max 0.700)", "updates left out | 1",
+        "tokens per second, median | 1,031", "0.600 [0.500, 0.700]", "closed book", "train.steps | 60", "name | <b>",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_runs_are_drawn_together_and_their_differences_are_listed(tmp_path):
+    pytest.importorskip("matplotlib")
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", evaluated=False, seed=7)
+    write(first / "mean_pooling", steps=30)
+    report.main([str(first), str(second), f"--output={tmp_path / 'out'}"])
+    text, _ = read(tmp_path / "out" / "report.html")
+    assert "a, a, mean-pooling, b" in text
+    assert (
+        "What the runs differ in: | a | a, mean-pooling | b | train.seed | 0 | 0 | 7 | train.steps | 60 | 30 | 60"
+        in text
+    )
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.png"]
+
+
+def test_a_run_that_was_never_evaluated_is_drawn_too(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = report.draw(report.read(write(tmp_path / "run", evaluated=False)))
+    assert picture[:4] == b"\x89PNG"
+
+
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch):
+    run = write(tmp_path / "run")
+    for course in report.read(run):
+        assert dataclasses.is_dataclass(course) and course.steps[-1]["step"] == 60  # the torn line is left out
+    with pytest.raises(SystemExit, match="^error: nowhere is not a COMI checkpoint: it has no config.json$"):
+        report.main(["nowhere"])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        SystemExit, match=r"^error: .* matplotlib, which is not installed; pip install 'comi-jax\[report\]'$"
+    ):
+        report.main([str(run)])
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="^error: .*run has no metrics yet: metrics.jsonl is missing or empty"):
+        report.main([str(run)])
+    assert not (run / "report.png").exists()
