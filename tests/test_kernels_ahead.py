@@ -1,0 +1,67 @@
+"""The Pallas kernels compile for real, ahead of time, for chips that are not here: Mosaic for TPU v5e and v6e, Triton
+for H100. Each in a process of its own, as the compilers must be found before JAX starts."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from comi_jax import topology
+from comi_jax.kernels.merge import merge
+from comi_jax.kernels.redundancy import max_cosine
+
+where = topology.find(sys.argv[1])
+home = SingleDeviceSharding(where.devices[0])
+name = sys.argv[2]
+for batch, length, width, dtype in [(1, 32768, 3584, "bfloat16"), (2, 300, 96, "float32"), (1, 4096, 4096, "float32")]:
+    x, numbers, group = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=home)
+        for shape, kind in (((batch, length, width), dtype), ((batch, length), "float32"), ((batch, length), "int32"))
+    )
+    slots = -(-length // 16)
+    for kernel in (
+        lambda x, n, g: max_cosine(x, n, g, implementation=name),
+        lambda x, n, g: merge(x, n, g, slots, implementation=name),
+    ):
+        compiled = jax.jit(kernel).lower(x, numbers, group).compile()
+        assert ("tpu_custom_call" if name == "tpu" else "triton") in compiled.as_text()
+        extra = compiled.memory_analysis().temp_size_in_bytes
+        assert extra < 2e6, f"{extra} bytes beyond input and output"
+print("compiled")
+"""
+
+
+def installed(*packages):
+    return any(importlib.util.find_spec(package) for package in packages)
+
+
+@pytest.mark.parametrize(
+    "topology, name",
+    [
+        pytest.param(chips, "tpu", marks=pytest.mark.skipif(not installed("libtpu"), reason="libtpu is not installed"))
+        for chips in ("v5e:2x2", "v6e:2x2")
+    ]
+    + [
+        pytest.param(
+            "h100:1",
+            "gpu",
+            marks=pytest.mark.skipif(
+                not installed("jax_cuda12_plugin", "jax_cuda13_plugin"), reason="JAX's CUDA plugin is not installed"
+            ),
+        )
+    ],
+)
+def test_kernels_compile_for_chips_that_are_not_here(topology, name):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, topology, name], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stdout == "compiled\n", done.stderr[-3000:]
