@@ -1,4 +1,4 @@
-"""Every test runs on four fake CPU devices, with JAX's silent conveniences turned into errors."""
+"""Every test runs on four fake CPU devices (COMI_TEST_DEVICES), with JAX's silent conveniences turned into errors."""
 
 import os
 
@@ -9,6 +9,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("COMI_TEST_DEVICES", "4")))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

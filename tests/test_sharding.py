@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import re
 
 import jax
@@ -170,3 +172,24 @@ def test_a_step_is_the_same_on_any_mesh_and_in_any_number_of_micro_batches(start
     for path, expected in alone[1].items():
         np.testing.assert_allclose(change[path], expected, atol=1e-5, err_msg=path)
     assert max(np.abs(x).max() for x in change.values()) > 1e-2
+
+
+def meshes():
+    """Every way to lay 1, 2, 4 or 8 devices along the axes that 4 heads over 2 kv heads allow."""
+    for sizes in itertools.product((1, 2, 4, 8), repeat=4):
+        heads = 4 // sizes[2] if sizes[2] <= 2 else 4
+        if math.prod(sizes) <= 8 and heads % sizes[3] == 0:
+            yield pytest.param(sizes, id="x".join(map(str, sizes)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", meshes())
+def test_a_step_is_the_same_on_every_mesh_of_up_to_eight_devices(start, alone, sizes):
+    """COMI_TEST_DEVICES=8 python -m pytest -m slow tests/test_sharding.py"""
+    if math.prod(sizes) > jax.device_count():
+        pytest.skip("set COMI_TEST_DEVICES=8")
+    mesh = sharding.make_mesh(Mesh(*sizes), jax.devices()[: math.prod(sizes)])
+    metrics, change = step(start, mesh, 1)
+    assert metrics == pytest.approx(alone[0], abs=1e-5)
+    for path, expected in alone[1].items():
+        np.testing.assert_allclose(change[path], expected, atol=1e-5, err_msg=path)
