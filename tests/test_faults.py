@@ -64,7 +64,8 @@ def assert_tidy(folder):
 
 def last_step(folder):
     """The last step in the metrics of a run that was killed, its last line perhaps torn."""
-    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True) if folder.exists() else []
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
 
 
