@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from comi_jax.kernels.merge import merge
 
 from comi_jax import backbone as lm
 from comi_jax import comi, hf, official
 from comi_jax import generate as generation
 from comi_jax.compress import compress as compress_batch
-from comi_jax.compress import max_groups, merge
+from comi_jax.compress import max_groups
 from comi_jax.config import Compression, Generation
 from comi_jax.params import combine, partition
 
@@ -114,7 +115,8 @@ def _first_segment(params, arch, batch, aux):
     x = lm.embed_tokens(params["encoder"], rows, arch.dtype)
     hidden, _ = lm.forward(params["encoder"], x, arch.backbone, runtime=arch.runtime)
     states = hidden[:, : first.shape[1]].astype(jnp.float32)
-    return hidden, merge(states, aux.weights[:1], aux.group[:1], aux.group_sizes.shape[1])
+    # The softmax of log w is w: the merge of (7), (8) once more, before the LSA.
+    return hidden, merge(states, jnp.log(aux.weights[:1]), aux.group[:1], aux.group_sizes.shape[1])[0]
 
 
 @functools.partial(jax.jit, static_argnames="arch")
