@@ -42,7 +42,7 @@ CHANGEABLE = (
 HARMLESS = (
     "train.output", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.best_by", "train.max_skipped", "train.compare_mean_pooling", "mesh.", "data.eval", "data.eval_examples",
-    "generation.", "model.attention", "model.remat",
+    "generation.", "model.attention", "model.kernels", "model.remat", "data.examples_per_source",
 )  # fmt: skip
 DRAFT = "config.json.draft"
 BEFORE = "; with that folder removed, the checkpoint before it is used"

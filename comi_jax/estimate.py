@@ -44,18 +44,19 @@ def on_one_device(tree: Any) -> int:
 
 
 def held(
-    arch: comi.Architecture, state: TrainState, frozen: Any, lengths: flops.Lengths, rows: int, tensor: int
+    arch: comi.Architecture, state: TrainState, frozen: Any, lengths: flops.Lengths, rows: int, mesh: jax.sharding.Mesh
 ) -> Held:
-    """What a step on ``rows`` contexts a device holds, the model's heads and feed-forward split ``tensor`` ways."""
+    """What a step on ``rows`` contexts a device holds, heads, feed-forward and tokens split as ``mesh`` says."""
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     backbone, trained = arch.backbone, on_one_device(state.trained)
     width = 2 if arch.dtype == "bfloat16" else 4
     segments = flops.segments(arch, lengths.context)
-    encoded = sum(segments) + len(segments) * lengths.query
+    encoded = -(-(sum(segments) + len(segments) * lengths.query) // context)
     memory = flops.memory_length(arch, lengths)
-    decoded = memory + lengths.query + lengths.answer
+    decoded = -(-(memory + lengths.query + lengths.answer) // context)
     layers = (
         arch.compression.encoder_layers * encoded
-        + arch.compression.lsa_layers * memory
+        + arch.compression.lsa_layers * -(-memory // context)
         + backbone.num_hidden_layers * decoded
     )
     heads, keys = (n * backbone.head_dim for n in (backbone.num_attention_heads, backbone.num_key_value_heads))

@@ -85,6 +85,7 @@ def abstract_batch(config: Config, examples: int, share: int, home: Any) -> comi
 def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> Program:
     """The train step of ``config`` on all devices of ``where``."""
     mesh = sharding.make_mesh(config.mesh, where.devices)
+    sharding.check_heads(backbone, mesh)
     parts = sharding.micro_batches(config, mesh)
     arch = comi.Architecture.of(backbone, config).on(mesh)
     update = optim.optimizer(config.optimizer, config.train.steps)
@@ -94,7 +95,7 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     lowered = CompiledStep(arch, update, parts).lower(held, frozen, batch, key)
     rows = config.train.batch_size // config.train.share_context // parts // (mesh.shape["data"] * mesh.shape["fsdp"])
-    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, mesh.shape["tensor"])
+    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, mesh)
     memory = {
         "trained parameters": known.trained,
         "frozen parameters": known.frozen,
@@ -111,7 +112,7 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
 def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_size: int) -> list[Program]:
     """Compressing and answering ``batch_size`` examples on one device, as ``comi_jax.answer`` does."""
     one = dataclasses.replace(where, devices=where.devices[:1])
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), one.devices)
+    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), one.devices)
     arch = comi.Architecture.of(backbone, config).on(mesh)
     arch = dataclasses.replace(arch, runtime=arch.runtime.replace(remat="off"))
     home = NamedSharding(mesh, PartitionSpec())

@@ -1,7 +1,7 @@
 """Which mesh, micro-batch and remat policy a topology trains a config fastest with: estimated first, then compiled.
 
-Every division of the devices over data, fsdp and tensor is estimated from shapes (``estimate``): what surely does not
-fit is left out, the rest is ordered by a step time of
+Every division of the devices over data, fsdp, tensor and context is estimated from shapes (``estimate``): what surely
+does not fit is left out, the rest is ordered by a step time of
 
     max(operations / FLOP/s, weights gathered and gradients scattered / links)
 
@@ -9,6 +9,7 @@ and the first few are compiled; the best is the one whose compiled lower bound i
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,28 +32,34 @@ class Candidate:
 
     def __str__(self) -> str:
         mesh, parts = self.config.mesh, self.config.optimizer.accumulate
-        sizes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
+        sizes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} x context {mesh.context}"
         return f"{sizes}, {parts} micro-batches, remat {self.config.model.remat}"
 
 
 def candidates(config: Config, backbone: Backbone, where: Topology) -> Iterator[Candidate]:
     """Every way that divides evenly, with its estimate."""
     count, contexts = len(where.devices), config.train.batch_size // config.train.share_context
-    for tensor in (n for n in range(1, count + 1) if count % n == 0 and backbone.num_key_value_heads % n == 0):
-        for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
-            data = count // tensor // fsdp
-            rows = contexts // (data * fsdp)  # of a device, over all micro-batches
-            if contexts % (data * fsdp):
-                continue
-            for parts in (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= 4):
-                for remat in ("off", "projections", "attention", "full"):
-                    yield _estimated(config, backbone, where, (data, fsdp, tensor), parts, remat)
+    heads, keys = backbone.num_attention_heads, backbone.num_key_value_heads
+    for tensor, context, fsdp in itertools.product(_divisors(count), repeat=3):
+        data = count // (tensor * context * fsdp)
+        if data * tensor * context * fsdp != count or keys % tensor or heads // tensor % context:
+            continue
+        rows = contexts // (data * fsdp)  # of a device, over all micro-batches
+        if contexts % (data * fsdp):
+            continue
+        for parts in (n for n in _divisors(rows) if rows // n <= 4):
+            for remat in ("off", "projections", "attention", "full"):
+                yield _estimated(config, backbone, where, (data, fsdp, tensor, context), parts, remat)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _estimated(
-    config: Config, backbone: Backbone, where: Topology, sizes: tuple[int, int, int], parts: int, remat: str
+    config: Config, backbone: Backbone, where: Topology, sizes: tuple[int, int, int, int], parts: int, remat: str
 ) -> Candidate:
-    mesh_sizes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    mesh_sizes = dict(zip(sharding.AXES, sizes, strict=True))
     config = dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **mesh_sizes),
@@ -62,19 +69,23 @@ def _estimated(
     mesh = sharding.make_mesh(config.mesh, where.devices)
     arch = comi.Architecture.of(backbone, config).on(mesh)
     held, frozen = state.abstract(arch, optim.optimizer(config.optimizer, config.train.steps), mesh)
-    data, fsdp, tensor = sizes
+    data, fsdp, tensor, context = sizes
     rows = config.train.batch_size // config.train.share_context // parts // (data * fsdp)
     lengths = estimate.longest(config)
-    needed = estimate.held(arch, held, frozen, lengths, rows, tensor)
+    needed = estimate.held(arch, held, frozen, lengths, rows, mesh)
     costs = flops.by_part(arch, lengths).values()
     work = sum(cost.total + RECOMPUTED[remat] * cost.forward for cost in costs) * config.train.batch_size
     # Weights in the model's dtype are gathered for the forward and the backward pass, gradients scattered once; the
     # results of two products a block are summed over tensor, forward and backward.
-    weights = (needed.trained // 2 + needed.frozen) * (fsdp - 1) * 2 + needed.trained // 2 * (fsdp - 1)
+    others = fsdp * context - 1
+    weights = (needed.trained // 2 + needed.frozen) * others * 2 + needed.trained // 2 * others
     tokens = lengths.context * arch.compression.encoder_layers + sum(
         backbone.num_hidden_layers * n for n in (flops.memory_length(arch, lengths), lengths.query, lengths.answer)
     )
-    sums = 8 * rows * tokens * backbone.hidden_size * 2 * (tensor - 1) / tensor
+    sums = 8 * rows * tokens / context * backbone.hidden_size * 2 * (tensor - 1) / tensor
+    # Tokens are exchanged for heads before and after attention, forward, backward and where it is recomputed.
+    heads = 2 * (backbone.num_attention_heads + backbone.num_key_value_heads) * backbone.head_dim // tensor
+    sums += 3 * rows * tokens / context * heads * 2 * (context - 1) / context
     replicas = 2 * needed.gradients * (data - 1) / data
     link = where.chip.link if where.per_node is None or len(where.devices) <= where.per_node else where.chip.network
     seconds = max(work / len(where.devices) / where.chip.flops, (parts * (weights + sums) + replicas) / link)

@@ -60,6 +60,11 @@ def backbone_folder(config: Config) -> Path:
     return Path(config.model.path)
 
 
+def starting_backbone(folder: Path) -> Backbone:
+    """The backbone of the language model, or of the COMI checkpoint, in ``folder``."""
+    return read_run(folder).backbone if is_run(folder) else hf.read_config(folder)
+
+
 def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[int, ...]]:
     """Backbone, tokenizer and stop tokens of the language model, or of the COMI checkpoint, in ``folder``."""
     if is_run(folder):
