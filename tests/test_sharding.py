@@ -183,7 +183,7 @@ def meshes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", meshes())
+@pytest.mark.parametrize("sizes", list(meshes()))
 def test_a_step_is_the_same_on_every_mesh_of_up_to_eight_devices(start, alone, sizes):
     """COMI_TEST_DEVICES=8 python -m pytest -m slow tests/test_sharding.py"""
     if math.prod(sizes) > jax.device_count():
