@@ -103,24 +103,28 @@ def test_the_models_that_the_configs_name_are_known():
 TOKENS, VOCABULARY = 1024, 4096
 
 
-@pytest.fixture(scope="module")
-def step_text():
-    """The step of a small model over 1,024 tokens on 2 x 2 devices, two layers everywhere."""
+def compiled_step(mesh, batch_size):
+    """The step of a small model over 1,024 tokens on four devices, two layers everywhere."""
     config = Config(
         model=Model(dtype="float32", attention="blocked"),
         compression=Compression(rates=(16,), encoder_layers=2, lsa_layers=2, segment_size=TOKENS),
         data=Data(max_context=TOKENS, max_query=8, max_answer=4),
-        optimizer=Optimizer(accumulate=1), train=Train(batch_size=4), mesh=Mesh(data=2, fsdp=2),
+        optimizer=Optimizer(accumulate=1), train=Train(batch_size=batch_size), mesh=mesh,
     )  # fmt: skip
     mesh = sharding.make_mesh(config.mesh)
     backbone = train_fixtures.backbone(vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=False)
     arch = comi.Architecture.of(backbone, config).on(mesh)
     update = optim.optimizer(config.optimizer, 10)
     held, frozen = state.abstract(arch, update, mesh)
-    batch = plan.abstract_batch(config, 4, 1, sharding.rows(mesh))
+    batch = plan.abstract_batch(config, batch_size, 1, sharding.rows(mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = CompiledStep(arch, update, 1).lower(held, frozen, batch, key).compile()
     return compiled.as_text(), arch
+
+
+@pytest.fixture(scope="module")
+def step_text():
+    return compiled_step(Mesh(data=2, fsdp=2), 4)
 
 
 def test_no_whole_stack_of_weights_is_gathered(step_text):
@@ -148,6 +152,17 @@ def test_nothing_is_tokens_by_tokens_or_tokens_by_vocabulary(step_text):
         (math.prod(shape.dims), shape.dims) for c in computations.values() for i in c.values() for shape in i.shapes
     )
     assert largest[0] < TOKENS**2 / 2 < TOKENS * VOCABULARY, largest
+
+
+def test_where_tokens_are_split_no_device_holds_the_states_of_a_whole_row():
+    """But whole rows of its own heads, in attention."""
+    text, arch = compiled_step(Mesh(data=1, context=4), 1)
+    row, backbone = TOKENS + 8, arch.backbone
+    computations, _ = hlo_text.parse(text)
+    shapes = {shape.dims for c in computations.values() for i in c.values() for shape in i.shapes}
+    whole = {dims for dims in shapes if set(dims) & set(range(TOKENS, row + 8))}
+    assert (1, row, backbone.num_attention_heads // 4, backbone.head_dim) in shapes
+    assert max(map(math.prod, whole)) < TOKENS * backbone.hidden_size / 2
 
 
 @pytest.mark.slow
