@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from comi_jax import comi, generate, hf
 from comi_jax.checkpoint import CheckpointError, Run, choose_step, load_params
@@ -57,11 +58,14 @@ class Answer:
 class Comi:
     """A trained compressor. An example's result is the same alone, padded, or in any batch."""
 
-    def __init__(self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16):
+    def __init__(
+        self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16, mesh: Mesh | None = None
+    ):
+        """``mesh``: of the devices that ``params`` are split over, if they are."""
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.batch_size = run, params, tokenizer, batch_size
-        runtime = run.architecture.runtime.replace(remat="off")
+        runtime = run.architecture.runtime.replace(remat="off", mesh=mesh)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
 
     @classmethod

@@ -131,9 +131,16 @@ def rotate(x: Float[Array, "B T heads H"], rope: tuple[Float[Array, "B T 1 half"
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def embed_tokens(params: Tree, ids: Int[Array, "*shape"], dtype: Any) -> Float[Array, "*shape D"]:
+def embed_tokens(
+    params: Tree, ids: Int[Array, "*shape"], dtype: Any, runtime: Runtime = Runtime()
+) -> Float[Array, "*shape D"]:
     """Rows of the embedding table, in ``dtype``."""
-    return params["embed"][ids].astype(dtype)
+    x = params["embed"][ids].astype(dtype)
+    if x.ndim == 3 and runtime.parts > 1 and x.shape[2] % runtime.parts == 0:
+        # The table's width is split over fsdp and context. Rows first, tokens later: each is one exchange along one
+        # axis, where both at once would have every device hold everything.
+        x = _constrain(x, NamedSharding(runtime.mesh, PartitionSpec(row_axes(x, runtime.mesh), None, "context")))
+    return x
 
 
 def logits(params: Tree, states: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
@@ -225,9 +232,12 @@ def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding 
     """Where rows lie whose tokens are split over devices; None where they are not, or do not divide."""
     if runtime.parts == 1 or x.shape[1] % runtime.parts:
         return None
-    mesh = runtime.mesh
-    rows = None if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
-    return NamedSharding(mesh, PartitionSpec(rows, "context"))
+    return NamedSharding(runtime.mesh, PartitionSpec(row_axes(x, runtime.mesh), "context"))
+
+
+def row_axes(x: Array, mesh: Mesh) -> tuple[str, ...] | None:
+    """The mesh axes that the rows of ``x`` are split over; None if they do not divide."""
+    return None if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
 
 
 def _constrain(x: Array, home: NamedSharding | None) -> Array:

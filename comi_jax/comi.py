@@ -73,7 +73,10 @@ class Batch:
 @no_type_check
 @struct.dataclass
 class Memory:
-    """Aligned memory vectors of all segments, in order; each row's first ``length`` are real."""
+    """Aligned memory vectors of all segments, in order; each row's first ``length`` are real.
+
+    Where tokens are split over devices, ``aux`` has as many as a row of the encoder, [context; query].
+    """
 
     vectors: Float[Array, "B M D"]
     length: Int[Array, " B"]
@@ -165,7 +168,8 @@ def encode(
     with jax.named_scope("encode"):
         rows, _ = join_rows(context, context_length, query, query_length)
         rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % parts)))
-        states, _ = lm.forward(encoder, lm.embed_tokens(encoder, rows, arch.dtype), arch.backbone, runtime=arch.runtime)
+        x = lm.embed_tokens(encoder, rows, arch.dtype, arch.runtime)
+        states, _ = lm.forward(encoder, x, arch.backbone, runtime=arch.runtime)
         query_vector = masked_mean(states, context_length, query_length)
         return states if parts > 1 else states[:, : context.shape[1]], query_vector
 
@@ -258,7 +262,7 @@ def prompt(
     params: Tree, arch: Architecture, memory: Memory, batch: Batch
 ) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
     """What the decoder reads before it answers: [memory; embed(Q)], and its length."""
-    query = lm.embed_tokens(params["decoder"], batch.query, arch.dtype)
+    query = lm.embed_tokens(params["decoder"], batch.query, arch.dtype, arch.runtime)
     return join_rows(memory.vectors.astype(arch.dtype), memory.length, query, batch.query_length)
 
 
@@ -273,7 +277,7 @@ def answer_logits(
     """Logits that predict each answer token, from memory, query and the answer tokens before it; nowhere else."""
     with jax.named_scope("decode"):
         before, length = prompt(params, arch, memory, batch)
-        answer = lm.embed_tokens(params["decoder"], batch.answer, arch.dtype)
+        answer = lm.embed_tokens(params["decoder"], batch.answer, arch.dtype, arch.runtime)
         rows, _ = join_rows(before, length, answer, batch.answer_length)
         rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % arch.runtime.parts), (0, 0)))
         lora = adapters(params, arch, dropout_key)

@@ -97,10 +97,9 @@ def compress(
 
 
 def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernels, sequence=WHOLE):
-    # Padding may hold anything, infinities too, which a weight or a cotangent of zero would turn into NaN.
+    # Padding may hold anything, infinities too, which a cotangent of zero would turn into NaN; the merge leaves it out.
     position = sequence.position(states.shape[1])
-    states = jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0)
-    tokens, inverse = mig.directions(states)
+    tokens, inverse = mig.directions(jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0))
     relevance = mig.relevance(tokens, inverse, query)
     representative = coarse_mig = None
     with jax.named_scope("coarse"):

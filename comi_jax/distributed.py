@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed as jax_distributed  # the coordinator's key-value store has no public name
@@ -114,6 +114,10 @@ class Watch(threading.Thread):
                 for key, said in self._store.key_value_dir_get("comi/beat/"):
                     if heard.get(key, ("", 0.0))[0] != said:
                         heard[key] = (said, now)
+                for key, said in self._store.key_value_dir_get("comi/left/"):
+                    if not key.endswith(f"/{self._index}"):
+                        self._end(f"process {key.rsplit('/', 1)[1]} of {self._count} ended: {said}")
+                        return
                 gone = [key for key, (_, since) in heard.items() if now - since > self._timeout]
                 if gone:
                     self._end(self._message(gone[0].rsplit("/", 1)[1]))
@@ -131,6 +135,15 @@ class Watch(threading.Thread):
         )
 
 
+def leave(message: str) -> NoReturn:
+    """End this process with ``message`` on standard error and status 1; of several, the others are told and end too."""
+    if jax.process_count() == 1:
+        sys.exit(f"error: {message}")
+    jax_distributed.global_state.client.key_value_set(f"comi/left/{jax.process_index()}", message, allow_overwrite=True)
+    time.sleep(3)  # the others look once a second, and process 0 holds what they look at
+    _end(message)
+
+
 def failed(error: Exception) -> str:
     """What to say of an ``error`` in a step: after the watch has had its time to say more, that another process may be
     the cause. Raises ``error`` where there is no other."""
@@ -140,6 +153,6 @@ def failed(error: Exception) -> str:
     return f"a step failed in process {jax.process_index()} of {jax.process_count()}: {str(error).splitlines()[0]}"
 
 
-def _end(message: str) -> None:
+def _end(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)  # another thread waits in a collective, from which nothing calls it back

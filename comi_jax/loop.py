@@ -40,7 +40,7 @@ class Job:
     state: TrainState
     frozen: dict[str, Array]
     batches: Any  # endless comi.Batch, as they are and on the devices, with get_state, set_state and close
-    largest: comi.Batch  # zeros in the largest shape that a batch can have
+    largest: comi.Batch  # in the largest shape that a batch can have
     held_out: list[Record]
     tokenizer: Any
     checkpoints: Checkpoints
@@ -102,7 +102,10 @@ class Loop:
     def _step(self, step: int) -> None:
         job, settings = self.job, self.settings
         batch, placed = next(job.batches)
+        known = self.step_fn.compiled
         job.state, metrics = self.step_fn(job.state, job.frozen, placed, self.key)
+        if self.step_fn.compiled > known:
+            self.meter.pause()
         self.meter.add(step, metrics, batch)
         self.log.advance(step)
         every = settings.checkpoint_every
@@ -127,8 +130,10 @@ class Loop:
     def _end_requested(self, step: int) -> bool:
         """Whether a signal has come; then everything up to ``step`` is saved. Several processes agree on the step."""
         together = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
-        if together and multihost_utils.reached_preemption_sync_point(step):
-            self.stop.requested = "SIGTERM"
+        if together:
+            self.stop.asked += 1  # not the step: JAX waits for the number behind the last one it saw in this process
+            if multihost_utils.reached_preemption_sync_point(self.stop.asked):
+                self.stop.requested = "SIGTERM"
         if not self.stop.requested:
             return False
         if step > self.saved or not self.job.checkpoints.settle():
@@ -147,13 +152,14 @@ class Loop:
         step = int(self.job.state.step)
         self._save(step, wait=True)
         path = self.job.output / "bad_batches" / f"step_{error.step}.npz"
-        path.parent.mkdir(exist_ok=True)
         ids = dataclasses.asdict(error.batch)
         words = {
             name: [self.job.tokenizer.decode(row[:n]) for row, n in zip(ids[name], ids[f"{name}_length"], strict=True)]
             for name in ("query", "answer")
         }
-        np.savez_compressed(path, **ids, **{f"{name}_text": np.array(rows) for name, rows in words.items()})
+        if distributed.is_first():
+            path.parent.mkdir(exist_ok=True)
+            np.savez_compressed(path, **ids, **{f"{name}_text": np.array(rows) for name, rows in words.items()})
         return CheckpointError(
             f"{error}: their updates were left out and the run stops, saved after step {step}; the last batch is in "
             f"{path}; look at it, then run the same command to go on behind it, or with a lower "
@@ -176,7 +182,7 @@ class Loop:
         arch = job.run.architecture
         with self.stop.saved() if folder.is_dir() else contextlib.nullcontext():
             flat = {path: x.astype(frozen_dtype(path, arch)) for path, x in job.state.trained.items()}
-            model = Comi(job.run, combine(flat, job.frozen), job.tokenizer)
+            model = Comi(job.run, combine(flat, job.frozen), job.tokenizer, mesh=job.mesh)
             output = job.output / "evaluations" / f"step_{step}.jsonl"
             result = evaluate.evaluate(
                 model, job.held_out, output, weights=checkpoint.weights_of(job.output, step), console=self.console

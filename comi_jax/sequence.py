@@ -126,6 +126,7 @@ class Split:
         first, end = dispatch.reach(group, length)
         device = jnp.arange(self.devices, dtype=jnp.int32)[None, :]
         farthest = jnp.maximum(device - first // length, (end - 1) // length - device)
+        farthest = jnp.where(end > 0, farthest, 0)  # the tokens of a device may all be of no group
         return jax.lax.pmax(jnp.max(farthest), self.mesh_axes)
 
     def _partners(self, x, inverse, group, reach, kernels):

@@ -102,6 +102,11 @@ class CompiledStep:
         self._step = functools.partial(train_step, arch=arch, update=update, accumulate=accumulate)
         self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
 
+    @property
+    def compiled(self) -> int:
+        """How many shapes of batches it has been compiled for."""
+        return len(self._compiled)
+
     def __call__(
         self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:

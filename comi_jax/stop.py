@@ -19,6 +19,7 @@ class Stop:
 
     def __init__(self, say: Callable[[str], None], leave: Callable[[], None]):
         self.requested = ""
+        self.asked = 0  # how often several processes have agreed on whether to end
         self._say, self._leave = say, leave  # ``leave`` tidies up before the process ends
         self._saved, self._guard = False, threading.Lock()
 

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,9 @@ def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Ar
     elif not task.dry_run:
         save_frozen(output, frozen)
     longest = max(examples, key=lambda example: len(example.context))
-    largest = loader.collate([longest] * settings.batch_size, shapes, settings.share_context)
+    segments, length, *_ = shapes.size([longest])
+    size = (segments, length, shapes.query, shapes.answer)
+    largest = loader.collate([longest] * settings.batch_size, shapes, settings.share_context, size)
     return loop.Job(
         title, run, output, mesh, update, state, frozen, batches, largest, task.held_out, task.tokenizer, checkpoints,
         progress,
@@ -247,10 +248,12 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
                 if job.progress.step < job.steps:
                     training.describe()
             if dry_run:
-                continue
-            if not training.run():
+                job.batches.close()
+                job.checkpoints.close()
+            elif not training.run():
                 return
-            console.print(f"{title}: checkpoint in {place}", highlight=False)
+            else:
+                console.print(f"{title}: checkpoint in {place}", highlight=False)
             del job, training  # the next system needs their memory
         with stop.saved():
             if task.held_out and not dry_run:
@@ -345,9 +348,9 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(options.config, overrides)
         run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
     except jax.errors.JaxRuntimeError as error:
-        sys.exit(f"error: {distributed.failed(error)}")
+        distributed.leave(distributed.failed(error))
     except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError, OSError) as error:
-        sys.exit(f"error: {error}")
+        distributed.leave(str(error))
 
 
 if __name__ == "__main__":

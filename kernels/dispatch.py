@@ -15,6 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 NAMES = ("xla", "tpu", "gpu", "interpret")
+DTYPES = {
+    "tpu": (jnp.bfloat16, jnp.float32),
+    "gpu": (jnp.bfloat16, jnp.float16, jnp.float32),
+    "interpret": (jnp.bfloat16, jnp.float32),
+}
 PART = 512  # tokens that plain XLA takes at a time on CPU
 NO_GROUP = int(jnp.iinfo(jnp.int32).max)  # sorts behind every group
 
@@ -28,12 +33,12 @@ def choose(kernel: str, implementation: str | None, dtype: Any, platform: str | 
     """
     if implementation is None:
         platform = platform or jax.default_backend()
-        implementation = platform if platform in ("tpu", "gpu") and dtype != jnp.float64 else "xla"
+        implementation = platform if platform in DTYPES and dtype in DTYPES[platform] else "xla"
         _log_choice(kernel, implementation, str(dtype), platform)
     if implementation not in NAMES:
         raise ValueError(f"{kernel}: no implementation {implementation!r}; there are {', '.join(NAMES)}.")
-    if implementation != "xla" and dtype == jnp.float64:
-        raise ValueError(f"{kernel}: {implementation!r} does not compute in float64; name 'xla'.")
+    if implementation != "xla" and dtype not in DTYPES[implementation]:
+        raise ValueError(f"{kernel}: {implementation!r} does not compute in {jnp.dtype(dtype)}; name 'xla'.")
     return implementation
 
 

@@ -23,7 +23,8 @@ def merge_reference(
     """The definition, with the whole [M, S] matrix: what every implementation is held against."""
     member = group[:, None, :] == jnp.arange(slots, dtype=group.dtype)[None, :, None]
     gain = jnp.where(member, gain[:, None, :], -jnp.inf)
-    weight = jnp.where(member, jax.nn.softmax(gain, axis=2), 0.0)  # NaN in empty slots, which have no member
+    weight = jax.nn.softmax(gain, axis=2)
+    weight = jnp.where(jnp.isnan(weight), 0.0, weight)  # of slots that are empty, or whose gains are all -inf
     normalizer = jax.nn.logsumexp(gain, axis=2)
     return jnp.einsum("bms,bsd->bmd", weight, x.astype(dispatch.wide(x)), precision=PRECISION), normalizer
 
@@ -39,8 +40,8 @@ def merge(
     """One vector for each of ``slots`` groups, in float32 at least, and log sum exp of the gains in it.
 
     ``group`` never decreases along a row and is below ``slots``; -1, at the end of a row only, marks tokens of no
-    group, which may hold anything. An empty slot has the vector 0 and -inf. ``implementation`` is one of
-    dispatch.NAMES, or None for the device's own.
+    group, which may hold anything. An empty slot, or one whose gains are all -inf, has the vector 0 and -inf.
+    ``implementation`` is one of dispatch.NAMES, or None for the device's own.
 
     A group that is split over devices: merge each part, then its parts, with the second result as their gain.
 
@@ -107,9 +108,10 @@ def _scattered(x, gain, group, slots):
 
     def row(gain, group):
         top = jax.ops.segment_max(gain, group, slots, indices_are_sorted=True)
+        top = jnp.where(top > -jnp.inf, top, 0.0)
         power = jnp.exp(gain - top.at[group].get(mode="fill", fill_value=jnp.inf))
         total = jax.ops.segment_sum(power, group, slots, indices_are_sorted=True)
-        share = power / total.at[group].get(mode="fill", fill_value=1.0)
+        share = power / jnp.where(total > 0, total, 1.0).at[group].get(mode="fill", fill_value=1.0)
         return share, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
     share, normalizer = jax.vmap(row)(gain, group)

@@ -56,7 +56,8 @@ def _kernel(border, gain, x, memory, normalizer):
         inside = token < end
         gains = plgpu.load(gain.at[b, pl.ds(at, TOKENS)], mask=inside, other=-jnp.inf)
         highest = jnp.maximum(top, jnp.max(gains))
-        kept, power = jnp.exp(top - highest), jnp.exp(gains - highest)
+        safe = jnp.where(highest > -jnp.inf, highest, 0.0)
+        kept, power = jnp.exp(top - safe), jnp.exp(gains - safe)
         states = plgpu.load(
             x.at[b, pl.ds(at, TOKENS), pl.ds(part * PART, PART)],
             mask=inside[:, None] & (column < width)[None, :],

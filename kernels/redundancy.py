@@ -3,8 +3,9 @@
     redundancy_i = max_{j in group(i), j != i}  (x_i . x_j) / (|x_i| |x_j|)
 
 Groups are contiguous, so all partners of a token lie near it: tiles of tokens meet the few tiles that their groups
-reach. How far that is, is data. No implementation holds more than a tile of cosines beyond its input, and the backward
-pass follows the arg-max alone. ``redundancy_tpu`` and ``redundancy_gpu`` are the Pallas kernels.
+reach. How far that is, is data. No implementation holds more than a tile of cosines beyond its input (plain XLA also a
+padded copy, unless the tokens are a whole number of tiles), and the backward pass follows the arg-max alone.
+``redundancy_tpu`` and ``redundancy_gpu`` are the Pallas kernels.
 """
 
 import functools
@@ -42,8 +43,9 @@ def max_cosine(
 
     ``inverse`` is one over the length of every x, in float32 (float64 for a float64 x). Products are exact and summed
     in float32, bfloat16 inputs included. ``group`` never decreases along a row; numbers may be left out; -1, at the end
-    of a row only, marks tokens of no group. A token without partner gets value 0 and index -1. Ties go to the lowest
-    index, and so does their gradient. ``implementation`` is one of dispatch.NAMES, or None for the device's own.
+    of a row only, marks tokens of no group, which may hold anything. A token without partner gets value 0 and index
+    -1. Ties go to the lowest index, and so does their gradient. ``implementation`` is one of dispatch.NAMES, or None
+    for the device's own.
 
     A sequence that is split over devices: give each a window of whole groups around its own tokens, keep its own.
 
@@ -83,8 +85,10 @@ def _backward(implementation, saved, cotangents):
 
     def add(part, totals):
         to_x, to_inverse = totals
-        at, mine, own, c = part.of(partner), part.of(x).astype(wide), part.of(inverse), part.fresh(pull)
-        others, their = x[rows, at].astype(wide), inverse[rows, at]
+        at, own, c = part.of(partner), part.of(inverse), part.fresh(pull)
+        paired = (part.of(index) >= 0)[:, :, None]  # the others, which may hold anything, pull with 0
+        mine, others = (jnp.where(paired, a, 0).astype(wide) for a in (part.of(x), x[rows, at]))
+        their = inverse[rows, at]
         scale = (c * own * their)[:, :, None]
         to_x = part.add(to_x.at[rows, at].add(scale * mine), scale * others)
         cosine = c * jnp.sum(mine * others, axis=2)

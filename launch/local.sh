@@ -19,12 +19,17 @@ for ((i = 0; i < count; i++)); do
     pids+=($!)
 done
 reaper=""
-trap 'kill "${pids[@]}" 2>/dev/null' INT TERM
+signal=TERM # a second one does not wait until the run is saved
+trap 'kill -$signal "${pids[@]}" 2>/dev/null; signal=KILL' INT TERM
 
 status=0
 for ((left = count; left > 0; left--)); do
-    wait -n -p ended "${pids[@]}"
-    code=$?
+    ended=""
+    until [ -n "${ended:-}" ]; do # a signal to this script interrupts the waiting
+        wait -n -p ended "${pids[@]}"
+        code=$?
+        ((code == 127)) && break 2
+    done
     for i in "${!pids[@]}"; do
         [ "${pids[$i]}" = "${ended:-}" ] && index=$i && unset "pids[$i]"
     done

@@ -9,6 +9,7 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=TERM@600  # before the time is up: the run saves and ends
 #SBATCH --open-mode=append
 COMMAND=(--config=qwen2 model.path=models/qwen2 data.train=train.jsonl.gz data.eval=dev.jsonl.gz train.output=runs/qwen2)
 PYTHON="${PYTHON:-python}" # of an environment that every node sees, with '.[cuda]'

@@ -136,6 +136,14 @@ def test_gradients_are_the_readable_twins(sizes):
         assert np.abs(ours).max() > 0.1
 
 
+@each_implementation
+def test_gains_of_minus_infinity_weigh_nothing(name):
+    """Single ones, all that a kernel sees in one step, and all of a group."""
+    x, gain = inputs(13)
+    group = jnp.stack([groups([250, 50])] * 2)
+    check(IMPLEMENTATIONS[name], x, gain.at[0, :200].set(-jnp.inf).at[1, 250:].set(-jnp.inf), group, 2)
+
+
 def test_weights_sum_to_one_over_each_group():
     x, gain = inputs(9)
     group = jnp.stack([groups([5, 0, 200, 90]), groups([300])])
@@ -196,9 +204,10 @@ def test_what_is_named_is_obeyed_or_refused():
         dispatch.choose("merge", "gpu", jnp.dtype("f8"))
 
 
-@pytest.mark.parametrize(
-    "platform, dtype, name", [("tpu", "f4", "tpu"), ("gpu", "f2", "gpu"), ("cpu", "f4", "xla"), ("gpu", "f8", "xla")]
-)
+CHOICES = [("tpu", "f4", "tpu"), ("gpu", "f2", "gpu"), ("cpu", "f4", "xla"), ("gpu", "f8", "xla"), ("tpu", "f2", "xla")]
+
+
+@pytest.mark.parametrize("platform, dtype, name", CHOICES)
 def test_none_chooses_for_the_device_and_says_so_once(platform, dtype, name, caplog):
     dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):

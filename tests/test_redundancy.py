@@ -189,6 +189,13 @@ def test_gradients_of_bfloat16_are_summed_in_float32():
     np.testing.assert_allclose(np.asarray(got[0, 0, 0], np.float32), 300 * 2.0**-8, rtol=2**-7)
 
 
+def test_gradients_do_not_see_what_stands_behind_the_groups():
+    x, inverse = small_numbers(14, (1, LENGTH, WIDTH))
+    group = jnp.asarray(groups([30, 100, 70])[None])
+    pull = jax.grad(lambda x: jnp.sum(max_cosine(x, inverse, group)[0]))
+    np.testing.assert_array_equal(pull(x.at[:, 200:].set(jnp.nan)), pull(x))
+
+
 def test_of_equal_partners_the_first_takes_the_whole_gradient():
     """As PyTorch's max does; jnp.max would split it."""
     x = jnp.array([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
