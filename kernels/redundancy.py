@@ -103,40 +103,48 @@ _max_cosine.defvjp(_forward, _backward)
 
 
 def _tiled(x, inverse, group):
-    """Plain XLA: every pair of tiles that a group joins is multiplied once and folded into the maxima of both."""
+    """Plain XLA: every pair of tiles that a group joins is multiplied once and folded into the maxima of both.
+
+    Values and indices, which float32 holds up to 16 million, stand in one array: of two, XLA copies both in full
+    at every turn of the loop, which makes it quadratic.
+    """
     batch, length, _ = x.shape
     x, inverse, group = dispatch.pad_tokens(TILE, x, inverse, group)
-    tiles = x.shape[1] // TILE
-    end = jnp.max(
-        -(-dispatch.reach(group, TILE)[1] // TILE), axis=0
-    )  # one past the last tile that any row's tile meets
+    tiles, wide = x.shape[1] // TILE, inverse.dtype
+    end = jnp.max(-(-dispatch.reach(group, TILE)[1] // TILE), axis=0)  # one past the last tile that a row's tile meets
     inside = jnp.arange(TILE, dtype=jnp.int32)
 
     def at(array, tile):
         return jax.lax.dynamic_slice_in_dim(array, tile * TILE, TILE, axis=1)
 
-    def fold(best, tile, value, index):
-        old_value, old_index = (at(array, tile) for array in best)
-        better = (value > old_value) | ((value == old_value) & (index < old_index))
-        new = (jnp.where(better, value, old_value), jnp.where(better, index, old_index))
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(b, n, tile * TILE, axis=1) for b, n in zip(best, new, strict=True)
-        )
+    def put(array, tile, values):
+        return jax.lax.dynamic_update_slice_in_dim(array, values, tile * TILE, axis=1)
 
-    def pair(i, j, best):
-        product = jnp.einsum(
-            "bid,bjd->bij", at(x, i), at(x, j), precision=PRECISION, preferred_element_type=inverse.dtype
-        )
+    def fold(best, cosine, axis, tile):
+        """``best`` of some tokens, with the maxima of their cosines to the tokens of ``tile``, which are along
+        ``axis``."""
+        value = jnp.max(cosine, axis=axis)
+        index = (tile * TILE + jnp.argmax(cosine, axis=axis).astype(jnp.int32)).astype(wide)
+        better = (value > best[..., 0]) | ((value == best[..., 0]) & (index < best[..., 1]))
+        return jnp.where(better[..., None], jnp.stack([value, index], axis=-1), best)
+
+    def cosines(i, j):
+        product = jnp.einsum("bid,bjd->bij", at(x, i), at(x, j), precision=PRECISION, preferred_element_type=wide)
         cosine = product * (at(inverse, i)[:, :, None] * at(inverse, j)[:, None, :])
         same = (at(group, i)[:, :, None] == at(group, j)[:, None, :]) & (at(group, i) < dispatch.NO_GROUP)[:, :, None]
         same = same & ((i != j) | (inside[:, None] != inside[None, :]))[None]
-        cosine = jnp.where(same, cosine, -jnp.inf)
-        best = fold(best, i, jnp.max(cosine, axis=2), j * TILE + jnp.argmax(cosine, axis=2).astype(jnp.int32))
-        return fold(best, j, jnp.max(cosine, axis=1), i * TILE + jnp.argmax(cosine, axis=1).astype(jnp.int32))
+        return jnp.where(same, cosine, -jnp.inf)
 
     def row(i, best):
-        return jax.lax.fori_loop(i, end[i], functools.partial(pair, i), best)
+        def pair(j, state):
+            best, mine = state
+            cosine = cosines(i, j)
+            return put(best, j, fold(at(best, j), cosine, 1, i)), fold(mine, cosine, 2, j)
 
-    nothing = (jnp.full(group.shape, -jnp.inf, inverse.dtype), jnp.full(group.shape, dispatch.NO_GROUP, jnp.int32))
-    value, index = jax.lax.fori_loop(0, tiles, row, nothing)
-    return dispatch.without_partner(value[:, :length], index[:, :length])
+        mine = fold(at(best, i), cosines(i, i), 2, i)
+        best, mine = jax.lax.fori_loop(i + 1, end[i], pair, (best, mine))
+        return put(best, i, mine)
+
+    nothing = jnp.broadcast_to(jnp.array([-jnp.inf, tiles * TILE], wide), (batch, tiles * TILE, 2))
+    best = jax.lax.fori_loop(0, tiles, row, nothing)[:, :length]
+    return dispatch.without_partner(best[..., 0], best[..., 1].astype(jnp.int32))
