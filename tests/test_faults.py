@@ -72,6 +72,7 @@ def last_step(folder):
 # --- the same, in new processes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same_with_and_without_cached_compilations(driver, undisturbed):
     for name in ("fills the cache", "uses the cache"):
         assert driver.train(driver.folder / name).status() == 0

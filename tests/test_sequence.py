@@ -59,9 +59,12 @@ def same(function, settings, mesh, arguments):
     return alone
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("off", [None, "coarse", "fine", "fine_redundancy"])
-def test_a_split_sequence_is_compressed_as_a_whole_one(sizes, off):
+@pytest.mark.parametrize(
+    "mesh, off",
+    [(name, None) for name in MESHES] + [("all on one row", off) for off in ("coarse", "fine", "fine_redundancy")],
+)
+def test_a_split_sequence_is_compressed_as_a_whole_one(mesh, off):
+    sizes = MESHES[mesh]
     settings = Compression(rates=(2, 32), **({off: False} if off else {}))
     arguments = (*inputs(1), scalars(alpha_coarse=3.0))
     alone = same(compressed, settings, mesh_of(sizes), arguments)
