@@ -38,7 +38,7 @@ for ((left = count; left > 0; left--)); do
         if ((status == 0 && left > 1)); then
             status=$code
             # KILL also reaches a process that was stopped.
-            (sleep $((COMI_HEARTBEAT + 5)); kill -KILL "${pids[@]}" 2>/dev/null) &
+            (sleep $((COMI_HEARTBEAT + 5)); kill -KILL "${pids[@]}") >/dev/null 2>&1 &
             reaper=$!
         fi
         status=$((status == 0 ? code : status))
