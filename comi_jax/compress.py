@@ -92,8 +92,10 @@ def compress(
             check_vma=False,
         )
     out = run(states, query, lengths, rates, scalars)
-    cut = {name: getattr(out.aux, name)[:, :length] for name in ("group", "relevance", "redundancy", "mig", "weights")}
-    return out.replace(aux=out.aux.replace(**cut)) if states.shape[1] != length else out
+    if states.shape[1] == length:
+        return out
+    per_token = ("group", "relevance", "redundancy", "mig", "weights")
+    return out.replace(aux=out.aux.replace(**{name: getattr(out.aux, name)[:, :length] for name in per_token}))
 
 
 def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernels, sequence=WHOLE):
