@@ -188,7 +188,7 @@ def forward(
         x, cache = block(
             weights, x, rope, backbone, index=index, cache=cache, start=start, lora=adapters, runtime=runtime
         )
-        return (x, cache), None
+        return (_constrain(x, home), cache), None
 
     if runtime.remat != "off":
         body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(runtime.remat))
