@@ -163,9 +163,10 @@ def _sent(
     kind: str, instruction: Instruction, computation: Computation, fused: bool, per_node: int | None
 ) -> tuple[str, float, bool]:
     """The kind of a collective, the bytes that a device sends in it by the best ring, and whether nodes are crossed."""
-    size, stride = group(instruction.text)
+    devices = group(instruction.text)
+    size = len(devices)
     given = float(sum(computation[name].bytes for name in instruction.operands if name in computation))
-    outside = per_node is not None and (size - 1) * stride >= per_node
+    outside = per_node is not None and len(set(devices // per_node)) > 1
     share = (size - 1) / max(size, 1)
     if kind == "all-reduce" and fused and any(i.root and i.opcode == "dynamic-slice" for i in computation.values()):
         return "reduce-scatter", given * share, outside  # as a TPU has it: of the sum each keeps its part
@@ -176,26 +177,33 @@ def _sent(
     return kind, given * share * (2 if kind == "all-reduce" else 1), outside
 
 
-def group(text: str) -> tuple[int, int]:
-    """How many devices a collective's groups have, and how far neighbours of a group are apart."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])]
-        used = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2])
-        sizes = dict(axes)
-        size = math.prod(int(part) if part else sizes[name] for name, _, part in used)
-        last = used[-1][0]
-        behind = math.prod(n for name, n in axes[[name for name, _ in axes].index(last) + 1 :])
-        return size, behind
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims = [int(n) for n in found[3].split(",")]
-        order = np.arange(math.prod(dims)).reshape(dims)
-        order = order.transpose([int(n) for n in found[4].split(",")]) if found[4] else order
-        first = order.reshape(int(found[1]), int(found[2]))[0]
-    elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        first = np.array([int(n) for n in found[1].split(",")])
-    else:
-        return 1, 1
-    return len(first), int(first[1] - first[0]) if len(first) > 1 else 1
+def group(text: str) -> np.ndarray:
+    """The devices of the first of a collective's groups; one device if the text names no groups."""
+    if "replica_groups=" not in text:
+        return np.zeros(1, int)
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return np.array([int(n) for n in found[1].split(",")])
+    iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if found := re.search(rf"replica_groups=\[\d+,(\d+)\]<={iota}", text):
+        return _iota(*found.groups()[1:]).reshape(-1, int(found[1]))[0]
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({iota}\))? \{{([^}}]*)\}}", text):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        total = math.prod(axes.values())
+        devices = _iota(found[2] or str(total), found[3]).reshape(tuple(axes.values()))
+        for place, (name, size) in enumerate(axes.items()):  # of an axis that is not used, its first part
+            used = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", found[4])
+            before, taken = (int(used[1] or 1), int(used[2] or size)) if used else (1, 1)
+            devices = np.moveaxis(devices, place, 0)
+            devices = np.moveaxis(devices.reshape(before, taken, -1, *devices.shape[1:])[0, :, 0], 0, place)
+        return devices.reshape(-1)
+    raise ValueError(f"cannot read the groups of a collective: {text[text.index('replica_groups=') :][:200]}")
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Devices in the order that the program's text gives as reshaped and transposed counting numbers, flat."""
+    sizes = [int(n) for n in dims.split(",")]
+    counted = np.arange(math.prod(sizes)).reshape(sizes)
+    return (counted.transpose([int(n) for n in order.split(",")]) if order else counted).reshape(-1)
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:

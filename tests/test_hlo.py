@@ -46,17 +46,27 @@ def test_a_loop_whose_end_is_data_is_said_to_be_open():
 
 
 @pytest.mark.parametrize(
-    "words, size, stride",
+    "words, devices",
     [
-        ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", 4, 1),
-        ("replica_groups=[2,4]<=[8], x", 4, 1),
-        ("replica_groups=[4,2]<=[2,4]T(1,0), x", 2, 4),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, x", 8, 1),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0'}, x", 2, 8),
+        ("source_target_pairs={{0,1},{1,0}}, x", [0]),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", [0, 1, 2, 3]),
+        ("replica_groups=[2,4]<=[8], x", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [0, 4]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, x", [0, 1, 2, 3]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", [0, 4]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1':(1)2}, x", [0, 2, 4, 6]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1':(2)2}, x", [0, 1]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, x", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, x", [0, 4]),
     ],
 )
-def test_groups_of_a_collective(words, size, stride):
-    assert hlo.group(words) == (size, stride)
+def test_groups_of_a_collective(words, devices):
+    assert hlo.group(words).tolist() == devices
+
+
+def test_groups_that_cannot_be_read_are_said():
+    with pytest.raises(ValueError, match="cannot read the groups.*mystery"):
+        hlo.group("replica_groups=mystery<=8, x")
 
 
 def module(*lines):
