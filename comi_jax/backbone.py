@@ -135,11 +135,18 @@ def embed_tokens(
     params: Tree, ids: Int[Array, "*shape"], dtype: Any, runtime: Runtime = Runtime()
 ) -> Float[Array, "*shape D"]:
     """Rows of the embedding table, in ``dtype``."""
-    x = params["embed"][ids].astype(dtype)
-    if x.ndim == 3 and runtime.parts > 1 and x.shape[2] % runtime.parts == 0:
-        # The table's width is split over fsdp and context. Rows first, tokens later: each is one exchange along one
-        # axis, where both at once would have every device hold everything.
-        x = _constrain(x, NamedSharding(runtime.mesh, PartitionSpec(row_axes(x, runtime.mesh), None, "context")))
+    table, mesh = params["embed"], runtime.mesh
+    if mesh is None or ids.ndim != 2 or row_axes(ids, mesh) is None or ids.shape[1] % runtime.parts:
+        return table[ids].astype(dtype)
+    width = sharding.partition_spec(ParamSpec(table.shape, ("vocab", "embed"), 0.0), mesh)[1]
+    if not width:
+        return table[ids].astype(dtype)
+    # Looked up where the table's columns lie, and exchanged for whole vectors one axis at a time. In one go XLA would
+    # have every device hold everything, of the gradient above all.
+    ids = _constrain(ids, NamedSharding(mesh, PartitionSpec("data")))
+    x = table[ids].astype(dtype)
+    for stage in (("data", None, width), (row_axes(x, mesh), None, "context"), (row_axes(x, mesh), "context")):
+        x = _constrain(x, NamedSharding(mesh, PartitionSpec(*stage)))
     return x
 
 

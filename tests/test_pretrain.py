@@ -49,6 +49,7 @@ def test_word_lists_ask_only_for_what_was_said(tokenizer):
             assert ids[place] in ids[: place - 1]
 
 
+@pytest.mark.slow
 def test_two_short_runs_from_one_seed_are_equal(tokenizer, capsys):
     stages = (pretrain.Stage(2, 2, 48),)
     with jax.numpy_dtype_promotion("standard"):  # optax's muon counts on it

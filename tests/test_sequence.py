@@ -61,7 +61,9 @@ def same(function, settings, mesh, arguments):
 
 @pytest.mark.parametrize(
     "mesh, off",
-    [(name, None) for name in MESHES] + [("all on one row", off) for off in ("coarse", "fine", "fine_redundancy")],
+    [("all on one row", None), ("heads too", None)]
+    + [pytest.param("rows too", None, marks=pytest.mark.slow)]
+    + [pytest.param("all on one row", off, marks=pytest.mark.slow) for off in ("coarse", "fine", "fine_redundancy")],
 )
 def test_a_split_sequence_is_compressed_as_a_whole_one(mesh, off):
     sizes = MESHES[mesh]
