@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from comi_jax import comi, generate, hf
+from comi_jax import comi, generate, hf, sharding
 from comi_jax.checkpoint import CheckpointError, Run, choose_step, load_params
 from comi_jax.config import ConfigError, Generation
 from comi_jax.data import loader
@@ -61,21 +62,31 @@ class Comi:
     def __init__(
         self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16, mesh: Mesh | None = None
     ):
-        """``mesh``: of the devices that ``params`` are split over, if they are."""
+        """``mesh``: of the devices that ``params`` are split over, if they are. The examples of a batch, at least
+        ``batch_size``, are split over them too; of several processes, all ask the same at the same time."""
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
-        self.run, self.params, self.tokenizer, self.batch_size = run, params, tokenizer, batch_size
+        self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
+        self.parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // self.parts) * self.parts
         runtime = run.architecture.runtime.replace(remat="off", mesh=mesh)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, batch_size: int = 16, overrides: Sequence[str] = (), step: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        batch_size: int = 16,
+        overrides: Sequence[str] = (),
+        step: int | None = None,
+        mesh: Mesh | None = None,
     ) -> "Comi":
         """The model of a run's folder after its newest checkpoint, or that of ``step``, with settings changed by
-        ``overrides`` such as "data.on_long=truncate". Raises CheckpointError if there is none."""
-        run, params = load_params(folder, overrides, step)
-        return cls(run, params, hf.load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size)
+        ``overrides`` such as "data.on_long=truncate", split over the devices of ``mesh`` (None: on one). Raises
+        CheckpointError if there is none."""
+        run, params = load_params(folder, overrides, step, mesh)
+        return cls(run, params, hf.load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size, mesh=mesh)
 
     def compress(
         self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None
@@ -86,7 +97,7 @@ class Comi:
         results: list[Any] = [None] * len(examples)
         for rows, batch, rate_now in self._batches(examples, rate, 1):
             memory = remember(self.params, batch, self.architecture, rate_now)
-            vectors, lengths = np.asarray(memory.vectors, np.float32), np.asarray(memory.length)
+            vectors, lengths = (fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
             for i, row in enumerate(rows):
                 kept, example = vectors[i, : lengths[i]], examples[row]
                 results[row] = CompressedContext(kept, len(example.context), example.truncated)
@@ -112,7 +123,7 @@ class Comi:
         for rows, batch, rate_now in self._batches(examples, rate, options.max_new_tokens):
             memory = remember(self.params, batch, self.architecture, rate_now)
             out = reply(self.params, memory, batch, self.architecture, options, self.run.stop)
-            ids, lengths, vectors = (np.asarray(x) for x in (out.ids, out.length, memory.length))
+            ids, lengths, vectors = (fetch(x) for x in (out.ids, out.length, memory.length))
             for i, row in enumerate(rows):
                 tokens = tuple(int(t) for t in ids[i, : lengths[i]])
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -158,9 +169,15 @@ class Comi:
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
         for first in range(0, len(order), self.batch_size):
             rows = order[first : first + self.batch_size]
-            full = rows + rows[:1] * (min(self.batch_size, len(order)) - len(rows))  # one batch shape, one compilation
+            wanted = min(self.batch_size, -(-len(order) // self.parts) * self.parts)  # one batch shape, one compilation
+            full = rows + rows[:1] * (wanted - len(rows))
             batch = loader.collate([dataclasses.replace(examples[i], rate=rate) for i in full], shapes)
-            yield rows, jax.tree.map(jnp.asarray, batch), rate
+            yield rows, sharding.put_batch(batch, self.mesh) if self.mesh else jax.tree.map(jnp.asarray, batch), rate
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """``x`` on the host of every process."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))

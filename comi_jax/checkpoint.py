@@ -22,9 +22,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from comi_jax import integrity, lock, store
+from comi_jax import integrity, lock, sharding, store
 from comi_jax.comi import Architecture, is_trained, specs
 from comi_jax.config import Backbone, Config, ConfigError, from_dict, override, to_dict
+from comi_jax.data import tokens
 from comi_jax.integrity import CheckpointError, DamageError
 from comi_jax.params import flatten, partition, unflatten
 from comi_jax.store import restore_arrays, stored
@@ -104,7 +105,7 @@ def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> li
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        ours = (lock.NAME, DRAFT)  # all that is left of a run that was killed as it began
+        ours = (lock.NAME, DRAFT, tokens.NAME)  # all that is left of a run that was killed as it began
         if folder.exists() and not (folder.is_dir() and all(p.name.startswith(ours) for p in folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
         return []
@@ -220,16 +221,17 @@ def change(run: Run, overrides: Sequence[str]) -> Run:
 
 
 def load_params(
-    folder: str | Path, overrides: Sequence[str] = (), step: int | None = None
+    folder: str | Path, overrides: Sequence[str] = (), step: int | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Run, dict[str, Any]]:
     """The run in ``folder``, its settings changed by ``overrides``, and all its weights after checkpoint ``step``
-    (None: the newest), in the model's dtype.
+    (None: the newest), in the model's dtype, split over ``mesh`` (None: on one device).
 
     Raises CheckpointError if the folder holds no run or no such checkpoint, or if its files are damaged.
     """
     run = change(read_run(folder), overrides)
     arch = run.architecture
-    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), None), step))
+    homes = {} if mesh is None else sharding.parameters(specs(arch), mesh)
+    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), homes.get(path)), step))
 
 
 def load_flat(

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed as jax_distributed  # the coordinator's key-value store has no public name
+from jax.experimental import multihost_utils
 
 from comi_jax.config import ConfigError
 
@@ -92,6 +93,11 @@ def meet(name: str) -> None:
     devices stay idle: the wait may be long."""
     if jax.process_count() > 1:
         jax_distributed.global_state.client.wait_at_barrier(name, 2**31 - 1)
+
+
+def agreed(value: Any) -> Any:
+    """The first process's ``value``, numbers in NumPy arrays of the same shapes everywhere, in all processes."""
+    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 
 
 class Watch(threading.Thread):

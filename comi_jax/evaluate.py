@@ -6,6 +6,7 @@ over all memory vectors) and the decoding options.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from comi_jax import metrics, weights
+from comi_jax import distributed, metrics, weights
 from comi_jax.answer import Answer, Comi
 from comi_jax.checkpoint import CheckpointError, choose_step, weights_of
 from comi_jax.config import ConfigError, Generation
@@ -42,7 +44,7 @@ def evaluate(
 
     ``closed_book`` withholds the contexts: the same decoder answers from the question alone. ``weights`` identifies the
     model's weights: what an earlier attempt with the same ones, and all else equal, has answered is taken over; if
-    empty, nothing is.
+    empty, nothing is. Several processes answer together; the first one writes and returns, the others return {}.
     """
     options = options or model.run.config.generation
     data = model.run.config.data
@@ -50,22 +52,29 @@ def evaluate(
     if closed_book:
         examples = [dataclasses.replace(e, context=e.context[:0]) for e in examples]
     model.check(examples, rate, options.max_new_tokens)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{output}.part")
-    of = _identity(records, model, weights, rate, options, closed_book)
-    found = _begin(part, of, len(records) if weights else 0)
+    part, writes = Path(f"{output}.part"), distributed.is_first()
+    found: dict[int, dict[str, Any]] = {}
+    if writes:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        of = _identity(records, model, weights, rate, options, closed_book)
+        found = _begin(part, of, len(records) if weights else 0)
     if found and console:
         console.print(f"{len(found)} of {len(records)} answers were there already, in {part}", highlight=False)
-    order = sorted(set(range(len(examples))) - set(found), key=lambda i: len(examples[i].context))
+    left = distributed.agreed(np.array([row not in found for row in range(len(records))]))
+    order = sorted(np.flatnonzero(left).tolist(), key=lambda i: len(examples[i].context))
     chunk = model.batch_size * 8
     quiet = console is None or not console.is_terminal or not order
-    with part.open("a", encoding="utf-8") as lines:
+    with part.open("a", encoding="utf-8") if writes else contextlib.nullcontext() as lines:
         for first in track(range(0, len(order), chunk), "evaluating", console=console, disable=quiet, transient=True):
             rows = order[first : first + chunk]
             for row, answer in zip(rows, model.generate([examples[i] for i in rows], rate, options), strict=True):
-                found[row] = _prediction(row, records[row], answer)
-                lines.write(json.dumps(found[row]) + "\n")
-            lines.flush()
+                if writes:
+                    found[row] = _prediction(row, records[row], answer)
+                    lines.write(json.dumps(found[row]) + "\n")
+            if writes:
+                lines.flush()
+    if not writes:
+        return {}
     predictions = [found[row] for row in range(len(records))]
     _finish(part, Path(output), predictions)
     vectors = sum(p["memory_vectors"] for p in predictions)

@@ -15,12 +15,13 @@ NAME = "lock"
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if it is not there.
+    """Hold the lock of ``folder``, which is made if it is not there; one that is left empty is removed again.
 
     Raises CheckpointError, naming host and process, while another process holds it. The lock of a process of this host
     that is gone is taken over.
     """
     path, own = folder / NAME, json.dumps(_owner(os.getpid()))
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for _ in range(3):  # two may find the same stale lock
@@ -35,6 +36,9 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         release(folder)
+        if new:
+            with contextlib.suppress(OSError):  # it is no longer empty
+                folder.rmdir()
 
 
 def release(folder: Path) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from comi_jax import checkpoint, comi, distributed, evaluate, optim, sharding
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import CheckpointError, Run, frozen_dtype
+from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.logs import RunLog, SilentLog, keep_until
 from comi_jax.meter import Meter, TooManySkipped, batch_flops, bytes_per_device
@@ -39,6 +40,7 @@ class Job:
     update: optax.GradientTransformation
     state: TrainState
     frozen: dict[str, Array]
+    plan: loader.Plan
     batches: Any  # endless comi.Batch, as they are and on the devices, with get_state, set_state and close
     largest: comi.Batch  # in the largest shape that a batch can have
     held_out: list[Record]
@@ -152,7 +154,7 @@ class Loop:
         step = int(self.job.state.step)
         self._save(step, wait=True)
         path = self.job.output / "bad_batches" / f"step_{error.step}.npz"
-        ids = dataclasses.asdict(error.batch)
+        ids = dataclasses.asdict(self.job.plan.batch(error.step - 1, error.batch.rate))
         words = {
             name: [self.job.tokenizer.decode(row[:n]) for row, n in zip(ids[name], ids[f"{name}_length"], strict=True)]
             for name in ("query", "answer")
@@ -172,7 +174,8 @@ class Loop:
         every = self.settings.eval_every
         if not every or not step or step % every or not self.job.held_out:
             return False
-        return all(row["step"] != step for row in checkpoint.evaluations(self.job.output))
+        done = any(row["step"] == step for row in checkpoint.evaluations(self.job.output))
+        return not distributed.agreed(np.array(done))
 
     def _evaluate(self, step: int) -> None:
         """Measure the weights of the checkpoint of ``step``, which is on disk before, and mark the best one."""
@@ -187,10 +190,14 @@ class Loop:
             result = evaluate.evaluate(
                 model, job.held_out, output, weights=checkpoint.weights_of(job.output, step), console=self.console
             )
-            with (job.output / "evaluations.jsonl").open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"step": step, **result}) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
+            if distributed.is_first():
+                with (job.output / "evaluations.jsonl").open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({"step": step, **result}) + "\n")
+                    lines.flush()
+                    os.fsync(lines.fileno())
+            distributed.meet(f"{job.title} is evaluated after step {step}")
+        if not distributed.is_first():
+            return
         shown = (self.settings.best_by, *(name for name in ("em", "f1_max") if name != self.settings.best_by))
         self.log.measured(step, {name: result["metrics"][name]["mean"] for name in shown})
         job.checkpoints.best = checkpoint.best_step(job.output, self.settings.best_by)

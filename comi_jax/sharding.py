@@ -13,7 +13,7 @@ from comi_jax.params import ParamSpec, Tree, flatten
 AXES = ("data", "fsdp", "tensor", "context")
 RULES: dict[str | None, tuple[str, ...]] = {
     "layers": (),
-    "embed": ("fsdp", "context"),
+    "embed": ("context", "fsdp"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head": (),
@@ -87,7 +87,13 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def own_contexts(mesh: jax.sharding.Mesh, count: int) -> range:
+    """Which of the ``count`` contexts of a batch the devices of this process need."""
+    needed = [index[0].indices(count) for index in rows(mesh).addressable_devices_indices_map((count,)).values()]
+    return range(min(first for first, _, _ in needed), max(end for _, end, _ in needed))
+
+
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """``batch``, which every process has whole, on the devices: each process hands its own rows to its own devices."""
+    """``batch``, of which every process has at least its ``own_contexts``, on the devices."""
     home = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda index: x[index]), batch)

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from comi_jax import integrity
+from comi_jax import distributed, integrity
 from comi_jax.integrity import CheckpointError, DamageError
 
 WRITING = ".orbax-checkpoint-tmp"  # as Orbax names what is not complete
@@ -230,7 +229,7 @@ class Checkpoints:
                 verdict = int((ahead[1] if ahead[0] == step else self._start_verifying(step)).result())
             except DamageError as found:
                 verdict, error = -1, found
-        verdict = int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
+        verdict = int(distributed.agreed(np.int32(verdict)))
         if verdict < 0:
             raise error
         return bool(verdict)

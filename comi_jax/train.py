@@ -8,12 +8,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import xxhash
 from jaxtyping import Array
 from rich.console import Console
 
@@ -34,7 +35,7 @@ from comi_jax.checkpoint import (
     weights_of,
 )
 from comi_jax.config import Backbone, Config, ConfigError, load, to_dict
-from comi_jax.data import loader, sources, synthetic
+from comi_jax.data import loader, sources, synthetic, tokens
 from comi_jax.data.records import DataError, Record
 from comi_jax.params import flatten, partition
 from comi_jax.state import create, own_parameters
@@ -94,20 +95,62 @@ def check_same_parts(start: Run, config: Config, folder: Path) -> None:
         raise ConfigError(f"the COMI checkpoint in {folder} has other parts than this run; pass {' '.join(words)}")
 
 
-def read_data(names: tuple[str, ...], split: str, config: Config, console: Console) -> list[Record]:
-    """The records of JSON Lines files, or generated ones for the name "synthetic"."""
+def read_held_out(config: Config, console: Console) -> list[Record]:
+    """The records of data.eval: of JSON Lines files, or generated ones for the name "synthetic"."""
+    names, count = config.data.eval, config.data.eval_examples
     if names == ("synthetic",):
-        setting = "synthetic_examples" if split == "train" else "eval_examples"
-        made = getattr(config.data, setting)
-        if made < 1:
-            raise ConfigError(f'data.{setting} is {made}; it says how many records "synthetic" makes')
-        return synthetic.records(split, made, seed=config.train.seed)
-    records, report = sources.read(names, split, seed=config.train.seed, skip_bad=config.data.skip_bad_records)
-    console.print(f"{split}: {report}", highlight=False, markup=False)
-    if report.skipped:
-        lines = [f"left out {len(report.skipped)} bad records:", *map(str, report.skipped)]
-        console.print("\n  ".join(lines), highlight=False, markup=False)
-    return records if split == "train" or not config.data.eval_examples else records[: config.data.eval_examples]
+        return synthetic_records("eval", config)
+    if not names:
+        return []
+    records, report = sources.read(names, "eval", seed=config.train.seed, skip_bad=config.data.skip_bad_records)
+    for line in told("eval", report):
+        console.print(line, highlight=False, markup=False)
+    return records[: count or None]
+
+
+def synthetic_records(split: str, config: Config) -> list[Record]:
+    """As many generated records as the settings say."""
+    setting = "synthetic_examples" if split == "train" else "eval_examples"
+    made = getattr(config.data, setting)
+    if made < 1:
+        raise ConfigError(f'data.{setting} is {made}; it says how many records "synthetic" makes')
+    return synthetic.records(split, made, seed=config.train.seed)
+
+
+def told(split: str, report: sources.MixtureReport) -> list[str]:
+    """What a user is told of the reading of a mixture."""
+    left_out = [f"left out {len(report.skipped)} bad records:", *(f"  {line}" for line in report.skipped)]
+    return [f"{split}: {report}", *(left_out if report.skipped else [])]
+
+
+def read_examples(
+    config: Config, tokenizer: Any, folder: Path, console: Console, scratch: Path | None = None
+) -> tokens.Examples:
+    """The training examples, tokenised: those in ``folder`` if they are of the same data, or else made and put there by
+    the first process for all; with ``scratch``, by each process there. Raises DataError, LengthError, ConfigError."""
+    if distributed.is_first() or scratch:
+        origin = tokens.origin(config, tokenizer)
+        if found := tokens.find(folder, origin):
+            said = [*found.about.said, f"training data: as it was tokenised before, in {folder}"]
+        else:
+            said: list[str] = []
+            found = tokens.make(scratch or folder, new_examples(config, tokenizer, said), origin, said)
+        for line in said:
+            console.print(line, highlight=False, markup=False)
+    distributed.meet("the examples are there")
+    return found if distributed.is_first() or scratch else tokens.load(folder)
+
+
+def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[loader.Example]]:
+    """The examples of data.train, a chunk at a time; when they have ended, ``said`` has what to tell of them."""
+    report, data = loader.LengthReport(), config.data
+    if data.train == ("synthetic",):
+        yield from loader.encoded(synthetic_records("train", config), tokenizer, data, report)
+    else:
+        mixture = sources.Mixture(data.train, "train", seed=config.train.seed, skip_bad=data.skip_bad_records)
+        yield from loader.encoded(mixture, tokenizer, data, report)
+        said += told("train", mixture.report)
+    said.append(f"training data: {report}")
 
 
 def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Array]:
@@ -128,14 +171,12 @@ def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str,
 # --- on the devices ---------------------------------------------------------------------------------------------------
 
 
-def plan(run: Run, examples: list[loader.Example]) -> tuple[jax.sharding.Mesh, loader.Shapes]:
-    """Devices and batch shapes of a run; refuses what cannot work, before anything is written."""
-    config = run.config
-    mesh = sharding.make_mesh(config.mesh)
+def devices(run: Run) -> jax.sharding.Mesh:
+    """The mesh of a run. Raises ConfigError if it cannot work."""
+    mesh = sharding.make_mesh(run.config.mesh)
     sharding.check_heads(run.backbone, mesh)
-    sharding.micro_batches(config, mesh)
-    loader.check_positions(examples, run.backbone, config.compression, min(config.compression.rates))
-    return mesh, loader.Shapes.fit(examples, config.data, config.compression)
+    sharding.micro_batches(run.config, mesh)
+    return mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +185,8 @@ class Task:
 
     folder: Path  # of the model to start from
     tokenizer: Any
-    examples: list[loader.Example]
+    examples: tokens.Examples
+    shapes: loader.Shapes
     held_out: list[Record]
     allow_change: bool
     dry_run: bool
@@ -162,34 +204,26 @@ def resumed_params(run: Run, output: Path, mesh: jax.sharding.Mesh, say: Say) ->
 
 def first_params(task: Task, run: Run, output: Path, console: Console) -> dict[str, Array]:
     """The weights to begin with; if there are checkpoints in ``output``, those that these do not hold."""
-    mesh, _ = plan(run, task.examples)
+    mesh = devices(run)
     if begun(output / "checkpoints"):
         return resumed_params(run, output, mesh, functools.partial(console.print, highlight=False))
     return initial_params(run, task.folder, mesh)
 
 
-def fingerprint(examples: list[loader.Example]) -> str:
-    """A short name for what the examples hold, in their order."""
-    content = xxhash.xxh3_128()
-    for example in examples:
-        for ids in (example.context, example.query, example.answer):
-            content.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-    return content.hexdigest()
-
-
 def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Array], console: Console) -> loop.Job:
     """``run`` on its devices, as its newest whole checkpoint in ``output`` has it, or beginning with ``params``."""
     say = functools.partial(console.print, highlight=False)
-    config, settings, examples = run.config, run.config.train, task.examples
-    mesh, shapes = plan(run, examples)
+    config, settings, examples, shapes = run.config, run.config.train, task.examples, task.shapes
+    mesh = devices(run)
     update = optim.optimizer(config.optimizer, settings.steps)
     checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=task.dry_run)
     state, frozen = create(params, run.architecture, update, mesh)
+    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context)
     batches = loader.training_batches(
-        examples, shapes, config.compression.rates, settings.batch_size, settings.seed, settings.share_context,
-        put=functools.partial(sharding.put_batch, mesh=mesh),
+        plan, config.compression.rates, settings.seed,
+        own=sharding.own_contexts(mesh, plan.order.batch), put=functools.partial(sharding.put_batch, mesh=mesh),
     )  # fmt: skip
-    progress = Progress(0, batches.get_state(), examples=fingerprint(examples))
+    progress = Progress(0, batches.get_state(), examples=examples.about.fingerprint)
     if begun(checkpoints.folder):
         state, found = checkpoints.restore_newest(state)
         if found.examples not in ("", progress.examples) and not task.allow_change:
@@ -205,10 +239,10 @@ def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Ar
     longest = max(examples, key=lambda example: len(example.context))
     segments, length, *_ = shapes.size([longest])
     size = (segments, length, shapes.query, shapes.answer)
-    largest = loader.collate([longest] * settings.batch_size, shapes, settings.share_context, size)
+    largest = loader.collate([longest] * settings.batch_size, shapes, settings.share_context, size=size)
     return loop.Job(
-        title, run, output, mesh, update, state, frozen, batches, largest, task.held_out, task.tokenizer, checkpoints,
-        progress,
+        title, run, output, mesh, update, state, frozen, plan, batches, largest, task.held_out, task.tokenizer,
+        checkpoints, progress,
     )  # fmt: skip
 
 
@@ -218,26 +252,28 @@ def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Ar
 def run(config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False) -> None:
     """All of one training run: data, weights, loop, closing table. Raises the errors that ``main`` reports."""
     output = Path(config.train.output or f"runs/{config.name}")
+    scratch = tempfile.TemporaryDirectory(prefix="comi_jax-") if dry_run else None  # in place of the run's folder
 
     def leave() -> None:
         console.show_cursor()
-        if not dry_run:
+        if scratch:
+            scratch.cleanup()
+        else:
             lock.release(output)
 
     stop = Stop(functools.partial(console.print, highlight=False), leave)
     with contextlib.ExitStack() as until_end:
+        until_end.enter_context(scratch or contextlib.nullcontext())
         if jax.process_count() == 1:  # of several, JAX's preemption service takes the signal; the loop asks it
             until_end.enter_context(stop.listening())
         with stop.saved():
-            task, runs, places = begin(config, output, console, allow_change, dry_run)
+            task, runs, places = begin(config, output, console, until_end, allow_change, scratch)
         for title, place in places.items():
             with stop.saved():
                 params = first_params(task, runs[title], place, console)
                 if not dry_run:
                     distributed.meet(f"{title} is checked")
                     if distributed.is_first():
-                        if place == output:
-                            until_end.enter_context(lock.held(output))
                         changes = open_run(place, runs[title], task.tokenizer, allow_change)
                         if changes:
                             console.print(f"{title}: settings changed: {'; '.join(changes)}", highlight=False)
@@ -263,38 +299,53 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
 
 
 def begin(
-    config: Config, output: Path, console: Console, allow_change: bool, dry_run: bool
+    config: Config,
+    output: Path,
+    console: Console,
+    until_end: contextlib.ExitStack,
+    allow_change: bool,
+    scratch: tempfile.TemporaryDirectory | None,
 ) -> tuple[Task, dict[str, Run], dict[str, Path]]:
-    """Read the data and refuse what cannot work, before anything is written; the systems to train, by their titles, and
-    their folders."""
+    """Refuse what cannot work, what is quickly known first, and read the data; the systems to train, by their titles,
+    and their folders. Only the examples are written, into ``output``, whose lock is held ``until_end``; with
+    ``scratch``, there."""
+    check(config)
+    folder = backbone_folder(config)
+    backbone, tokenizer, stop = starting_point(config, folder)
+    runs = {title: Run(settings, backbone, stop) for title, settings in systems(config).items()}
+    places = {title: output if title == "COMI" else output / title.replace("-", "_") for title in runs}
+    for title, place in places.items():
+        devices(runs[title])
+        check_folder(place, runs[title], allow_change)
+    held_out = read_held_out(config, console)
+    check_held_out(held_out, tokenizer, config, backbone)
+    if not scratch:
+        distributed.meet("all but the training data is checked")
+        if distributed.is_first():
+            until_end.enter_context(lock.held(output))
+    examples = read_examples(config, tokenizer, output, console, scratch and Path(scratch.name))
+    for run in runs.values():
+        loader.check_positions(examples, backbone, run.config.compression, min(config.compression.rates))
+    shapes = loader.Shapes.fit(examples, config.data, config.compression)
+    return Task(folder, tokenizer, examples, shapes, held_out, allow_change, bool(scratch)), runs, places
+
+
+def check(config: Config) -> None:
+    """Refuse settings that only training has and that do not go together."""
     if not config.data.train:
         raise ConfigError(
             "data.train is not set; pass data.train=FILE.jsonl (several separated by commas, .gz allowed)"
         )
-    if config.train.eval_every and jax.process_count() > 1:
-        raise ConfigError(
-            f"train.eval_every is {config.train.eval_every}, but a run of several processes evaluates at its end only; "
-            "set it to 0, and evaluate its checkpoints with python -m comi_jax.evaluate --step=N"
-        )
     if config.train.eval_every and not config.data.eval:
         raise ConfigError(f"train.eval_every is {config.train.eval_every}, but data.eval is not set")
-    folder = backbone_folder(config)
-    backbone, tokenizer, stop = starting_point(config, folder)
-    records = read_data(config.data.train, "train", config, console)
-    examples, report = loader.encode(records, tokenizer, config.data)
-    console.print(f"training data: {report}", highlight=False)
-    held_out = read_data(config.data.eval, "eval", config, console) if config.data.eval else []
-    check_held_out(held_out, tokenizer, config, backbone)
-    variants = {"COMI": (config, output)}
-    if config.train.compare_mean_pooling:
-        plain = dataclasses.replace(config.compression, coarse=False, fine=False)
-        variants["mean-pooling"] = (dataclasses.replace(config, compression=plain), output / "mean_pooling")
-    runs = {title: Run(settings, backbone, stop) for title, (settings, _) in variants.items()}
-    places = {title: place for title, (_, place) in variants.items()}
-    for title, place in places.items():
-        plan(runs[title], examples)
-        check_folder(place, runs[title], allow_change)
-    return Task(folder, tokenizer, examples, held_out, allow_change, dry_run), runs, places
+
+
+def systems(config: Config) -> dict[str, Config]:
+    """The settings of all that is trained, by their titles."""
+    if not config.train.compare_mean_pooling:
+        return {"COMI": config}
+    plain = dataclasses.replace(config.compression, coarse=False, fine=False)
+    return {"COMI": config, "mean-pooling": dataclasses.replace(config, compression=plain)}
 
 
 def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:
@@ -312,9 +363,7 @@ def closing_table(places: dict[str, Path], records: list[Record], output: Path, 
     table."""
     rows = {}
     for title, place in places.items():
-        model = Comi.load(place)  # by all: Orbax waits for every process
-        if not distributed.is_first():
-            continue
+        model = Comi.load(place, mesh=sharding.make_mesh(read_run(place).config.mesh))
         same = weights_of(place, existing(place))
         path = place / "predictions.jsonl"
         rows[title] = evaluate.evaluate(model, records, path, weights=same, console=console)

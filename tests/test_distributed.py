@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import train_fixtures
 
 from comi_jax import distributed
 from comi_jax.config import ConfigError
@@ -76,10 +77,10 @@ def test_who_is_gone_is_said_by_name():
     assert 0.2 <= time.monotonic() - started < 5
 
 
-def launch(count, output, *words, heartbeat=60):
+def launch(count, output, *words, heartbeat=60, settings=SHORT):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"PYTHON": sys.executable, "COMI_HEARTBEAT": str(heartbeat), "PYTHONPATH": str(ROOT)}
-    command = [str(ROOT / "launch" / "local.sh"), str(count), "--", *SHORT, f"train.output={output}", *words]
+    command = [str(ROOT / "launch" / "local.sh"), str(count), "--", *settings, f"train.output={output}", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 
@@ -122,3 +123,104 @@ def test_when_one_is_gone_the_others_say_so_and_end(tmp_path, by):
     assert process.returncode != 0
     assert time.monotonic() - gone < 3 * heartbeat + 20, rest  # the launcher reaps a stopped one last
     assert f"process 1 of 2 ({distributed.socket.gethostname()}, pid {pids[1]}) has not been heard" in rest, text + rest
+
+
+def said_until(process, words):
+    """What ``process`` prints up to the line with ``words``."""
+    text = ""
+    for line in process.stdout:
+        text += line
+        if words in line:
+            return text
+    pytest.fail(f"it ended without {words!r}:\n{text}")
+
+
+def pids_of(process):
+    """The processes of a launcher, in their order."""
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in children.stdout.splitlines() if "comi_jax.train" in line]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A run of a tiny Qwen2, weights and contexts split over all processes, evaluated on the way."""
+    folder = tmp_path_factory.mktemp("data")
+    model = train_fixtures.language_model(folder / "lm")
+    data = train_fixtures.write(folder / "train.jsonl", train_fixtures.records(24))
+    dev = train_fixtures.write(folder / "dev.jsonl", train_fixtures.records(5, seed=1))
+    return train_fixtures.command(
+        model, data, "", f"data.eval={dev}", "train.log_every=1", "train.steps=12", "train.checkpoint_every=2",
+        "train.eval_every=4", "train.compare_mean_pooling=false",
+    )  # fmt: skip
+
+
+def stopped(count, output, settings, step):
+    """A launcher whose second process was asked to end at ``step``, and all that was printed."""
+    process = launch(count, output, settings=settings)
+    text = said_until(process, f"step {step}/")
+    os.kill(pids_of(process)[1], signal.SIGTERM)
+    text += process.communicate(timeout=300)[0]
+    return process, text
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(settings, tmp_path):
+    """SIGTERM to the second of two: both save after one step and end with status 0. A flipped bit in that checkpoint:
+    both go on from the one before. Predictions, evaluations and losses are those of one process."""
+    alone = launch(1, tmp_path / "alone", settings=settings)
+    said = alone.communicate(timeout=300)[0]
+    assert alone.returncode == 0, said
+    both = tmp_path / "both"
+    process, said = stopped(2, both, settings, 5)
+    assert process.returncode == 0 and said.count("stopped by SIGTERM after step") == 1, said
+    newest = max(int(path.name) for path in (both / "checkpoints").iterdir())
+    assert 5 <= newest < 12 and f"after step {newest} of 12" in said
+    largest = max(
+        (both / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.stat().st_size * path.is_file()
+    )
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    largest.write_bytes(damaged)
+    process = launch(2, both, settings=settings)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert "as it was tokenised before" in said and said.count(f"kept as {newest}.damaged") == 1, said
+    assert re.search(rf"going on from step [2-{newest - 1}] of 12", said), said
+    assert losses(both) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    for name in ("predictions.jsonl", "predictions_closed_book.jsonl"):
+        rows = [[json.loads(line) for line in (run / name).open()] for run in (tmp_path / "alone", both)]
+        assert [r["prediction"] for r in rows[0]] == [r["prediction"] for r in rows[1]] and len(rows[0]) == 5
+    evaluated = [
+        [json.loads(line)["step"] for line in (r / "evaluations.jsonl").open()] for r in (tmp_path / "alone", both)
+    ]
+    assert evaluated == [[4, 8, 12]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_the_coordinator_is_killed(settings, tmp_path):
+    """The other ends by itself, the launcher says which was killed, and the same command goes on."""
+    process = launch(2, tmp_path / "run", settings=[*settings, "train.steps=100000"], heartbeat=6)
+    said = said_until(process, "step 6/")
+    os.kill(pids_of(process)[0], signal.SIGKILL)
+    gone = time.monotonic()
+    said += process.communicate(timeout=300)[0]
+    assert process.returncode != 0 and time.monotonic() - gone < 6 + 5 + 10, said
+    assert "process 0 of 2 ended with status 137, killed by signal 9" in said, said
+    process, said = stopped(2, tmp_path / "run", [*settings, "train.steps=100000"], "")
+    assert process.returncode == 0 and "going on from step" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_locked_folder_is_said_by_all(settings, tmp_path):
+    """A second run of two processes on the folder of the first: both end, with who holds it."""
+    process = launch(2, tmp_path / "run", settings=[*settings, "train.steps=100000"])
+    said_until(process, "step 1/")
+    second = launch(2, tmp_path / "run", settings=[*settings, "train.steps=100000"])
+    said = second.communicate(timeout=300)[0]
+    assert second.returncode != 0 and f"is in use by process {pids_of(process)[0]} on " in said, said
+    assert "Traceback" not in said
+    process.terminate()
+    assert process.communicate(timeout=300) and process.returncode == 0

@@ -57,7 +57,8 @@ def assert_tidy(folder):
     assert not strange
     names = sorted(p.name for p in folder.iterdir())
     assert set(names) <= {
-        "checkpoints", "config.json", "frozen", "metrics.jsonl", "tensorboard", "tokenizer",
+        "checkpoints", "config.json", "examples.arrow", "examples.json", "frozen", "metrics.jsonl", "tensorboard",
+        "tokenizer",
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted([str(STEPS - SAVE_EVERY), str(STEPS)])
 
@@ -240,6 +241,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_has_each_example_once(driver,
 # --- other devices ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(driver, undisturbed):
     """The same examples in the same order: the losses are those of the run that stayed where it was."""
     output = driver.folder / "moved"

@@ -15,7 +15,8 @@ import train_fixtures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comi_jax.config import Compression, Data
+from comi_jax import sharding
+from comi_jax.config import Compression, Data, Mesh
 from comi_jax.data import loader, order
 from comi_jax.data.records import Record
 
@@ -196,8 +197,12 @@ RATES = (2, 4)
 
 
 def batches(seed=0, size=4, rates=RATES):
-    shapes = loader.Shapes.of(EXAMPLES, Data(), Compression(rates=rates))
-    return loader.training_batches(EXAMPLES, shapes, rates, size, seed)
+    return loader.training_batches(plan_of(EXAMPLES, size, seed), rates, seed)
+
+
+def plan_of(examples, size=4, seed=0, share=1, shapes=None):
+    shapes = shapes or loader.Shapes.of(examples, Data(), Compression(rates=RATES))
+    return loader.Plan.of(examples, shapes, size, seed, share)
 
 
 def contents(batch):
@@ -264,8 +269,7 @@ def test_neighbours_about_one_context_are_grouped_and_groups_filled_up_without_a
 
 def test_shared_contexts_come_once_an_epoch_with_a_rate_for_each_question():
     asked = [e for e in EXAMPLES for _ in range(4)]
-    shapes = loader.Shapes.of(asked, Data(), Compression(rates=RATES))
-    drawn = list(islice(loader.training_batches(asked, shapes, RATES, 8, seed=0, share=4), 10))
+    drawn = list(islice(loader.training_batches(plan_of(asked, 8, share=4), RATES, seed=0), 10))
     seen = [int(n) for batch in drawn for n in batch.context_length.sum(axis=1)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(1, 11)) and seen[:10] != seen[10:]
     assert all(batch.query.shape[0] == 8 for batch in drawn)
@@ -323,7 +327,7 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
     examples = [e for e in MIXED for _ in range(share)]
     plan = loader.Plan.of(examples, FITTED, 8 * share, seed=3, share=share)
     padding, sizes = plan.forecast()
-    drawn = list(islice(loader.training_batches(examples, FITTED, RATES, 8 * share, 3, share), 150))
+    drawn = list(islice(loader.training_batches(plan, RATES, 3), 150))
     for epoch in (drawn[:75], drawn[75:]):
         seen = sorted(lengths for batch in epoch for lengths in row_lengths(batch))
         assert seen == sorted((len(e.context), len(e.query), len(e.answer)) for e in examples)
@@ -339,7 +343,7 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
     # Long and short ones come in any order, in each epoch in another; shuffled alone half of it would be padding.
     means = [float(np.mean(b.context_length.sum(axis=1))) for b in drawn]
     assert means[:75] != sorted(means[:75]) and means[:75] != means[75:]
-    shuffled = loader.Plan(plan.groups, FITTED, order.Order(np.zeros(len(MIXED)), 8, 3)).forecast()[0]
+    shuffled = dataclasses.replace(plan, order=order.Order(np.zeros(len(MIXED)), 8, 3)).forecast()[0]
     assert padding < 0.15 and shuffled > 0.4
 
 
@@ -360,18 +364,35 @@ def test_any_number_of_batches_has_every_example_as_often_as_it_should(sizes, ba
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("share", [1, 4])
 def test_the_rows_of_all_processes_are_the_batch_of_one(processes, share):
-    examples = [e for e in MIXED[:90] for _ in range(share)]
-    whole = loader.training_batches(examples, FITTED, RATES, 12 * share, 1, share)
-    parts = [
-        loader.training_batches(examples, FITTED, RATES, 12 * share, 1, share, process_index=i, process_count=processes)
-        for i in range(processes)
-    ]
+    """Lengths are known to each, tokens to those whose rows they are."""
+    plan = plan_of([e for e in MIXED[:90] for _ in range(share)], 12 * share, 1, share, FITTED)
+    whole = loader.training_batches(plan, RATES, 1)
+    own = [range(12 * i // processes, 12 * (i + 1) // processes) for i in range(processes)]
+    parts = [loader.training_batches(plan, RATES, 1, own=part) for part in own]
     for _ in range(9):
-        batch, *pieces = (next(iterator) for iterator in (whole, *parts))
-        for name, array in dataclasses.asdict(batch).items():
-            assert np.array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), array), name
-    with pytest.raises(ValueError, match="12 contexts of a batch do not divide over 5 processes"):
-        loader.training_batches(examples, FITTED, RATES, 12 * share, 1, share, process_index=0, process_count=5)
+        batch, *pieces = (dataclasses.asdict(next(iterator)) for iterator in (whole, *parts))
+        for name, array in batch.items():
+            if name not in ("context", "query", "answer"):
+                assert all(np.array_equal(piece[name], array) for piece in pieces), name
+                continue
+            rows = len(array) // 12
+            for part, piece in zip(own, pieces, strict=True):
+                mine = slice(part.start * rows, part.stop * rows)
+                assert np.array_equal(piece[name][mine], array[mine]), name
+                assert not np.delete(piece[name], np.r_[mine], axis=0).any(), name
+
+
+@pytest.mark.parametrize(
+    "axes, second",  # which of 8 contexts the second half of four devices needs
+    [({"data": 2, "fsdp": 2}, range(4, 8)), ({"fsdp": 2, "tensor": 2}, range(4, 8)), ({"context": 4}, range(8))],
+)
+def test_a_process_reads_the_rows_that_its_devices_need(axes, second, monkeypatch):
+    mesh = sharding.make_mesh(Mesh(**{"data": 1, **axes}), jax.devices()[:4])
+    assert sharding.own_contexts(mesh, 8) == range(8)  # they are all here
+    whole = sharding.rows(mesh).devices_indices_map((8,))
+    there = {device: index for device, index in whole.items() if device in jax.devices()[2:4]}
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", lambda self, shape: there)
+    assert sharding.own_contexts(mesh, 8) == second
 
 
 def test_batches_are_put_on_the_devices_ahead_and_taken_up_again_where_they_were_used():
@@ -382,8 +403,7 @@ def test_batches_are_put_on_the_devices_ahead_and_taken_up_again_where_they_were
         return jax.device_put(batch)
 
     plain = take(batches(), 9)
-    shapes = loader.Shapes.of(EXAMPLES, Data(), Compression(rates=RATES))
-    iterator = loader.training_batches(EXAMPLES, shapes, RATES, 4, 0, put=put)
+    iterator = loader.training_batches(plan_of(EXAMPLES), RATES, 0, put=put)
     host, device = next(iterator)
     assert contents(host) == plain[0] and isinstance(device.context, jax.Array)
     deadline = time.monotonic() + 5
@@ -408,24 +428,23 @@ def test_a_data_worker_that_dies_is_an_error_at_once_and_loses_no_example(where,
     plain = take(batches(), 9)
     left = [5]
 
-    def dies(*arguments):
+    def dies(*arguments, **named):
         left[0] -= 1
         if left[0] < 0:
             raise MemoryError("no more")
-        return collate(*arguments) if where == "making" else arguments[0]
+        return collate(*arguments, **named) if where == "making" else arguments[0]
 
     collate = loader.collate
     monkeypatch.setattr(loader, "collate", dies if where == "making" else collate)
-    shapes = loader.Shapes.of(EXAMPLES, Data(), Compression(rates=RATES))
     put = dies if where == "placing" else lambda batch: batch
-    iterator = loader.training_batches(EXAMPLES, shapes, RATES, 4, 0, put=put)
+    iterator = loader.training_batches(plan_of(EXAMPLES), RATES, 0, put=put)
     done, start = [], time.monotonic()
     with pytest.raises(MemoryError, match="no more"):
         while True:
             done.append(contents(next(iterator)[0]))
     assert time.monotonic() - start < 5 and done == plain[: len(done)] and len(done) >= 3
     left[0] = 1000
-    again = loader.training_batches(EXAMPLES, shapes, RATES, 4, 0, put=put)
+    again = loader.training_batches(plan_of(EXAMPLES), RATES, 0, put=put)
     again.set_state({"next_index": len(done)})
     assert [contents(batch) for batch, _ in islice(again, 9 - len(done))] == plain[len(done) :]
     iterator.close()
@@ -438,7 +457,7 @@ def test_a_killed_process_leaves_no_data_worker_behind():
         "import os, signal, sys, numpy as np; from comi_jax.config import Compression, Data; "
         "from comi_jax.data import loader; e = [loader.Example(*[np.arange(1, 9)] * 3)] * 9; "
         "s = loader.Shapes.of(e, Data(), Compression(rates=(2,))); "
-        "b = loader.training_batches(e, s, (2,), 4, 0, put=lambda batch: batch); next(b); "
+        "b = loader.training_batches(loader.Plan.of(e, s, 4, 0), (2,), 0, put=lambda batch: batch); next(b); "
         "print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     start = time.monotonic()

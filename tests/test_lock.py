@@ -22,7 +22,10 @@ def write(folder, **changes):
 def test_the_lock_is_there_while_it_is_held_and_then_gone(tmp_path):
     with lock.held(tmp_path / "a" / "run"):
         assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == [lock.NAME]
-    assert not list((tmp_path / "a" / "run").iterdir())
+    assert not (tmp_path / "a" / "run").exists()  # it was made for the lock, and nothing came into it
+    with lock.held(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_second_holder_is_refused_with_host_process_and_time(tmp_path):

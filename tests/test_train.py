@@ -174,7 +174,8 @@ def test_the_folder_of_the_language_model_is_not_a_place_for_a_run(world):
         ("mesh.data=3", "= 3 x 1 x 1 x 1 does not make the 4 devices"),
         ("compression.encoder_layers=3", "encoder_layers is 3; the backbone has 2 layers"),
         ("compression.lsa_layers=3", "lsa_layers is 3; the backbone has 2 layers"),
-        ("data.max_context=20", "16 of 16 records are too long, the first is record 1"),
+        ("data.max_context=20", "data.eval: 6 of 6 records are too long, the first is record 1"),
+        ("data.eval= data.max_context=20", "error: 16 of 16 records are too long, the first is record 1"),
         ("generation.max_new_tokens=120", "data.eval: record 1: 15 memory vectors, a query of 7 and an answer of 120"),
         ("data.train=", "data.train is not set"),
         ("data.train=none.jsonl", "none.jsonl: does not exist"),
@@ -184,18 +185,18 @@ def test_the_folder_of_the_language_model_is_not_a_place_for_a_run(world):
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(world, tmp_path, override, message):
-    assert message in refusal(world.command(tmp_path / "run", override))
+    assert message in refusal(world.command(tmp_path / "run", *override.split()))
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_do_not_fit_are_listed_before_anything_is_written(world, tmp_path):
+def test_weights_that_do_not_fit_are_listed_before_the_run_begins(world, tmp_path):
     shutil.copytree(world.lm, tmp_path / "lm")
     values = json.loads((tmp_path / "lm" / "config.json").read_text())
     (tmp_path / "lm" / "config.json").write_text(json.dumps(values | {"intermediate_size": 50}))
     with pytest.raises(SystemExit) as refused:
         train.main(world.command(tmp_path / "run", f"model.path={tmp_path / 'lm'}"))
     assert "6 problem(s)" in refused.value.code and "mlp.gate_proj.weight has shape (48, 32)" in refused.value.code
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"examples.arrow", "examples.json"}
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(world, tmp_path):
@@ -239,17 +240,16 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
     said = refusal(world.command(tmp_path / "run", f"data.train={data}"))
     assert f"{data}, line 2: " in said and "a number (7)" in said
     assert not (tmp_path / "run").exists()
-    settings = config.load("qwen2", ["data.skip_bad_records=true"])
+    settings = config.load("qwen2", [f"data.train={data}", "data.skip_bad_records=true"])
     printed = io.StringIO()
-    kept = train.read_data((str(data),), "train", settings, Console(file=printed, soft_wrap=True))
-    assert [record.prompt for record in kept] == [rows[0]["prompt"], rows[2]["prompt"]]
+    console = Console(file=printed, soft_wrap=True)
+    kept = train.read_examples(settings, train_fixtures.tokenizer(), tmp_path / "examples", console)
+    assert [len(e.query) for e in kept] == [len(row["prompt"].split()) for row in (rows[0], rows[2])]
     assert "left out 2 bad records:" in printed.getvalue()
     assert f"{data}, line 2: " in printed.getvalue() and f"{data}, line 4: " in printed.getvalue()
 
 
 def test_only_the_first_records_are_evaluated_if_asked(world):
-    settings = config.load("qwen2", ["data.eval_examples=2"])
-    quiet = Console(file=io.StringIO())
-    names = (str(world.dev),)
-    assert len(train.read_data(names, "eval", settings, quiet)) == 2
-    assert len(train.read_data(names, "train", settings, quiet)) == 6
+    quiet, dev = Console(file=io.StringIO()), f"data.eval={world.dev}"
+    for words, count in (([dev, "data.eval_examples=2"], 2), ([dev], 6), ([], 0)):
+        assert len(train.read_held_out(config.load("qwen2", words), quiet)) == count

@@ -1,13 +1,16 @@
 """From records to batches: tokenise once, then a Grain pipeline whose order is a pure function of seed and step.
 
+    records -> encoded -> Example (of a run: in a file, see ``tokens``) -> Plan: which examples make batch i -> Batch
+
 Context, query and answer are tokenised raw and apart: no chat template, no separators, no BOS. The target is the first
 answer and the end-of-sequence token.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,45 +60,55 @@ class LengthReport:
 def encode(
     records: Sequence[Record], tokenizer: Any, data: Data, *, targets: bool = True
 ) -> tuple[list[Example], LengthReport]:
-    """Tokenise ``records``; with ``targets`` their first answers too.
+    """All of ``encoded``, and what it reports."""
+    report = LengthReport()
+    return list(itertools.chain.from_iterable(encoded(records, tokenizer, data, report, targets=targets))), report
+
+
+def encoded(
+    records: Iterable[Record], tokenizer: Any, data: Data, report: LengthReport, *, targets: bool = True
+) -> Iterator[list[Example]]:
+    """``records`` tokenised, CHUNK at a time; with ``targets`` their first answers too. Adds to ``report``.
 
     What is longer than data.max_context, max_query or max_answer tokens is cut (context and query at the end, the
-    answer before its end-of-sequence token) and counted if data.on_long is "truncate"; else LengthError is raised.
+    answer before its end-of-sequence token) and counted if data.on_long is "truncate"; else LengthError is raised,
+    when all records were seen.
     """
-    report, examples, long = LengthReport(), [], []
-    limits = (data.max_context, data.max_query, data.max_answer)
-    for first in range(0, len(records), CHUNK):
-        chunk = records[first : first + CHUNK]
+    long: list[tuple[int, list[int]]] = []
+    limits, spare = (data.max_context, data.max_query, data.max_answer), (0, 0, int(targets))  # room for the last token
+    records = iter(records)
+    while chunk := list(itertools.islice(records, CHUNK)):
         contexts = token_ids(tokenizer, [record.context_text() for record in chunk])
         queries = token_ids(tokenizer, [record.prompt for record in chunk])
         answers = token_ids(tokenizer, [record.answers[0] for record in chunk]) if targets else [[]] * len(chunk)
-        for number, parts in enumerate(zip(contexts, queries, answers, strict=True), start=first):
-            spare = (0, 0, 1 if targets else 0)  # room for the end-of-sequence token
+        examples = []
+        for parts in zip(contexts, queries, answers, strict=True):
+            report.examples += 1
+            for name, ids in zip(("context", "query"), parts, strict=False):
+                if not ids:
+                    raise LengthError(
+                        f"record {report.examples} has a {name} of no tokens; leave it out, or give it some text"
+                    )
             over = [len(ids) + room > limit for ids, limit, room in zip(parts, limits, spare, strict=True)]
             if any(over):
-                long.append((number, [len(ids) for ids in parts]))
+                long.append((report.examples, [len(ids) for ids in parts]))
             context, query, answer = (i[: limit - room] for i, limit, room in zip(parts, limits, spare, strict=True))
             answer = [*answer, tokenizer.eos_token_id] if targets else answer
             arrays = (np.asarray(ids, np.int32) for ids in (context, query, answer))
             examples.append(Example(*arrays, truncated=any(over)))
-            report.examples += 1
             report.context_tokens += len(context)
             report.truncated_contexts += over[0]
             report.truncated_queries += over[1]
             report.truncated_answers += over[2]
+        yield examples
     if long and data.on_long == "refuse":
         number, lengths = long[0]
         raise LengthError(
-            f"{len(long)} of {len(records)} records are too long, the first is record {number + 1} with "
+            f"{len(long)} of {report.examples} records are too long, the first is record {number} with "
             f"{lengths[0]}, {lengths[1]} and {lengths[2]} tokens of context, query and answer; raise data.max_context "
             f"({limits[0]}), data.max_query ({limits[1]}) or data.max_answer ({limits[2]}, end of sequence included), "
             "or set data.on_long=truncate"
         )
-    for number, example in enumerate(examples, start=1):
-        for name in ("context", "query"):
-            if not len(getattr(example, name)):
-                raise LengthError(f"record {number} has a {name} of no tokens; leave it out, or give it some text")
-    return examples, report
 
 
 def check_positions(
@@ -188,21 +201,29 @@ class Shapes:
 
 
 def collate(
-    examples: Sequence[Example], shapes: Shapes, share: int = 1, size: tuple[int, int, int, int] | None = None
+    examples: Sequence[Example],
+    shapes: Shapes,
+    share: int = 1,
+    *,
+    size: tuple[int, int, int, int] | None = None,
+    own: range | None = None,
 ) -> Batch:
     """Right-padded numpy arrays of ``examples``, contexts cut into segments of ``shapes.segment_size``. Every ``share``
-    examples in a row have one context, which the batch holds once. ``size`` is that of ``examples`` unless given, as it
-    is to a part of a batch."""
+    examples in a row have one context, which the batch holds once. ``size`` is that of ``examples`` unless given.
+    Contexts that are not in ``own`` (None: all are) and their queries and answers get their lengths alone."""
     owners, step = examples[::share], shapes.segment_size
+    own = range(len(owners)) if own is None else own
     count, length, query_width, answer_width = size or shapes.size(examples)
     context = np.zeros((len(owners), count, length), np.int32)
     lengths = np.zeros((len(owners), count), np.int32)
     for i, example in enumerate(owners):
         for j, first in enumerate(range(0, len(example.context), step)):
-            segment = example.context[first : first + step]
-            context[i, j, : len(segment)], lengths[i, j] = segment, len(segment)
-    query, query_length = _pad([e.query for e in examples], query_width)
-    answer, answer_length = _pad([e.answer for e in examples], answer_width)
+            lengths[i, j] = min(step, len(example.context) - first)
+            if i in own:
+                context[i, j, : lengths[i, j]] = example.context[first : first + step]
+    rows = range(own.start * share, own.stop * share)
+    query, query_length = _pad([e.query for e in examples], query_width, rows)
+    answer, answer_length = _pad([e.answer for e in examples], answer_width, rows)
     rate = np.array([e.rate for e in examples], np.int32)
     return Batch(context, lengths, query, query_length, answer, answer_length, rate)
 
@@ -214,11 +235,11 @@ def padding_share(batch: Batch) -> float:
     return 1.0 - sum(int(np.sum(n)) for n in lengths) / sum(array.size for array in arrays)
 
 
-def _pad(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    padded = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded, np.array([len(row) for row in rows], np.int32)
+def _pad(ids: Sequence[np.ndarray], width: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+    padded = np.zeros((len(ids), width), np.int32)
+    for i in rows:
+        padded[i, : len(ids[i])] = ids[i]
+    return padded, np.array([len(row) for row in ids], np.int32)
 
 
 def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Example, ...]]:
@@ -241,6 +262,7 @@ class Plan:
     groups: list[tuple[Example, ...]]  # examples about one context
     shapes: Shapes
     order: Order
+    share: int  # examples in a group
 
     @classmethod
     def of(cls, examples: Sequence[Example], shapes: Shapes, batch_size: int, seed: int, share: int = 1) -> "Plan":
@@ -249,11 +271,18 @@ class Plan:
         # Narrow rows rise and the others fall: where they meet, the longest of both share a batch.
         tokens = segments * (max(lengths) + 1) + lengths
         narrow = np.all(np.stack(widths, axis=1) == (shapes.narrow or (0, 0)), axis=1)
-        return cls(groups, shapes, Order(np.where(narrow, tokens, 2 * max(tokens) - tokens), batch_size // share, seed))
+        order = Order(np.where(narrow, tokens, 2 * max(tokens) - tokens), batch_size // share, seed)
+        return cls(groups, shapes, order, share)
 
     def examples(self, number: int) -> list[Example]:
         """The examples of batch ``number``."""
         return [example for i in self.order[number] for example in self.groups[i]]
+
+    def batch(self, number: int, rates: Sequence[int] | np.ndarray, own: range | None = None) -> Batch:
+        """Batch ``number``, its examples at ``rates``; ``own`` as in ``collate``."""
+        every = self.examples(number)
+        drawn = [dataclasses.replace(e, rate=int(rate)) for e, rate in zip(every, rates, strict=True)]
+        return collate(drawn, self.shapes, self.share, own=own)
 
     def forecast(self) -> tuple[float, dict[tuple[int, int, int, int], int]]:
         """Share of padding over the first epoch, and how often it has each size: every one is compiled once."""
@@ -261,7 +290,7 @@ class Plan:
         for number in range(max(self.order.first(1), 1)):
             examples = self.examples(number)
             owners, (count, length, query, answer) = self.order.batch, self.shapes.size(examples)
-            real += sum(len(e.context) for e in examples[:: len(examples) // owners])
+            real += sum(len(e.context) for e in examples[:: self.share])
             real += sum(len(e.query) + len(e.answer) for e in examples)
             padded += owners * count * length + len(examples) * (query + answer)
             sizes[count, length, query, answer] += 1
@@ -269,34 +298,23 @@ class Plan:
 
 
 def training_batches(
-    examples: Sequence[Example],
-    shapes: Shapes,
+    plan: Plan,
     rates: tuple[int, ...],
-    batch_size: int,
     seed: int,
-    share: int = 1,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: range | None = None,
     put: Callable[[Batch], Any] | None = None,
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches, every epoch in another order, each example with a rate drawn from ``rates``; with
-    ``share``, neighbours about one context stay together, up to so many.
+    """The batches of ``plan``, endless, each example with a rate drawn from ``rates``.
 
-    Batch i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step. Process
-    ``process_index`` of ``process_count`` gets its rows of every batch, in the size that all of them have; so do the
-    drawn rates not depend on the number of processes. With ``put``, which places a batch on devices, elements are
-    (batch, put(batch)), and two are placed ahead of the one in use; ``close`` the iterator when done with it.
+    Batch i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step. A process whose
+    devices need a part of every batch's contexts names it as ``own``: no other tokens are read. With ``put``, which
+    places a batch on devices, elements are (batch, put(batch)), and two are placed ahead of the one in use; ``close``
+    the iterator when done with it.
     """
-    if batch_size // share % process_count:
-        raise ValueError(f"{batch_size // share} contexts of a batch do not divide over {process_count} processes")
-    plan = Plan.of(examples, shapes, batch_size, seed, share)
-    own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
 
     def make(number: int, rng: np.random.Generator) -> Batch:
-        every = plan.examples(number)
-        drawn = [dataclasses.replace(e, rate=int(r)) for e, r in zip(every, rng.choice(rates, len(every)), strict=True)]
-        return collate(drawn[own], shapes, share, shapes.size(every))
+        return plan.batch(number, rng.choice(rates, plan.order.batch * plan.share), own)
 
     data = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(make).to_iter_dataset(grain.ReadOptions(1, 4))
     if put is not None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,40 +172,63 @@ class MixtureReport:
         return f"{sum(self.taken)} records, fingerprint {self.fingerprint}: {', '.join(parts)}"
 
 
-def read(
-    words: Sequence[str], split: str, *, seed: int = 0, skip_bad: bool = False
-) -> tuple[list[Record], MixtureReport]:
-    """All records of a mixture, source after source, and a report. A pure function of the files, words and seed.
+class Mixture:
+    """The records of the sources that ``words`` name, one after another, as a stream; when it has ended, ``report``
+    says what was there. A pure function of the files, words and seed.
 
     Args:
         split: "train" or "eval": which file of a prepared folder, and which split of a hub dataset that names none.
         skip_bad: as in ``read_records``.
 
-    Raises:
+    Iterating raises:
         DataError: as ``read_records``; a prepared folder whose records are not those it was written with.
         ConfigError: a word that names no source.
     """
-    records: list[Record] = []
-    skipped: list[Skipped] = []
-    found, taken, everything = [], [], Fingerprint()
-    parsed = [parse(word) for word in words]
-    for number, source in enumerate(parsed):
-        own = [record for _, _, record in examples(source, split, skipped if skip_bad else None)]
-        _check_prepared(source, split, own)
-        chosen = draw(len(own), source.weight, np.random.default_rng([seed, number]))
-        records.extend(own[i] for i in chosen)
-        found.append(len(own))
-        taken.append(len(chosen))
-    if not records:
-        raise ConfigError(f"the sources {', '.join(words)} give no example; raise their weights")
+
+    def __init__(self, words: Sequence[str], split: str, *, seed: int = 0, skip_bad: bool = False):
+        self._words, self._split, self._seed, self._skip_bad = tuple(words), split, seed, skip_bad
+        self.report: MixtureReport | None = None
+
+    def __iter__(self) -> Iterator[Record]:
+        skipped: list[Skipped] = []
+        found, taken, everything = [], [], Fingerprint()
+        parsed = [parse(word) for word in self._words]
+        for number, source in enumerate(parsed):
+            own = (record for _, _, record in examples(source, self._split, skipped if self._skip_bad else None))
+            own = _counted(_checked(source, self._split, own), found)
+            if source.weight != 1:  # all of them must be known before some are drawn
+                held = list(own)
+                own = (held[i] for i in draw(len(held), source.weight, np.random.default_rng([self._seed, number])))
+            for record in _counted(own, taken):
+                everything.add(record)
+                yield record
+        if not sum(taken):
+            raise ConfigError(f"the sources {', '.join(self._words)} give no example; raise their weights")
+        self.report = MixtureReport(self._words, tuple(found), tuple(taken), tuple(skipped), str(everything))
+
+
+def read(
+    words: Sequence[str], split: str, *, seed: int = 0, skip_bad: bool = False
+) -> tuple[list[Record], MixtureReport]:
+    """All records of a ``Mixture``, and its report."""
+    mixture = Mixture(words, split, seed=seed, skip_bad=skip_bad)
+    return list(mixture), mixture.report
+
+
+def _counted(records: Iterable[Record], counts: list[int]) -> Iterator[Record]:
+    """``records``; how many there were is appended to ``counts``."""
+    count = 0
     for record in records:
-        everything.add(record)
-    return records, MixtureReport(tuple(words), tuple(found), tuple(taken), tuple(skipped), str(everything))
+        count += 1
+        yield record
+    counts.append(count)
 
 
-def _check_prepared(source: Source, split: str, records: Sequence[Record]) -> None:
+def _checked(source: Source, split: str, records: Iterable[Record]) -> Iterator[Record]:
+    """``records``; DataError at their end if they are not those that a prepared folder was written with."""
     path = os.path.join(source.place, REPORT)
     if source.place.startswith(HUB) or not os.path.isfile(path):
+        yield from records
         return
     try:
         expected = json.loads(Path(path).read_text(encoding="utf-8"))["splits"][split]["fingerprint"]
@@ -216,5 +239,6 @@ def _check_prepared(source: Source, split: str, records: Sequence[Record]) -> No
     got = Fingerprint()
     for record in records:
         got.add(record)
+        yield record
     if str(got) != expected:
         raise DataError(path, None, f"says {expected} of {split}.jsonl.gz, which now is {got}; prepare it again")
