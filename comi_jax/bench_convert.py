@@ -33,12 +33,9 @@ from comi_jax import comi, convert, hf, sharding, weights
 from comi_jax.bench import peak_memory
 from comi_jax.config import Backbone, Compression, Config, Mesh
 from comi_jax.params import count
+from comi_jax.published import BACKBONES
 
-QWEN2_7B = Backbone(
-    model_type="qwen2", vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
-    num_attention_heads=28, num_key_value_heads=4, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None,
-    max_position_embeddings=32_768, tie_word_embeddings=False, qkv_bias=True, qk_norm=False,
-)  # fmt: skip
+QWEN2_7B = BACKBONES["Qwen/Qwen2-7B-Instruct"]
 SHARD_BYTES = 3_950_000_000  # of the published files
 GB = 1e9
 

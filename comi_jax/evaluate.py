@@ -15,16 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import xxhash
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from comi_jax import distributed, metrics, weights
+from comi_jax import distributed, metrics, sharding, weights
 from comi_jax.answer import Answer, Comi
 from comi_jax.checkpoint import CheckpointError, choose_step, weights_of
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import ConfigError, Generation, Mesh
 from comi_jax.data import loader
 from comi_jax.data.records import DataError, Record, read_records
 
@@ -169,7 +170,10 @@ def _interval(value: Mapping[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate a checkpoint on a file of records."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.evaluate", description="Measure a COMI checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="python -m comi_jax.evaluate",
+        description="Measure a COMI checkpoint, its weights and the examples split over all devices of this machine.",
+    )
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
     parser.add_argument("--step", default="newest", help='number of a checkpoint, "best" or "newest" (default)')
     parser.add_argument("--data", required=True, nargs="+", help="JSON Lines files, plain or .gz")
@@ -192,7 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
         if given.limit is not None and given.limit < 1:
             raise ConfigError(f"--limit={given.limit} leaves no records; it must be at least 1")
         step = choose_step(given.checkpoint, given.step)
-        model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step)
+        mesh = sharding.make_mesh(Mesh(data=1, fsdp=0)) if jax.device_count() > 1 else None
+        model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step, mesh=mesh)
         records, report = read_records(given.data, skip_bad=given.skip_bad_records)
         for line in report.skipped:
             console.print(f"left out {line}", highlight=False)

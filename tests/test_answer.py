@@ -7,10 +7,10 @@ import pytest
 import train_fixtures
 
 import comi_jax
-from comi_jax import answer
+from comi_jax import answer, sharding
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import CheckpointError
-from comi_jax.config import ConfigError
+from comi_jax.config import ConfigError, Mesh
 from comi_jax.data.loader import LengthError
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
@@ -72,6 +72,24 @@ def test_other_companions_in_another_order_change_nothing(together, model):
     assert answers == [together[0][i] for i in order]
     memories = model.compress([CONTEXTS[i] for i in order], [QUESTIONS[i] for i in order])
     assert all(close(memory, together[1][i]) for memory, i in zip(memories, order, strict=True))
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 1, "fsdp": 2, "context": 2},
+        pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param({"data": 1, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_and_examples_split_over_devices_change_nothing(axes, together, world):
+    """Five questions, where only an even number divides over the devices."""
+    mesh = sharding.make_mesh(Mesh(**axes))
+    split = Comi.load(world.run, batch_size=3, mesh=mesh)
+    assert split.batch_size == 4 and len(split.params["encoder"]["layers"]["q"].sharding.device_set) == 4
+    assert split.answer([*CONTEXTS, CONTEXTS[0]], [*QUESTIONS, QUESTIONS[0]]) == [*together[0], together[0][0]]
+    memories = split.compress(CONTEXTS[:3], QUESTIONS[:3])
+    assert all(close(memory, one) for memory, one in zip(memories, together[1][:3], strict=True))
 
 
 def test_an_answer_says_what_it_was_made_of(together):

@@ -1,0 +1,94 @@
+"""What a checkpoint costs: ``python -m comi_jax.bench_store [--gb 2]``.
+
+A state of random numbers, a third of them weights and the rest AdamW's, is saved and restored in a temporary folder.
+
+    blocked    seconds of save(), in which the run waits; the rest of the writing goes on beside it
+    written    until the checkpoint is complete, checksums included
+    restored   with the checksums compared beside the reading, as a run does; and without
+    verified   the comparison alone, from one thread: files that are read anew would take longer
+
+Files come from the system's memory where it still holds them: the figures are the processor's, not the disk's.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from comi_jax import integrity
+from comi_jax.bench import peak_memory
+from comi_jax.step import TrainState
+from comi_jax.store import Checkpoints, Progress
+
+GB = 1e9
+ARRAY = 1 << 26  # numbers in an array: 268 MB
+
+
+def state(size: float) -> TrainState:
+    """About ``size`` bytes of weights and moments."""
+    count = max(round(size / 3 / 4 / ARRAY), 1)
+    rng = np.random.default_rng(0)
+    trained = {f"encoder/layers/{i}": jnp.asarray(rng.random(ARRAY, np.float32)) for i in range(count)}
+    return TrainState(jnp.int32(1), trained, optax.scale_by_adam().init(trained))
+
+
+def measure(folder: Path, given: TrainState, step: int) -> dict[str, float]:
+    """Seconds of each part, once."""
+    seconds: dict[str, float] = {}
+
+    def lap(name: str, since: float) -> float:
+        now = time.perf_counter()
+        seconds[name] = now - since
+        return now
+
+    checkpoints = Checkpoints(folder, keep=1)
+    since = time.perf_counter()
+    checkpoints.save(given, Progress(step, {"next_index": step}))
+    lap("blocked", since)
+    if not checkpoints.settle():
+        raise OSError(f"{folder} cannot take the checkpoint")
+    lap("written", since)
+    checkpoints.close()
+    place = checkpoints.folder / str(step)
+    since = time.perf_counter()
+    integrity.verify(place)
+    since = lap("verified", since)
+    reader = Checkpoints(folder, read_only=True)
+    reader.restore_newest(given)
+    since = lap("restored", since)
+    reader.restore(step, given)
+    lap("restored without checksums", since)
+    reader.close()
+    return seconds
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_store", description=__doc__.splitlines()[0])
+    parser.add_argument("--gb", type=float, default=2.0, help="of state, at least 0.8")
+    parser.add_argument("--runs", type=int, default=3, help="the median is told")
+    options = parser.parse_args()
+    given = state(options.gb * GB)
+    size = sum(x.nbytes for x in jax.tree.leaves(given))
+    with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
+        rows = [measure(Path(folder), given, step) for step in range(1, options.runs + 1)]
+    table = Table(title=f"a state of {size / GB:.2f} GB, median of {options.runs}; peak {peak_memory():.2f} GB")
+    table.add_column("")
+    table.add_column("seconds", justify="right")
+    table.add_column("seconds/GB", justify="right")
+    for name in rows[0]:
+        median = statistics.median(row[name] for row in rows)
+        table.add_row(name, f"{median:.2f}", f"{median / size * GB:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
