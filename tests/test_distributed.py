@@ -85,9 +85,13 @@ def launch(count, output, *words, heartbeat=60, settings=SHORT):
     return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 
 
+def values(path, name):
+    """The field ``name`` of every line of a JSON Lines file."""
+    return [json.loads(line)[name] for line in path.read_text().splitlines()]
+
+
 def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return values(folder / "metrics.jsonl", "loss")
 
 
 @pytest.mark.slow
@@ -188,13 +192,11 @@ def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(setti
     assert "as it was tokenised before" in said and said.count(f"kept as {newest}.damaged") == 1, said
     assert re.search(rf"going on from step [2-{newest - 1}] of 12", said), said
     assert losses(both) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    for run in (tmp_path / "alone", both):
+        assert values(run / "evaluations.jsonl", "step") == [4, 8, 12]
     for name in ("predictions.jsonl", "predictions_closed_book.jsonl"):
-        rows = [[json.loads(line) for line in (run / name).open()] for run in (tmp_path / "alone", both)]
-        assert [r["prediction"] for r in rows[0]] == [r["prediction"] for r in rows[1]] and len(rows[0]) == 5
-    evaluated = [
-        [json.loads(line)["step"] for line in (r / "evaluations.jsonl").open()] for r in (tmp_path / "alone", both)
-    ]
-    assert evaluated == [[4, 8, 12]] * 2
+        said, expected = (values(run / name, "prediction") for run in (both, tmp_path / "alone"))
+        assert said == expected and len(said) == 5
 
 
 @pytest.mark.slow

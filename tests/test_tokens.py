@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from comi_jax import train
+from comi_jax import checkpoint, train
 from comi_jax.config import load
 from comi_jax.data import loader, tokens
 from comi_jax.integrity import CheckpointError
@@ -129,6 +129,18 @@ def test_a_failure_leaves_nothing(data, tmp_path):
     with pytest.raises(ValueError, match="line 6"):
         read(config_of(data), tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.fault
+def test_what_a_process_left_that_was_killed_as_it_made_them_is_written_over(data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "examples.arrow.part").write_bytes(b"half of")
+    config = config_of(data, "compression.encoder_layers=1")
+    run = checkpoint.Run(config, train_fixtures.backbone(), (2,))
+    assert checkpoint.check_folder(folder, run) == []  # it can begin there
+    made, _ = read(config_of(data), folder)
+    assert len(made) == 5 and not list(folder.glob("*.part"))
 
 
 def test_a_process_that_does_not_see_the_folder_says_so(tmp_path):
