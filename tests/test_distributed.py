@@ -158,10 +158,10 @@ def settings(tmp_path_factory):
     )  # fmt: skip
 
 
-def stopped(count, output, settings, step):
-    """A launcher whose second process was asked to end at ``step``, and all that was printed."""
+def stopped(count, output, settings, words):
+    """A launcher whose second process was asked to end after a line with ``words``, and all that was printed."""
     process = launch(count, output, settings=settings)
-    text = said_until(process, f"step {step}/")
+    text = said_until(process, words)
     os.kill(pids_of(process)[1], signal.SIGTERM)
     text += process.communicate(timeout=300)[0]
     return process, text
@@ -176,7 +176,7 @@ def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(setti
     said = alone.communicate(timeout=300)[0]
     assert alone.returncode == 0, said
     both = tmp_path / "both"
-    process, said = stopped(2, both, settings, 5)
+    process, said = stopped(2, both, settings, "step 5/")
     assert process.returncode == 0 and said.count("stopped by SIGTERM after step") == 1, said
     newest = max(int(path.name) for path in (both / "checkpoints").iterdir())
     assert 5 <= newest < 12 and f"after step {newest} of 12" in said
@@ -210,7 +210,7 @@ def test_the_coordinator_is_killed(settings, tmp_path):
     said += process.communicate(timeout=300)[0]
     assert process.returncode != 0 and time.monotonic() - gone < 6 + 5 + 10, said
     assert "process 0 of 2 ended with status 137, killed by signal 9" in said, said
-    process, said = stopped(2, tmp_path / "run", [*settings, "train.steps=100000"], "")
+    process, said = stopped(2, tmp_path / "run", [*settings, "train.steps=100000"], "/100000  loss")
     assert process.returncode == 0 and "going on from step" in said, said
 
 
