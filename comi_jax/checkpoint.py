@@ -25,7 +25,6 @@ import orbax.checkpoint as ocp
 from comi_jax import integrity, lock, sharding, store
 from comi_jax.comi import Architecture, is_trained, specs
 from comi_jax.config import Backbone, Config, ConfigError, from_dict, override, to_dict
-from comi_jax.data import tokens
 from comi_jax.integrity import CheckpointError, DamageError
 from comi_jax.params import flatten, partition, unflatten
 from comi_jax.store import restore_arrays, stored
@@ -46,6 +45,7 @@ HARMLESS = (
     "generation.", "model.attention", "model.kernels", "model.remat", "data.examples_per_source",
 )  # fmt: skip
 DRAFT = "config.json.draft"
+EXAMPLES = "examples."  # what the names of the files of data.tokens begin with
 BEFORE = "; with that folder removed, the checkpoint before it is used"
 
 
@@ -105,7 +105,7 @@ def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> li
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        ours = (lock.NAME, DRAFT, tokens.NAME)  # all that is left of a run that was killed as it began
+        ours = (lock.NAME, DRAFT, EXAMPLES)  # all that is left of a run that was killed as it began
         if folder.exists() and not (folder.is_dir() and all(p.name.startswith(ours) for p in folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
         return []

@@ -41,8 +41,9 @@ ALLOWED = {
     "integrity": set(),
     "lock": {"integrity"},
     "stop": set(),
-    "store": {"integrity"},
-    "checkpoint": {"comi", "config", "integrity", "lock", "params", "store", "weights"},
+    "distributed": {"config"},
+    "store": {"distributed", "integrity"},
+    "checkpoint": {"comi", "config", "integrity", "lock", "params", "sharding", "store", "weights"},
     "meter": {"chips", "comi", "flops"},
     "logs": set(),
     "report": {"checkpoint", "config", "params", "version"},
@@ -61,6 +62,7 @@ ALLOWED = {
     "data.sources": {"config", "data.adapters", "data.records"},
     "data.order": set(),
     "data.loader": {"comi", "compress", "config", "data.order", "data.records"},
+    "data.tokens": {"config", "data.loader", "data.records", "data.sources", "integrity"},
     "data.synthetic": {"data.records"},
 }
 

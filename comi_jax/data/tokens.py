@@ -27,7 +27,7 @@ from comi_jax.data.loader import Example
 from comi_jax.data.records import DataError
 from comi_jax.integrity import CheckpointError, checksum
 
-NAME = "examples"  # what the names of all files begin with
+NAME = "examples"  # of all files; a folder that holds nothing else is free for a run (checkpoint.check_folder)
 FORMAT = 1  # to be raised when other examples are made of the same records
 PARTS = ("context", "query", "answer")
 SCHEMA = pa.schema([*((part, pa.list_(pa.int32())) for part in PARTS), ("truncated", pa.bool_())])
