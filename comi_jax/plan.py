@@ -31,8 +31,8 @@ from comi_jax.chips import Chip
 from comi_jax.config import Backbone, Config, ConfigError, load
 from comi_jax.data import loader
 from comi_jax.published import BACKBONES
+from comi_jax.start import backbone_folder, starting_backbone
 from comi_jax.step import CompiledStep
-from comi_jax.train import backbone_folder, starting_backbone
 
 EXAMPLES = 100_000  # that the paper trains on
 USABLE = 0.92  # share of a GPU's memory that JAX takes (launch/one_node.sh); of a TPU's the compiler decides

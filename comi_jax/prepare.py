@@ -24,13 +24,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import hf
-from comi_jax.checkpoint import is_run
 from comi_jax.config import Config, ConfigError, load, to_dict
 from comi_jax.data import loader, sources
 from comi_jax.data.records import DataError, Record, Skipped
 from comi_jax.params import flatten
-from comi_jax.train import backbone_folder
+from comi_jax.start import starting_tokenizer
 
 NAMED = 5  # of each reason to drop an example, so many are named by file and line
 PARTS = ("context", "query", "answer")
@@ -271,13 +269,6 @@ def print_report(report: dict[str, Any], output: Path, console: Console) -> None
     console.print(f"{output}: fingerprint {report['fingerprint']} (records: {prints})", highlight=False)
 
 
-def _tokenizer(config: Config) -> Any:
-    if config.model.tokenizer:
-        return hf.load_tokenizer(config.model.tokenizer)
-    folder = backbone_folder(config)
-    return hf.load_tokenizer(folder / "tokenizer" if is_run(folder) else folder)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, prepare, and turn what a user can mend into one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.prepare", description="Make the training mixture once.")
@@ -291,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load(options.config, overrides)
         output = Path(os.path.abspath(options.output))
-        print_report(prepare(config, _tokenizer(config), output, console), options.output, console)
+        print_report(prepare(config, starting_tokenizer(config), output, console), options.output, console)
     except (ConfigError, DataError, loader.LengthError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -9,164 +9,33 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import comi, distributed, evaluate, hf, lock, loop, optim, sharding, weights
+from comi_jax import distributed, evaluate, lock, loop, optim, sharding, weights
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import (
     CheckpointError,
     Run,
     check_folder,
     existing,
-    frozen_dtype,
-    is_run,
-    load_flat,
     open_run,
     read_run,
-    restore_frozen,
     save_frozen,
     weights_of,
 )
-from comi_jax.config import Backbone, Config, ConfigError, load, to_dict
-from comi_jax.data import loader, sources, synthetic, tokens
+from comi_jax.config import Config, ConfigError, load
+from comi_jax.data import loader, tokens
 from comi_jax.data.records import DataError, Record
-from comi_jax.params import flatten, partition
-from comi_jax.state import create, own_parameters
+from comi_jax.reading import check_held_out, read_examples, read_held_out
+from comi_jax.start import backbone_folder, initial_params, resumed_params, starting_point
+from comi_jax.state import create
 from comi_jax.stop import Stop
-from comi_jax.store import Checkpoints, Progress, Say, begun
-
-# --- what a run starts from -------------------------------------------------------------------------------------------
-
-
-def backbone_folder(config: Config) -> Path:
-    """The folder of the pretrained language model, or ConfigError saying what to download."""
-    if config.model.path == "tiny":
-        return Path(__file__).parent / "tiny_lm"
-    if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
-        what = f"{config.model.path} is not one" if config.model.path else "model.path is not set"
-        name = config.model.hub or "a LLaMA-2, LLaMA-3, Qwen2 or Qwen3 model"
-        fetch = f": hf download {name} --local-dir=DIR" if config.model.hub else ""
-        raise ConfigError(
-            f"config {config.name!r} starts from the folder of a pretrained language model and {what}; download "
-            f"{name}{fetch}, then pass model.path=DIR"
-        )
-    return Path(config.model.path)
-
-
-def starting_backbone(folder: Path) -> Backbone:
-    """The backbone of the language model, or of the COMI checkpoint, in ``folder``."""
-    return read_run(folder).backbone if is_run(folder) else hf.read_config(folder)
-
-
-def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[int, ...]]:
-    """Backbone, tokenizer and stop tokens of the language model, or of the COMI checkpoint, in ``folder``."""
-    if is_run(folder):
-        start = read_run(folder)
-        check_same_parts(start, config, folder)
-        backbone, words, known = start.backbone, folder / "tokenizer", start.stop
-    else:
-        backbone, words, known = hf.read_config(folder), folder, hf.stop_tokens(folder)
-    tokenizer = hf.load_tokenizer(config.model.tokenizer or words)
-    if len(tokenizer) > backbone.vocab_size:
-        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
-    stop = {tokenizer.eos_token_id} | set(() if config.model.tokenizer else known)
-    return backbone, tokenizer, tuple(sorted(stop))
-
-
-def check_same_parts(start: Run, config: Config, folder: Path) -> None:
-    """Refuse to start from a COMI checkpoint whose parts or scalars are not those that ``config`` asks for."""
-    names = ["compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets"]
-    names += [f"compression.{name}" for name in comi.SCALARS]  # the checkpoint's are the ones that are used
-    there, here = (flatten(to_dict(c)) for c in (start.config, config))
-    other = [name for name in names if there[name.replace(".", "/")] != here[name.replace(".", "/")]]
-    if not start.config.lora.rank and not config.lora.rank:
-        other = [name for name in other if not name.startswith("lora.")]
-    if other:
-        values = (there[name.replace(".", "/")] for name in other)
-        texts = (",".join(map(str, value)) if isinstance(value, list) else value for value in values)
-        words = (f"{name}={text}" for name, text in zip(other, texts, strict=True))
-        raise ConfigError(f"the COMI checkpoint in {folder} has other parts than this run; pass {' '.join(words)}")
-
-
-def read_held_out(config: Config, console: Console) -> list[Record]:
-    """The records of data.eval: of JSON Lines files, or generated ones for the name "synthetic"."""
-    names, count = config.data.eval, config.data.eval_examples
-    if names == ("synthetic",):
-        return synthetic_records("eval", config)
-    if not names:
-        return []
-    records, report = sources.read(names, "eval", seed=config.train.seed, skip_bad=config.data.skip_bad_records)
-    for line in told("eval", report):
-        console.print(line, highlight=False, markup=False)
-    return records[: count or None]
-
-
-def synthetic_records(split: str, config: Config) -> list[Record]:
-    """As many generated records as the settings say."""
-    setting = "synthetic_examples" if split == "train" else "eval_examples"
-    made = getattr(config.data, setting)
-    if made < 1:
-        raise ConfigError(f'data.{setting} is {made}; it says how many records "synthetic" makes')
-    return synthetic.records(split, made, seed=config.train.seed)
-
-
-def told(split: str, report: sources.MixtureReport) -> list[str]:
-    """What a user is told of the reading of a mixture."""
-    left_out = [f"left out {len(report.skipped)} bad records:", *(f"  {line}" for line in report.skipped)]
-    return [f"{split}: {report}", *(left_out if report.skipped else [])]
-
-
-def read_examples(
-    config: Config, tokenizer: Any, folder: Path, console: Console, scratch: Path | None = None
-) -> tokens.Examples:
-    """The training examples, tokenised: those in ``folder`` if they are of the same data, or else made and put there by
-    the first process for all; with ``scratch``, by each process there. Raises DataError, LengthError, ConfigError."""
-    if distributed.is_first() or scratch:
-        origin = tokens.origin(config, tokenizer)
-        if found := tokens.find(folder, origin):
-            said = [*found.about.said, f"training data: as it was tokenised before, in {folder}"]
-        else:
-            said: list[str] = []
-            found = tokens.make(scratch or folder, new_examples(config, tokenizer, said), origin, said)
-        for line in said:
-            console.print(line, highlight=False, markup=False)
-    distributed.meet("the examples are there")
-    return found if distributed.is_first() or scratch else tokens.load(folder)
-
-
-def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[loader.Example]]:
-    """The examples of data.train, a chunk at a time; when they have ended, ``said`` has what to tell of them."""
-    report, data = loader.LengthReport(), config.data
-    if data.train == ("synthetic",):
-        yield from loader.encoded(synthetic_records("train", config), tokenizer, data, report)
-    else:
-        mixture = sources.Mixture(data.train, "train", seed=config.train.seed, skip_bad=data.skip_bad_records)
-        yield from loader.encoded(mixture, tokenizer, data, report)
-        said += told("train", mixture.report)
-    said.append(f"training data: {report}")
-
-
-def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Array]:
-    """A model to start from, by flat path and on its devices: from the COMI checkpoint in ``folder``, or fresh around
-    the language model in it, with adapters, if any, at random."""
-    arch = run.architecture
-    placed = sharding.parameters(comi.specs(arch), mesh)
-
-    def place(path: str) -> tuple[str, Any]:
-        return ("float32" if comi.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
-
-    if is_run(folder):
-        return load_flat(folder, arch, place)
-    params = hf.load_parts(folder, run.backbone, comi.parts_of_backbone(arch), place)
-    return params | own_parameters(arch, run.config.train.seed, mesh)
-
+from comi_jax.store import Checkpoints, Progress, begun
 
 # --- on the devices ---------------------------------------------------------------------------------------------------
 
@@ -190,16 +59,6 @@ class Task:
     held_out: list[Record]
     allow_change: bool
     dry_run: bool
-
-
-def resumed_params(run: Run, output: Path, mesh: jax.sharding.Mesh, say: Say) -> dict[str, Array]:
-    """The frozen weights of the run in ``output``; zeros where its checkpoint has what is trained."""
-    arch = run.architecture
-    placed, shapes = sharding.parameters(comi.specs(arch), mesh), flatten(comi.specs(arch))
-    trained, frozen = partition(shapes, lambda path: comi.is_trained(path, arch))
-    like = {p: jax.ShapeDtypeStruct(x.shape, frozen_dtype(p, arch), sharding=placed[p]) for p, x in frozen.items()}
-    zeros = {p: jnp.zeros(x.shape, jnp.float32, device=placed[p]) for p, x in trained.items()}
-    return zeros | restore_frozen(output, like, say)
 
 
 def first_params(task: Task, run: Run, output: Path, console: Console) -> dict[str, Array]:
@@ -346,16 +205,6 @@ def systems(config: Config) -> dict[str, Config]:
         return {"COMI": config}
     plain = dataclasses.replace(config.compression, coarse=False, fine=False)
     return {"COMI": config, "mean-pooling": dataclasses.replace(config, compression=plain)}
-
-
-def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:
-    """Refuse before the training what the closing table could not answer after it."""
-    try:
-        examples, _ = loader.encode(records, tokenizer, config.data, targets=False)
-        rate, new_tokens = config.compression.rates[0], config.generation.max_new_tokens
-        loader.check_positions(examples, backbone, config.compression, rate, new_tokens)
-    except loader.LengthError as error:
-        raise loader.LengthError(f"data.eval: {error}") from None
 
 
 def closing_table(places: dict[str, Path], records: list[Record], output: Path, console: Console) -> None:

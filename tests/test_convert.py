@@ -15,7 +15,7 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import Comi, checkpoint, comi, convert, generate, hf, inspection, official, train, weights
+from comi_jax import Comi, checkpoint, comi, convert, generate, hf, inspection, official, start, train, weights
 from comi_jax.config import Compression, Generation, Lora
 from comi_jax.params import flatten, unflatten
 
@@ -261,22 +261,22 @@ def test_training_starts_from_an_imported_model(tmp_path):
     run = checkpoint.read_run(ours)
     before = checkpoint.load_flat(ours, run.architecture)
     mesh = train.sharding.make_mesh(run.config.mesh)
-    started = train.initial_params(run, ours, mesh)
+    started = start.initial_params(run, ours, mesh)
     assert started.keys() == before.keys()
     for path, array in before.items():
         np.testing.assert_array_equal(started[path], array, err_msg=path)
-    backbone, _, stop = train.starting_point(run.config, ours)
+    backbone, _, stop = start.starting_point(run.config, ours)
     assert (backbone, stop) == (run.backbone, run.stop)
     other = dataclasses.replace(run.config, lora=Lora(), compression=Compression(rates=(2,), encoder_layers=2))
     with pytest.raises(train.ConfigError, match="pass compression.encoder_layers=1 lora.rank=2$"):
-        train.starting_point(other, ours)
+        start.starting_point(other, ours)
     sharper = dataclasses.replace(run.config, compression=dataclasses.replace(run.config.compression, alpha_fine=4.0))
     with pytest.raises(train.ConfigError, match="pass compression.alpha_fine=1.0$"):
-        train.starting_point(sharper, ours)
+        start.starting_point(sharper, ours)
     # It may train what the run that made the checkpoint kept frozen.
     learning = dataclasses.replace(run.config.compression, learn_mig=True)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, compression=learning))
-    assert train.initial_params(run, ours, mesh).keys() == before.keys()
+    assert start.initial_params(run, ours, mesh).keys() == before.keys()
 
 
 def test_the_card_has_what_evaluation_measured(tmp_path):

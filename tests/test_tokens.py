@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from comi_jax import checkpoint, train
+from comi_jax import checkpoint, reading
 from comi_jax.config import load
 from comi_jax.data import loader, tokens
 from comi_jax.integrity import CheckpointError
@@ -53,7 +53,7 @@ def config_of(data, *words):
 def read(config, folder, tokenizer=None):
     printed = io.StringIO()
     console = Console(file=printed, soft_wrap=True)
-    return train.read_examples(config, tokenizer or train_fixtures.tokenizer(), folder, console), printed.getvalue()
+    return reading.read_examples(config, tokenizer or train_fixtures.tokenizer(), folder, console), printed.getvalue()
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_damage_is_noticed_and_mended(data, tmp_path):
 
 def train_examples(data):
     config = config_of(data)
-    return [e for chunk in train.new_examples(config, train_fixtures.tokenizer(), []) for e in chunk]
+    return [e for chunk in reading.new_examples(config, train_fixtures.tokenizer(), []) for e in chunk]
 
 
 def test_a_failure_leaves_nothing(data, tmp_path):

@@ -12,7 +12,7 @@ import train_fixtures
 from rich.console import Console
 from train_fixtures import LOG_EVERY, SAVE_EVERY, STEPS
 
-from comi_jax import checkpoint, comi, config, convert, hf, sharding, train
+from comi_jax import checkpoint, comi, config, convert, hf, reading, sharding, start, train
 from comi_jax.params import flatten
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
@@ -118,7 +118,7 @@ def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
     more = ("lora.rank=2", "lora.alpha=4", "model.dtype=bfloat16", "train.steps=2", "train.checkpoint_every=0")
     train_fixtures.run(train_fixtures.command(world.lm, world.data, tmp_path / "run", *more))
     run, after = checkpoint.load_params(tmp_path / "run")
-    after, before = flatten(after), train.initial_params(run, world.lm, sharding.make_mesh(run.config.mesh))
+    after, before = flatten(after), start.initial_params(run, world.lm, sharding.make_mesh(run.config.mesh))
     assert set(after) == set(before) and run.architecture.lora.rank == 2
     for path, array in after.items():
         kept = np.array_equal(np.asarray(array), np.asarray(before[path], array.dtype))
@@ -243,7 +243,7 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
     settings = config.load("qwen2", [f"data.train={data}", "data.skip_bad_records=true"])
     printed = io.StringIO()
     console = Console(file=printed, soft_wrap=True)
-    kept = train.read_examples(settings, train_fixtures.tokenizer(), tmp_path / "examples", console)
+    kept = reading.read_examples(settings, train_fixtures.tokenizer(), tmp_path / "examples", console)
     assert [len(e.query) for e in kept] == [len(row["prompt"].split()) for row in (rows[0], rows[2])]
     assert "left out 2 bad records:" in printed.getvalue()
     assert f"{data}, line 2: " in printed.getvalue() and f"{data}, line 4: " in printed.getvalue()
@@ -252,4 +252,4 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
 def test_only_the_first_records_are_evaluated_if_asked(world):
     quiet, dev = Console(file=io.StringIO()), f"data.eval={world.dev}"
     for words, count in (([dev, "data.eval_examples=2"], 2), ([dev], 6), ([], 0)):
-        assert len(train.read_held_out(config.load("qwen2", words), quiet)) == count
+        assert len(reading.read_held_out(config.load("qwen2", words), quiet)) == count

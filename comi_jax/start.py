@@ -1,0 +1,98 @@
+"""What a run starts from: a pretrained language model, or a COMI checkpoint; and, going on, its own frozen weights."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from comi_jax import comi, hf, sharding
+from comi_jax.checkpoint import Run, frozen_dtype, is_run, load_flat, read_run, restore_frozen
+from comi_jax.config import Backbone, Config, ConfigError, to_dict
+from comi_jax.params import flatten, partition
+from comi_jax.state import own_parameters
+from comi_jax.store import Say
+
+
+def backbone_folder(config: Config) -> Path:
+    """The folder of the pretrained language model, or ConfigError saying what to download."""
+    if config.model.path == "tiny":
+        return Path(__file__).parent / "tiny_lm"
+    if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
+        what = f"{config.model.path} is not one" if config.model.path else "model.path is not set"
+        name = config.model.hub or "a LLaMA-2, LLaMA-3, Qwen2 or Qwen3 model"
+        fetch = f": hf download {name} --local-dir=DIR" if config.model.hub else ""
+        raise ConfigError(
+            f"config {config.name!r} starts from the folder of a pretrained language model and {what}; download "
+            f"{name}{fetch}, then pass model.path=DIR"
+        )
+    return Path(config.model.path)
+
+
+def starting_backbone(folder: Path) -> Backbone:
+    """The backbone of the language model, or of the COMI checkpoint, in ``folder``."""
+    return read_run(folder).backbone if is_run(folder) else hf.read_config(folder)
+
+
+def starting_tokenizer(config: Config, folder: Path | None = None) -> Any:
+    """The tokenizer that ``config`` names, or that of the model in ``folder``, by default the one it starts from."""
+    if config.model.tokenizer:
+        return hf.load_tokenizer(config.model.tokenizer)
+    folder = folder or backbone_folder(config)
+    return hf.load_tokenizer(folder / "tokenizer" if is_run(folder) else folder)
+
+
+def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[int, ...]]:
+    """Backbone, tokenizer and stop tokens of the language model, or of the COMI checkpoint, in ``folder``."""
+    if is_run(folder):
+        start = read_run(folder)
+        check_same_parts(start, config, folder)
+        backbone, known = start.backbone, start.stop
+    else:
+        backbone, known = hf.read_config(folder), hf.stop_tokens(folder)
+    tokenizer = starting_tokenizer(config, folder)
+    if len(tokenizer) > backbone.vocab_size:
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
+    stop = {tokenizer.eos_token_id} | set(() if config.model.tokenizer else known)
+    return backbone, tokenizer, tuple(sorted(stop))
+
+
+def check_same_parts(start: Run, config: Config, folder: Path) -> None:
+    """Refuse to start from a COMI checkpoint whose parts or scalars are not those that ``config`` asks for."""
+    names = ["compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets"]
+    names += [f"compression.{name}" for name in comi.SCALARS]  # the checkpoint's are the ones that are used
+    there, here = (flatten(to_dict(c)) for c in (start.config, config))
+    other = [name for name in names if there[name.replace(".", "/")] != here[name.replace(".", "/")]]
+    if not start.config.lora.rank and not config.lora.rank:
+        other = [name for name in other if not name.startswith("lora.")]
+    if other:
+        values = (there[name.replace(".", "/")] for name in other)
+        texts = (",".join(map(str, value)) if isinstance(value, list) else value for value in values)
+        words = (f"{name}={text}" for name, text in zip(other, texts, strict=True))
+        raise ConfigError(f"the COMI checkpoint in {folder} has other parts than this run; pass {' '.join(words)}")
+
+
+def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Array]:
+    """A model to start from, by flat path and on its devices: from the COMI checkpoint in ``folder``, or fresh around
+    the language model in it, with adapters, if any, at random."""
+    arch = run.architecture
+    placed = sharding.parameters(comi.specs(arch), mesh)
+
+    def place(path: str) -> tuple[str, Any]:
+        return ("float32" if comi.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
+
+    if is_run(folder):
+        return load_flat(folder, arch, place)
+    params = hf.load_parts(folder, run.backbone, comi.parts_of_backbone(arch), place)
+    return params | own_parameters(arch, run.config.train.seed, mesh)
+
+
+def resumed_params(run: Run, output: Path, mesh: jax.sharding.Mesh, say: Say) -> dict[str, Array]:
+    """The frozen weights of the run in ``output``; zeros where its checkpoint has what is trained."""
+    arch = run.architecture
+    placed, shapes = sharding.parameters(comi.specs(arch), mesh), flatten(comi.specs(arch))
+    trained, frozen = partition(shapes, lambda path: comi.is_trained(path, arch))
+    like = {p: jax.ShapeDtypeStruct(x.shape, frozen_dtype(p, arch), sharding=placed[p]) for p, x in frozen.items()}
+    zeros = {p: jnp.zeros(x.shape, jnp.float32, device=placed[p]) for p, x in trained.items()}
+    return zeros | restore_frozen(output, like, say)
