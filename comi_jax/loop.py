@@ -216,7 +216,7 @@ def summary(job: Job, analysis: Any) -> list[str]:
     job.batches.set_state(position)
     tokens = np.mean([sum(int(x.sum()) for x in (b.context_length, b.query_length, b.answer_length)) for b in batches])
     operations = np.mean([batch_flops(run.architecture, b) for b in batches])
-    rows = job.largest
+    rows, (padding, sizes) = job.largest, job.plan.forecast()
     held = {
         "frozen weights": bytes_per_device(job.frozen),
         "trained weights": bytes_per_device(job.state.trained),
@@ -231,6 +231,7 @@ def summary(job: Job, analysis: Any) -> list[str]:
         f"{', '.join(map(str, config.compression.rates))}, rows up to {rows.context.shape[2]} + {rows.query.shape[1]} "
         f"+ {rows.answer.shape[1]} tokens (segment + query + answer); about {tokens:,.0f} tokens and {operations:.3g} "
         "FLOP a step",
+        f"batches of {len(sizes)} shapes, {padding:.1%} of their positions padding",
         f"memory of a device: about {_gigabytes(sum(held.values()))} ({memory})",
     ]
 

@@ -1,0 +1,131 @@
+"""How fast training data comes, and how much of it is padding: ``python -m comi_jax.bench_data --config=NAME [...]``.
+
+    tokenised   records read and tokenised: once in a run, however many its epochs and restarts
+    batches     cut, padded and placed on the devices as the loop of a run takes them, with nothing else going on
+    trained     by the config's step on this machine (--steps=0: not measured; the others need a tokenizer alone)
+
+Tokens are real ones, of contexts, questions and answers. Padding is the share of the positions of batches that hold
+none, over the first epoch; beside it, what it were if lengths were not put together.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from comi_jax import optim, reading, sharding
+from comi_jax.checkpoint import CheckpointError, Run
+from comi_jax.config import Config, ConfigError, load
+from comi_jax.data import loader, order, tokens
+from comi_jax.data.records import DataError
+from comi_jax.meter import Tally
+from comi_jax.start import backbone_folder, initial_params, starting_point, starting_tokenizer
+from comi_jax.state import create
+from comi_jax.step import CompiledStep
+from comi_jax.weights import WeightsError
+
+WARM = 4  # batches, or steps, before the clock starts: those that were made ahead, and compilation
+
+
+def tokenise(config: Config, folder: Path) -> tuple[tokens.Examples, float]:
+    """The training examples, in ``folder``, and the tokens a second at which they were made."""
+    said: list[str] = []
+    tokenizer = starting_tokenizer(config)
+    since = time.perf_counter()
+    examples = tokens.make(folder, reading.new_examples(config, tokenizer, said), "", said)
+    seconds = time.perf_counter() - since
+    total = sum(len(part) for e in examples for part in (e.context, e.query, e.answer))
+    return examples, total / seconds
+
+
+def batches_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mesh, count: int) -> float:
+    """Tokens a second of ``count`` batches, made as for a run on ``mesh`` and taken by nobody else."""
+    made = loader.training_batches(
+        plan, config.compression.rates, config.train.seed, own=sharding.own_contexts(mesh, plan.order.batch),
+        put=lambda batch: sharding.put_batch(batch, mesh),
+    )  # fmt: skip
+    with contextlib.closing(made):
+        for _ in range(WARM):
+            next(made)
+        total, since = 0, time.perf_counter()
+        for _ in range(count):
+            batch, placed = next(made)
+            total += Tally.of(batch).tokens
+        jax.block_until_ready(placed)
+        return total / (time.perf_counter() - since)
+
+
+def trained_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mesh, steps: int) -> float:
+    """Tokens a second of ``steps`` updates with the first batch of the run, which is on the devices already."""
+    folder = backbone_folder(config)
+    backbone, _, stop = starting_point(config, folder)
+    run = Run(config, backbone, stop)
+    update = optim.optimizer(config.optimizer, config.train.steps)
+    state, frozen = create(initial_params(run, folder, mesh), run.architecture, update, mesh)
+    step = CompiledStep(run.architecture.on(mesh), update, sharding.micro_batches(config, mesh))
+    rates = np.resize(config.compression.rates, plan.order.batch * plan.share)
+    batch = plan.batch(0, rates)
+    placed, key = sharding.put_batch(batch, mesh), jax.random.key(0)
+    for number in range(WARM + steps):
+        if number == WARM:
+            jax.block_until_ready(state)
+            since = time.perf_counter()
+        state, _ = step(state, frozen, placed, key)
+    jax.block_until_ready(state)
+    return steps * Tally.of(batch).tokens / (time.perf_counter() - since)
+
+
+def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, list[tuple[str, str, str]]]:
+    """A title, and the rows of the table."""
+    examples, tokenised = tokenise(config, folder)
+    settings = config.train
+    shapes = loader.Shapes.fit(examples, config.data, config.compression)
+    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context)
+    padding, sizes = plan.forecast()
+    unsorted = order.Order(np.zeros(len(plan.groups)), plan.order.batch, settings.seed)
+    shuffled, _ = dataclasses.replace(plan, order=unsorted).forecast()
+    mesh = sharding.make_mesh(config.mesh)
+    speeds = {"tokenised": tokenised, "batches": batches_per_second(config, plan, mesh, count)}
+    if steps:
+        speeds["trained"] = trained_per_second(config, plan, mesh, steps)
+    last = list(speeds.values())[-1]
+    rows = [(name, f"{speed:,.0f} tokens/s", f"{speed / last:,.1f}" if steps else "") for name, speed in speeds.items()]
+    rows.append(("padding", f"{padding:.1%}", ""))
+    rows.append(("padding, shuffled alone", f"{shuffled:.1%}", ""))
+    title = (
+        f"{len(examples):,} examples, batches of {settings.batch_size} in {len(sizes)} shapes, "
+        f"{sum(sizes.values()):,} an epoch"
+    )
+    return title, rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, measure, print a table; what a user can mend is one sentence and exit status 1."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_data", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
+    parser.add_argument("--batches", type=int, default=100, help="how many are timed")
+    parser.add_argument("--steps", type=int, default=20, help="updates that are timed; 0: none, no weights are needed")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. data.train=nq:nq.jsonl.gz")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load(options.config, options.overrides)
+        with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
+            title, rows = measure(config, Path(folder), options.batches, options.steps)
+    except (ConfigError, DataError, loader.LengthError, CheckpointError, WeightsError, OSError) as error:
+        sys.exit(f"error: {error}")
+    table = Table("", "", "times trained" if options.steps else "", title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

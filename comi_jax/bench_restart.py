@@ -1,0 +1,107 @@
+"""From kill -9 to the next new step: ``python -m comi_jax.bench_restart [--config=tiny] [path=value ...]``.
+
+A run in a temporary folder is killed at random moments, and its command given again at once, as a supervisor would.
+
+    back          until it says from which step it goes on
+    a new step    until a step is logged that no process before it had made: start of Python, data, weights, state,
+                  compilation, and the steps since the checkpoint once more
+"""
+
+import argparse
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+WAIT = 0.02  # seconds between two looks at the run's files
+
+
+class Run:
+    """One process of the run in ``folder``."""
+
+    def __init__(self, command: list[str], folder: Path):
+        self.metrics, self.log = folder / "run" / "metrics.jsonl", folder / "log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def step(self) -> int:
+        """The newest step that is logged; the last line may be torn."""
+        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
+
+    def wait_for_step(self, step: int) -> float:
+        """The clock when ``step`` is logged."""
+        while self.step() < step:
+            self._look_again()
+        return time.monotonic()
+
+    def wait_to_go_on(self) -> tuple[float, int]:
+        """The clock when it says from which step it goes on, and that step."""
+        while not (said := re.search(rb"going on from step (\d+) ", self.log.read_bytes())):
+            self._look_again()
+        return time.monotonic(), int(said[1])
+
+    def _look_again(self) -> None:
+        """Wait a little; exit with what the run printed last if it has ended."""
+        if self.process.poll() is not None:
+            lines = self.log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
+            sys.exit(f"error: the run ended with status {self.process.returncode}: {lines[-1]}")
+        time.sleep(WAIT)
+
+    def kill(self) -> float:
+        """End it as kill -9 does; the clock then."""
+        self.process.kill()
+        now = time.monotonic()
+        self.process.wait()
+        return now
+
+
+def measure(command: list[str], folder: Path, kills: int, every: int, rng: random.Random) -> list[dict[str, float]]:
+    """The figures of each kill."""
+    run, rows = Run(command, folder), []
+    try:
+        for _ in range(kills):
+            run.wait_for_step(run.step() + every + rng.randrange(every))
+            time.sleep(rng.random())
+            killed = run.kill()
+            reached = run.step()
+            run = Run(command, folder)
+            resumed, kept = run.wait_to_go_on()
+            new = run.wait_for_step(reached + 1)
+            rows.append(
+                {"back, s": resumed - killed, "a new step, s": new - killed, "steps made again": reached - kept}
+            )
+    finally:
+        run.kill()
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_restart", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="tiny", help="a name from comi_jax/configs")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings of the run")
+    options = parser.parse_intermixed_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
+        settings = [f"train.output={folder}/run", f"train.checkpoint_every={options.every}", "train.log_every=1"]
+        command = [sys.executable, "-m", "comi_jax.train", f"--config={options.config}", *settings, *options.overrides]
+        rows = measure(command, Path(folder), options.kills, options.every, random.Random(0))
+    table = Table("", "median", "most", title=f"{options.kills} kills, a checkpoint every {options.every} steps")
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        table.add_row(name, f"{statistics.median(values):.1f}", f"{max(values):.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
