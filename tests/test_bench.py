@@ -1,0 +1,54 @@
+"""The measuring commands work, and count what they say."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import train_fixtures
+
+from comi_jax import bench_data, bench_restart
+from comi_jax.config import load
+from comi_jax.data import loader, tokens
+
+quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
+
+
+def settings(world, *more):
+    return load("qwen2", train_fixtures.command(world.lm, world.data, "unused", *more)[1:])
+
+
+def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tmp_path):
+    config = settings(world)
+    title, rows = bench_data.measure(config, tmp_path, count=4, steps=1)
+    figures = {name: value for name, value, _ in rows}
+    assert list(figures) == ["tokenised", "batches", "trained", "padding", "padding, shuffled alone"]
+    examples = tokens.load(tmp_path)
+    shapes = loader.Shapes.fit(examples, config.data, config.compression)
+    drawn = loader.Plan.of(examples, shapes, 8, config.train.seed)
+    shares = [loader.padding_share(drawn.batch(i, np.full(8, 2))) for i in range(2)]
+    assert figures["padding"] == f"{np.mean(shares):.1%}"  # both batches have one shape
+    assert title == "16 examples, batches of 8 in 1 shapes, 2 an epoch"
+    assert all(float(value.split()[0].replace(",", "")) > 0 for value in list(figures.values())[:3])
+    assert [row[2] for row in bench_data.measure(config, tmp_path, count=1, steps=0)[1]] == [""] * 4
+
+
+def test_what_cannot_be_read_is_said_in_a_sentence(world):
+    words = train_fixtures.command(world.lm, "nowhere.jsonl", "unused")
+    with pytest.raises(SystemExit, match="^error: .*nowhere.jsonl"):
+        bench_data.main(words)
+
+
+def test_a_run_that_ends_by_itself_is_not_waited_for(tmp_path):
+    run = bench_restart.Run([sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path)
+    with pytest.raises(SystemExit, match="status 1: no such model"):
+        run.wait_for_step(1)
+
+
+@pytest.mark.slow
+def test_a_kill_costs_the_steps_since_the_checkpoint(world, tmp_path):
+    words = world.command(tmp_path / "run", "train.steps=500", "train.log_every=1", "train.checkpoint_every=4")
+    rows = bench_restart.measure([sys.executable, "-m", "comi_jax.train", *words], tmp_path, 2, 4, random.Random(0))
+    for row in rows:
+        assert 0 < row["back, s"] < row["a new step, s"]
+        assert row["steps made again"] >= 0
