@@ -218,4 +218,5 @@ def _drop_empty(out, lengths):
     return out if lengths is None else jnp.where((lengths > 0)[:, None, None, None], out, 0)
 
 
+TAKE_START = ("dense", "blocked")
 IMPLEMENTATIONS = {"dense": _dense, "blocked": _blocked, "cudnn": _cudnn, "splash": _splash}

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from comi_jax import lora as lora_module
 from comi_jax import sharding
-from comi_jax.attention import attention, platform
+from comi_jax.attention import TAKE_START, attention, platform
 from comi_jax.config import Backbone
 from comi_jax.params import ParamSpec, Tree
 
@@ -49,7 +49,7 @@ class KVCache:
 class Runtime:
     """How to run a block, as opposed to what it computes."""
 
-    attention: str | None = struct.field(pytree_node=False, default=None)  # implementation name
+    attention: str | None = struct.field(pytree_node=False, default=None)  # implementation, where there is no ``start``
     kernels: str | None = struct.field(pytree_node=False, default=None)  # of the compression: see kernels.dispatch
     remat: str = struct.field(pytree_node=False, default="off")  # one of REMAT
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # None: one device, or as XLA splits it
@@ -276,7 +276,8 @@ def block(
             cache = _write(cache, index, start, k, v)
             if start is not None:  # a fresh cache holds nothing but k and v
                 k, v = cache.k[index], cache.v[index]
-        out = attention(q, k, v, start=start, implementation=runtime.attention, mesh=runtime.mesh)
+        named = runtime.attention if start is None or runtime.attention in TAKE_START else None
+        out = attention(q, k, v, start=start, implementation=named, mesh=runtime.mesh)
         x = x + _project_out(w, lora, out)
     with jax.named_scope("mlp"):
         slices = platform(runtime.mesh) == "cpu" and runtime.parts == 1

@@ -183,7 +183,7 @@ def encode_context(
         batch, length = context.shape
         layers = arch.compression.encoder_layers
         cache = lm.empty_cache(arch.backbone, layers, batch, length + room, arch.dtype)
-        x = lm.embed_tokens(encoder, context, arch.dtype)
+        x = lm.embed_tokens(encoder, context, arch.dtype, arch.runtime)
         states, cache = lm.forward(encoder, x, arch.backbone, cache=cache, runtime=arch.runtime)
         return states, cache
 
@@ -199,7 +199,7 @@ def encode_query(
     """The query vector q̄ (3) of a query that follows an already encoded context; equal to what ``encode`` gives."""
     encoder = params["encoder"]
     with jax.named_scope("encode"):
-        x = lm.embed_tokens(encoder, query, arch.dtype)
+        x = lm.embed_tokens(encoder, query, arch.dtype, arch.runtime)
         states, _ = lm.forward(encoder, x, arch.backbone, cache=cache, start=context_length, runtime=arch.runtime)
         return masked_mean(states, jnp.zeros_like(query_length), query_length)
 

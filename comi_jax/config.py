@@ -163,6 +163,7 @@ class Lora:
 
     def __post_init__(self):
         _require(self.rank >= 0, f"lora.rank is {self.rank}; it is 0 (off) or positive")
+        _require(math.isfinite(self.alpha), f"lora.alpha is {self.alpha}; it must be finite")
         _require(
             bool(self.targets) and set(self.targets) <= set("qkvo") and len(set(self.targets)) == len(self.targets),
             f"lora.targets is {','.join(self.targets)!r}; give some of q,k,v,o, each once",
@@ -179,7 +180,7 @@ class Model:
     path: str = ""  # Hugging Face folder of the pretrained backbone, or "tiny" for the one the package carries
     hub: str = ""  # where that folder is published, for the message when it is missing
     tokenizer: str = ""  # folder of the tokenizer; empty: the same
-    attention: str = ""  # implementation by name; empty: chosen for the device
+    attention: str = ""  # implementation by name, of whole rows (cudnn and splash take no cache); empty: chosen
     kernels: str = ""  # of the compression, the same
     dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are kept in float32
     # What of a block the backward pass computes again: nothing ("off"), the feed-forward layer ("projections"), all but
@@ -190,6 +191,10 @@ class Model:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.attention", self.attention, ("", "dense", "blocked", "cudnn", "splash"))
         _one_of("model.kernels", self.kernels, ("", "xla", "tpu", "gpu", "interpret"))
+        _require(
+            self.dtype == "bfloat16" or self.attention not in ("cudnn", "splash"),
+            f"model.attention={self.attention} computes in bfloat16, but model.dtype is {self.dtype}; change one",
+        )
         _one_of("model.remat", self.remat, ("off", "projections", "attention", "full", "offload"))
 
     @staticmethod
@@ -227,10 +232,8 @@ class Data:
         _one_of("data.on_long", self.on_long, ("refuse", "truncate"))
         for name in ("max_context", "max_query", "max_answer", "max_buckets"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
-            self.examples_per_source >= 0,
-            f"data.examples_per_source is {self.examples_per_source}; 0 means all of them",
-        )
+        for name in ("examples_per_source", "eval_examples", "synthetic_examples"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
         _require(
             tuple(sorted(set(self.buckets))) == self.buckets and all(b > 0 for b in self.buckets),
             f"data.buckets is {self.buckets}; give rising positive lengths",
@@ -252,6 +255,12 @@ class Optimizer:
         _one_of("optimizer.schedule", self.schedule, ("linear", "cosine", "constant"))
         _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
         _require(0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
+        for name in ("weight_decay", "clip_norm"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(
+                0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)"
+            )
         _require(self.accumulate >= 0, f"optimizer.accumulate is {self.accumulate}; it must be at least 1, or 0")
 
 
@@ -277,7 +286,9 @@ class Train:
     output: str = ""  # folder of the run; empty: runs/<config name>
     steps: int = 1000
     batch_size: int = 64  # examples per update, over all devices and micro-batches
-    share_context: int = 1  # up to so many neighbouring examples about one context are taken together, encoding it once
+    # Up to so many neighbouring examples about one context are taken together, encoding it once. The encoder's keys and
+    # values of the context are kept for each of them: with long contexts and large models that is much memory.
+    share_context: int = 1
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # evaluate on data.eval, after saving; 0: only at the end
@@ -292,6 +303,7 @@ class Train:
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("eval_every", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it is 0 (at the end) or more")
+        _require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; it is a whole number from 0 to 2**32 - 1")
         _one_of("train.best_by", self.best_by, MEASURES)
 
 

@@ -38,6 +38,7 @@ def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: s
     ConfigError, WeightsError or CheckpointError."""
     check_new(output)
     shape, tokenizer = hf.read_config(backbone), hf.load_tokenizer(backbone)
+    hf.check_tokenizer(tokenizer, shape)
     arch = comi.Architecture(shape, config.compression, config.lora)
     params = hf.load_parts(backbone, shape, comi.parts_of_backbone(arch))
     params |= comi.own_parameters(arch, config.train.seed)
@@ -58,6 +59,7 @@ def import_official(
     from its tensors, rates and switches from ``config``, the scalars from the file. Raises as ``import_hf``."""
     check_new(output)
     shape, tokenizer = hf.read_config(backbone), hf.load_tokenizer(backbone)
+    hf.check_tokenizer(tokenizer, shape)
     params, arch = official.load(checkpoint, shape, config.compression, lora_alpha)
     flat = flatten(params)
     scalars = {name: float(flat[f"mig/{name}"]) for name in comi.SCALARS}

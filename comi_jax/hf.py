@@ -130,7 +130,13 @@ def _name(key: str) -> str:
 
 def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
     """Base and scaling of the rotary embeddings, from either dialect, their numbers not yet checked."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if rope and scaling and rope != scaling:
+        raise ConfigError(
+            f"{where} has rope_parameters {shown(rope)} and rope_scaling {shown(scaling)}, of which only one can be "
+            "meant; remove the other"
+        )
+    rope = rope or scaling
     if not isinstance(rope, dict):
         raise ConfigError(f"{where}: the rotary embeddings are {shown(rope)}; an object is expected")
     rope = dict(rope)
@@ -191,11 +197,17 @@ def load_tokenizer(folder: str | Path) -> Any:
     reader = PreTrainedTokenizerFast if as_written else AutoTokenizer
     try:
         tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged tokenizer.json, the tokenizers library raises no other
         raise ConfigError(f"{folder} holds no tokenizer that transformers can load: {error}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token, which every answer ends with")
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, backbone: Backbone) -> None:
+    """Refuse a tokenizer that has more tokens than the language model."""
+    if len(tokenizer) > backbone.vocab_size:
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

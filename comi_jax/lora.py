@@ -65,6 +65,6 @@ def merge(layers: Tree, weights: Tree, lora: Lora) -> dict[str, Any]:
     merged = dict(layers)
     for name, pair in weights.items():
         a, b = (pair[part].astype(jnp.float32) for part in ("a", "b"))
-        delta = lora.scale * jnp.einsum("lir,lro->lio", a, b)
+        delta = lora.scale * jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
         merged[name] = (layers[name].astype(jnp.float32) + delta.reshape(layers[name].shape)).astype(layers[name].dtype)
     return merged

@@ -165,7 +165,9 @@ def writables(
     """Every tensor of the official state dict of ``params``, so that the release loads it with strict=True. ``kept``
     has unused tensors of the file that the model came from; the others are ``filled``."""
     arrays = flatten(params)
-    yield from weights.writables(sources(arch), arrays, dtype)
+    names = sources(arch)
+    for path, array in arrays.items():  # COMI's own scalars in whatever they have: the decoding depends on each digit
+        yield from weights.writables(names, {path: array}, None if path.startswith("mig/") else dtype)
     for name, shape in unused(arch).items():
         stored = kept is not None and name in kept.shapes
         width = jnp.dtype(dtype or (kept.dtypes[name] if stored else arrays["decoder/embed"].dtype))

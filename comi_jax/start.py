@@ -1,18 +1,16 @@
-"""What a run starts from: a pretrained language model, or a COMI checkpoint; and, going on, its own frozen weights."""
+"""What a run starts from: a pretrained language model, or a COMI checkpoint."""
 
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from comi_jax import comi, hf, sharding
-from comi_jax.checkpoint import Run, frozen_dtype, is_run, load_flat, read_run, restore_frozen
+from comi_jax.checkpoint import Run, frozen_dtype, is_run, load_flat, read_run
 from comi_jax.config import Backbone, Config, ConfigError, to_dict
-from comi_jax.params import flatten, partition
+from comi_jax.params import flatten
 from comi_jax.state import own_parameters
-from comi_jax.store import Say
 
 
 def backbone_folder(config: Config) -> Path:
@@ -52,8 +50,7 @@ def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[i
     else:
         backbone, known = hf.read_config(folder), hf.stop_tokens(folder)
     tokenizer = starting_tokenizer(config, folder)
-    if len(tokenizer) > backbone.vocab_size:
-        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
+    hf.check_tokenizer(tokenizer, backbone)
     stop = {tokenizer.eos_token_id} | set(() if config.model.tokenizer else known)
     return backbone, tokenizer, tuple(sorted(stop))
 
@@ -86,13 +83,3 @@ def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str,
         return load_flat(folder, arch, place)
     params = hf.load_parts(folder, run.backbone, comi.parts_of_backbone(arch), place)
     return params | own_parameters(arch, run.config.train.seed, mesh)
-
-
-def resumed_params(run: Run, output: Path, mesh: jax.sharding.Mesh, say: Say) -> dict[str, Array]:
-    """The frozen weights of the run in ``output``; zeros where its checkpoint has what is trained."""
-    arch = run.architecture
-    placed, shapes = sharding.parameters(comi.specs(arch), mesh), flatten(comi.specs(arch))
-    trained, frozen = partition(shapes, lambda path: comi.is_trained(path, arch))
-    like = {p: jax.ShapeDtypeStruct(x.shape, frozen_dtype(p, arch), sharding=placed[p]) for p, x in frozen.items()}
-    zeros = {p: jnp.zeros(x.shape, jnp.float32, device=placed[p]) for p, x in trained.items()}
-    return zeros | restore_frozen(output, like, say)

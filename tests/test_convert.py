@@ -96,6 +96,15 @@ def test_a_dtype_may_be_chosen(tmp_path):
     assert "int8 is none of float32, float16, bfloat16" in said and not (tmp_path / "other").exists()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    lm = language_model(tmp_path / "lm", "qwen2")
+    tokenizer = train_fixtures.tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(tiny_models.BACKBONES["qwen2"].vocab_size)])
+    tokenizer.save_pretrained(lm)
+    said = refusal("import-hf", f"--backbone={lm}", f"--output={tmp_path / 'comi'}", "--encoder-layers=1")
+    assert "tokens, the model only" in said and not (tmp_path / "comi").exists()
+
+
 # --- official -> ours -> official -------------------------------------------------------------------------------------
 
 
@@ -248,6 +257,15 @@ def test_pytorch_replays_the_whole_pipeline(kind, replay, tmp_path):
 
 def test_the_replay_is_short_enough_to_be_documentation():
     assert len((ROOT / "launch" / "replay_pytorch.py").read_text().splitlines()) < 150
+
+
+def test_the_scalars_go_out_as_they_are_whatever_the_dtype_of_the_weights(tmp_path):
+    ours = import_hf(language_model(tmp_path / "lm", "qwen2"), tmp_path / "comi", "compression.alpha_fine=1.1")
+    command("export-official", f"--checkpoint={ours}", f"--output={tmp_path / 'out.safetensors'}", "--dtype=bfloat16")
+    tensors = load_file(tmp_path / "out.safetensors")
+    kinds = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != jnp.bfloat16}
+    assert len(kinds) == 4 and set(kinds.values()) == {np.dtype("float32")}
+    assert [float(tensors[name]) for name in kinds if tensors[name] != 1] == [float(np.float32(1.1))]
 
 
 # --- going on from what was imported ----------------------------------------------------------------------------------

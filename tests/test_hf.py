@@ -73,6 +73,14 @@ def test_config_is_read_in_both_dialects(kind, folders, tmp_path):
     assert hf.read_config(rewrite(old, tmp_path, rope_scaling=older)) == backbone
 
 
+def test_two_scalings_that_disagree_are_refused(folders, tmp_path):
+    """transformers takes rope_scaling, and its own newer key would be the one that was meant by nobody."""
+    folder, _ = folders("qwen2")
+    both = rewrite(folder, tmp_path, rope_scaling={"type": "yarn", "factor": 4.0})
+    with pytest.raises(ConfigError, match="has rope_parameters .* and rope_scaling .*yarn.*; remove the other"):
+        hf.read_config(both)
+
+
 def real(**changes):
     """config.json of meta-llama/Llama-3.2-1B, the entries that matter."""
     values = {
