@@ -109,15 +109,26 @@ def peak_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of command-line numbers."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
 TASKS = ("compress", "train step", "compress + 20 tokens")
 
 
 def main() -> None:
     """Measure every task at every length, one process each, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--only", choices=TASKS, nargs="+", default=TASKS)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=at_least(1), default=3)
     parser.add_argument("--no-remat", action="store_true", help="keep all activations for the backward pass")
     parser.add_argument(
         "--here", action="store_true", help="measure in this process, print JSON (what each process runs)"

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import optim, reading, sharding
+from comi_jax.bench import at_least
 from comi_jax.checkpoint import CheckpointError, Run
 from comi_jax.config import Config, ConfigError, load
 from comi_jax.data import loader, order, tokens
@@ -85,14 +86,16 @@ def trained_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mes
 
 def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, list[tuple[str, str, str]]]:
     """A title, and the rows of the table."""
+    if not config.data.train:
+        raise ConfigError("data.train is not set; pass data.train=FILE.jsonl")
+    mesh, settings = sharding.make_mesh(config.mesh), config.train
+    sharding.micro_batches(config, mesh)  # refuses what does not divide
     examples, tokenised = tokenise(config, folder)
-    settings = config.train
     shapes = loader.Shapes.fit(examples, config.data, config.compression)
     plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context)
     padding, sizes = plan.forecast()
     unsorted = order.Order(np.zeros(len(plan.groups)), plan.order.batch, settings.seed)
     shuffled, _ = dataclasses.replace(plan, order=unsorted).forecast()
-    mesh = sharding.make_mesh(config.mesh)
     speeds = {"tokenised": tokenised, "batches": batches_per_second(config, plan, mesh, count)}
     if steps:
         speeds["trained"] = trained_per_second(config, plan, mesh, steps)
@@ -111,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, print a table; what a user can mend is one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_data", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
-    parser.add_argument("--batches", type=int, default=100, help="how many are timed")
-    parser.add_argument("--steps", type=int, default=20, help="updates that are timed; 0: none, no weights are needed")
+    parser.add_argument("--batches", type=at_least(1), default=100, help="how many are timed")
+    parser.add_argument("--steps", type=at_least(0), default=20, help="updates that are timed; 0 needs no weights")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. data.train=nq:nq.jsonl.gz")
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -8,7 +8,6 @@ A run in a temporary folder is killed at random moments, and its command given a
 """
 
 import argparse
-import json
 import random
 import re
 import statistics
@@ -20,6 +19,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from comi_jax import jsonl
+from comi_jax.bench import at_least
+from comi_jax.store import steps_in
 
 WAIT = 0.02  # seconds between two looks at the run's files
 
@@ -33,15 +36,19 @@ class Run:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def step(self) -> int:
-        """The newest step that is logged; the last line may be torn."""
-        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
-        return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
+        """The newest step that is logged."""
+        return max((row["step"] for row in jsonl.rows(self.metrics)), default=0)
 
     def wait_for_step(self, step: int) -> float:
         """The clock when ``step`` is logged."""
         while self.step() < step:
             self._look_again()
         return time.monotonic()
+
+    def wait_for_checkpoint(self) -> None:
+        """Until there is one to go on from."""
+        while not steps_in(self.metrics.parent / "checkpoints"):
+            self._look_again()
 
     def wait_to_go_on(self) -> tuple[float, int]:
         """The clock when it says from which step it goes on, and that step."""
@@ -68,6 +75,7 @@ def measure(command: list[str], folder: Path, kills: int, every: int, rng: rando
     """The figures of each kill."""
     run, rows = Run(command, folder), []
     try:
+        run.wait_for_checkpoint()
         for _ in range(kills):
             run.wait_for_step(run.step() + every + rng.randrange(every))
             time.sleep(rng.random())
@@ -88,8 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_restart", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="tiny", help="a name from comi_jax/configs")
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
+    parser.add_argument("--kills", type=at_least(1), default=5)
+    parser.add_argument("--every", type=at_least(1), default=10, help="steps between two checkpoints")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings of the run")
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import integrity
-from comi_jax.bench import peak_memory
+from comi_jax.bench import at_least, peak_memory
 from comi_jax.step import TrainState
 from comi_jax.store import Checkpoints, Progress
 
@@ -74,7 +74,7 @@ def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_store", description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=2.0, help="of state, at least 0.8")
-    parser.add_argument("--runs", type=int, default=3, help="the median is told")
+    parser.add_argument("--runs", type=at_least(1), default=3, help="the median is told")
     options = parser.parse_args()
     given = state(options.gb * GB)
     size = sum(x.nbytes for x in jax.tree.leaves(given))

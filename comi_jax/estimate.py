@@ -44,9 +44,16 @@ def on_one_device(tree: Any) -> int:
 
 
 def held(
-    arch: comi.Architecture, state: TrainState, frozen: Any, lengths: flops.Lengths, rows: int, mesh: jax.sharding.Mesh
+    arch: comi.Architecture,
+    state: TrainState,
+    frozen: Any,
+    lengths: flops.Lengths,
+    rows: int,
+    share: int,
+    mesh: jax.sharding.Mesh,
 ) -> Held:
-    """What a step on ``rows`` contexts a device holds, heads, feed-forward and tokens split as ``mesh`` says."""
+    """What a step on ``rows`` contexts a device holds, ``share`` questions about each; heads, feed-forward and tokens
+    split as ``mesh`` says."""
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     backbone, trained = arch.backbone, on_one_device(state.trained)
     width = 2 if arch.dtype == "bfloat16" else 4
@@ -56,8 +63,8 @@ def held(
     decoded = -(-(memory + lengths.query + lengths.answer) // context)
     layers = (
         arch.compression.encoder_layers * encoded
-        + arch.compression.lsa_layers * -(-memory // context)
-        + backbone.num_hidden_layers * decoded
+        + share * arch.compression.lsa_layers * -(-memory // context)
+        + share * backbone.num_hidden_layers * decoded
     )
     heads, keys = (n * backbone.head_dim for n in (backbone.num_attention_heads, backbone.num_key_value_heads))
     wide = 3 * backbone.intermediate_size // tensor
@@ -72,8 +79,8 @@ def held(
     }[arch.runtime.remat]
     stays = 0 if arch.runtime.remat == "offload" else backbone.hidden_size
     block = (2 * wide + 2 * projections + 4 * backbone.hidden_size) * width * encoded
-    compression = 5 * 4 * backbone.hidden_size * encoded
-    logits = 4 * 4 * lengths.answer * backbone.vocab_size
+    compression = share * 5 * 4 * backbone.hidden_size * encoded
+    logits = share * 4 * 4 * lengths.answer * backbone.vocab_size
     return Held(
         trained=trained,
         optimizer=on_one_device(state.optimizer),

@@ -84,11 +84,12 @@ def by_part(arch: Architecture, lengths: Lengths) -> dict[str, Cost]:
     nothing = Cost(0.0)
     encoder = (blocks(backbone, settings.encoder_layers, n + lengths.query, (True, True)) for n in parts)
     lsa = (blocks(backbone, settings.lsa_layers, max_groups(n, lengths.rate), (True, True)) for n in parts)
+    similar = 2.0 * backbone.hidden_size * sum(max_groups(n, lengths.rate) ** 2 for n in parts)
     rows = memory + lengths.query + lengths.answer
     decoder = blocks(backbone, backbone.num_hidden_layers, rows, (not arch.lora.rank, False))
     return {
         "encoder": sum(encoder, nothing),
-        "compression": Cost(2.0 * memory**2 * backbone.hidden_size * settings.coarse * settings.coarse_redundancy),
+        "compression": Cost(similar * settings.coarse * settings.coarse_redundancy),
         "lsa": sum(lsa, nothing) if settings.lsa else nothing,
         "decoder": decoder + adapters(arch, rows) + head(backbone, lengths.answer),
     }
@@ -109,6 +110,14 @@ def adapters(arch: Architecture, tokens: int) -> Cost:
 def train_step(arch: Architecture, lengths: Lengths) -> float:
     """FLOP of one example's loss and gradients; what model FLOP utilisation is measured by."""
     return sum(cost.total for cost in by_part(arch, lengths).values())
+
+
+def shared(arch: Architecture, lengths: Lengths, share: int) -> Cost:
+    """Operations of one training example where ``share`` examples ask about a context, which is encoded once."""
+    parts = by_part(arch, lengths)
+    context = by_part(arch, dataclasses.replace(lengths, query=0, answer=0))["encoder"]
+    again = 1 / share - 1
+    return sum(parts.values(), Cost(context.forward * again, context.backward * again))
 
 
 def compress(arch: Architecture, lengths: Lengths) -> float:

@@ -4,7 +4,8 @@
 
 XLA's own ``cost_analysis`` counts the body of a loop once, and nothing of what a fused kernel does inside; here a loop
 counts as often as its condition says, and the attention kernels (splash, cuDNN) by their shapes. A loop whose end is
-data (the search for redundant tokens, generation) counts once; ``open_loops`` says how many there are.
+data counts ``open_trips`` times, of loops within each other the outermost (generation; the search for redundant tokens
+counts once); ``open_loops`` says how many there are.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Counts:
     flops: float = 0.0  # of matrix products and attention kernels
     traffic: float = 0.0  # bytes read from and written to main memory
     sent: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes by kind of collective
-    sent_outside: float = 0.0  # of these, bytes of groups that reach over several nodes
+    sent_outside: float = 0.0  # of these, bytes that a device's share of its node's ways to other nodes carries
     open_loops: int = 0  # loops whose end is data: they were counted ``open_trips`` times
     kernels: set[str] = dataclasses.field(default_factory=set)  # attention kernels that are called
 
@@ -50,8 +51,7 @@ def count(text: str, devices_per_node: int | None = None, open_trips: int = 1) -
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             name, size, outside = _sent(kind, instruction, computation, fused, devices_per_node)
-            if outside:
-                counts.sent_outside += times * size
+            counts.sent_outside += times * size * outside
             counts.sent[name] = counts.sent.get(name, 0.0) + times * size
         if not fused and instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
             counts.traffic += times * _traffic(instruction, computation, computations)
@@ -69,11 +69,12 @@ def walk(
     """Every instruction that is run, with its computation, how often, and whether it is inside a fusion."""
     for instruction in computations[entry].values():
         yield instruction, computations[entry], times, fused
-        inner, repeat, inside = [], times, fused
+        inner, repeat, inside, within = [], times, fused, open_trips
         if instruction.opcode == "while":
             trips = trip_count(instruction, computations)
             counts.open_loops += trips is None
             inner, repeat = instruction.called("body"), times * (open_trips if trips is None else trips)
+            within = 1 if trips is None else open_trips
         elif instruction.opcode == "conditional":
             inner = instruction.called("branch_computations", "true_computation", "false_computation")
         elif instruction.opcode == "call":
@@ -85,7 +86,7 @@ def walk(
         elif instruction.opcode == "custom-call":
             inner, inside = instruction.called("called_computations"), True
         for name in inner:
-            yield from walk(computations, name, counts, open_trips, repeat, inside)
+            yield from walk(computations, name, counts, within, repeat, inside)
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -161,20 +162,30 @@ def _attention_product(instruction: Instruction, computation: Computation) -> fl
 
 def _sent(
     kind: str, instruction: Instruction, computation: Computation, fused: bool, per_node: int | None
-) -> tuple[str, float, bool]:
-    """The kind of a collective, the bytes that a device sends in it by the best ring, and whether nodes are crossed."""
+) -> tuple[str, float, float]:
+    """The kind of a collective, the bytes that a device sends in it by the best ring, and which share of them goes its
+    own way to another node: a ring leaves each node once, and the members of a node share their ways out."""
     devices = group(instruction.text)
     size = len(devices)
     given = float(sum(computation[name].bytes for name in instruction.operands if name in computation))
-    outside = per_node is not None and len(set(devices // per_node)) > 1
+    nodes = 1 if per_node is None else len(set(devices // per_node))
+    outside = nodes / size if nodes > 1 else 0.0
     share = (size - 1) / max(size, 1)
     if kind == "all-reduce" and fused and any(i.root and i.opcode == "dynamic-slice" for i in computation.values()):
         return "reduce-scatter", given * share, outside  # as a TPU has it: of the sum each keeps its part
     if kind == "all-gather":
         return kind, given * (size - 1), outside
     if kind == "collective-permute":
-        return kind, given, outside or per_node is not None
+        pairs = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", _pairs(instruction.text))]
+        crossing = [per_node is not None and a // per_node != b // per_node for a, b in pairs]
+        return kind, given, float(any(crossing))
     return kind, given * share * (2 if kind == "all-reduce" else 1), outside
+
+
+def _pairs(text: str) -> str:
+    """The pairs {from,to} of a permutation."""
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
+    return found[1] if found else ""
 
 
 def group(text: str) -> np.ndarray:

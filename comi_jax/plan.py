@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import answer, comi, estimate, flops, hlo, optim, sharding, state, sweep, topology
+from comi_jax.bench import at_least
+from comi_jax.checkpoint import CheckpointError
 from comi_jax.chips import Chip
 from comi_jax.config import Backbone, Config, ConfigError, load
 from comi_jax.data import loader
@@ -95,15 +97,13 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     lowered = CompiledStep(arch, update, parts).lower(held, frozen, batch, key)
     rows = config.train.batch_size // config.train.share_context // parts // (mesh.shape["data"] * mesh.shape["fsdp"])
-    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, mesh)
+    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, config.train.share_context, mesh)
     memory = {
         "trained parameters": known.trained,
         "frozen parameters": known.frozen,
         "optimizer": known.optimizer,
     }
-    parts_of_step = flops.by_part(arch, estimate.longest(config))
-    once = {"encoder": config.train.share_context}  # contexts that are asked several questions are encoded once
-    own = sum(cost.total / once.get(name, 1) for name, cost in parts_of_step.items()) * config.train.batch_size
+    own = flops.shared(arch, estimate.longest(config), config.train.share_context).total * config.train.batch_size
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     division = f"{sizes}, {parts} micro-batches, remat {config.model.remat}"
     return measure("train step", division, lowered, where, memory, own / len(where.devices))
@@ -200,12 +200,11 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[Any, str]:
 
 
 def lower_bounds(counts: hlo.Counts, chip: Chip) -> dict[str, float]:
-    """Seconds that the operations, the main memory and the links take at their peaks."""
-    inside = sum(counts.sent.values()) - counts.sent_outside
+    """Seconds that the operations, the main memory and the links, those between nodes too, take at their peaks."""
     return {
         "compute": counts.flops / chip.flops,
         "memory": counts.traffic / chip.bandwidth,
-        "link": inside / chip.link + counts.sent_outside / chip.network,
+        "link": max(sum(counts.sent.values()) / chip.link, counts.sent_outside / (chip.network or chip.link)),
     }
 
 
@@ -270,14 +269,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--topology", required=True, help="v5e:8x8, v5p:2x2x1, v6e:4x4, h100:8, h100:64, ...")
     parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; name the best")
-    parser.add_argument("--compiles", type=int, default=6, help="how many candidates a sweep compiles")
+    parser.add_argument("--compiles", type=at_least(1), default=6, help="how many candidates a sweep compiles")
     parser.add_argument("--serve", action="store_true", help="plan compressing and answering, on one device")
-    parser.add_argument("--batch-size", type=int, default=1, help="examples served at once")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="examples served at once")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as of comi_jax.train")
     given = parser.parse_intermixed_args(arguments)
     console = Console()
     try:
+        if given.json and not Path(given.json).absolute().parent.is_dir():
+            raise ConfigError(f"--json={given.json} cannot be written: there is no such folder")
         config = load(given.config, given.overrides)
         backbone, where = backbone_of(config), topology.find(given.topology)
         if given.sweep:
@@ -287,11 +288,12 @@ def main(arguments: list[str] | None = None) -> None:
             programs = serving(config, backbone, where, given.batch_size)
         else:
             programs = [train_step(config, backbone, where)]
-    except ConfigError as error:
+        show(programs, where, config, console)
+        if given.json:
+            text = json.dumps(to_json(programs, where, config), indent=2)
+            Path(given.json).write_text(text + "\n", encoding="utf-8")
+    except (ConfigError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    show(programs, where, config, console)
-    if given.json:
-        Path(given.json).write_text(json.dumps(to_json(programs, where, config), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ def _estimated(
     data, fsdp, tensor, context = sizes
     rows = config.train.batch_size // config.train.share_context // parts // (data * fsdp)
     lengths = estimate.longest(config)
-    needed = estimate.held(arch, held, frozen, lengths, rows, mesh)
-    costs = flops.by_part(arch, lengths).values()
-    work = sum(cost.total + RECOMPUTED[remat] * cost.forward for cost in costs) * config.train.batch_size
+    share = config.train.share_context
+    needed = estimate.held(arch, held, frozen, lengths, rows, share, mesh)
+    cost = flops.shared(arch, lengths, share)
+    work = (cost.total + RECOMPUTED[remat] * cost.forward) * config.train.batch_size
     # Weights in the model's dtype are gathered for the forward and the backward pass, gradients scattered once; the
     # results of two products a block are summed over tensor, forward and backward.
     others = fsdp * context - 1
@@ -85,11 +86,23 @@ def _estimated(
     sums = 8 * rows * tokens / context * backbone.hidden_size * 2 * (tensor - 1) / tensor
     # Tokens are exchanged for heads before and after attention, forward, backward and where it is recomputed.
     heads = 2 * (backbone.num_attention_heads + backbone.num_key_value_heads) * backbone.head_dim // tensor
-    sums += 3 * rows * tokens / context * heads * 2 * (context - 1) / context
+    exchanged = 3 * rows * tokens / context * heads * 2 * (context - 1) / context
     replicas = 2 * needed.gradients * (data - 1) / data
-    link = where.chip.link if where.per_node is None or len(where.devices) <= where.per_node else where.chip.network
-    seconds = max(work / len(where.devices) / where.chip.flops, (parts * (weights + sums) + replicas) / link)
-    return Candidate(config, needed.total, seconds)
+    sent = (
+        parts * weights / _speed(where, fsdp * tensor * context, tensor)
+        + parts * sums / _speed(where, tensor * context, context)
+        + parts * exchanged / _speed(where, context, 1)
+        + replicas / _speed(where, len(where.devices), fsdp * tensor * context)
+    )
+    return Candidate(config, needed.total, max(work / len(where.devices) / where.chip.flops, sent))
+
+
+def _speed(where: Topology, span: int, stride: int) -> float:
+    """Bytes a second that a device sends in a group of every ``stride``-th of ``span`` devices in a row. A ring leaves
+    a node once, by all the ways out that its members in the node have."""
+    if where.per_node is None or span <= where.per_node:
+        return where.chip.link
+    return min(where.chip.link, where.chip.network * max(where.per_node // stride, 1))
 
 
 def best(

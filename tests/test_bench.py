@@ -10,6 +10,7 @@ import train_fixtures
 from comi_jax import bench_data, bench_restart
 from comi_jax.config import load
 from comi_jax.data import loader, tokens
+from comi_jax.meter import Tally
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 
@@ -26,7 +27,7 @@ def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tm
     examples = tokens.load(tmp_path)
     shapes = loader.Shapes.fit(examples, config.data, config.compression)
     drawn = loader.Plan.of(examples, shapes, 8, config.train.seed)
-    shares = [loader.padding_share(drawn.batch(i, np.full(8, 2))) for i in range(2)]
+    shares = [Tally.of(drawn.batch(i, np.full(8, 2))).padding for i in range(2)]
     assert figures["padding"] == f"{np.mean(shares):.1%}"  # both batches have one shape
     assert title == "16 examples, batches of 8 in 1 shapes, 2 an epoch"
     assert all(float(value.split()[0].replace(",", "")) > 0 for value in list(figures.values())[:3])

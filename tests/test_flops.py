@@ -41,6 +41,20 @@ def test_segments_save_attention_alone():
     assert whole - cut == pytest.approx(2 * 8 * 3584 * (32_768**2 - 4 * 8192**2), rel=1e-9)
 
 
+def test_representatives_are_compared_within_their_segment():
+    short = dataclasses.replace(ARCH, compression=dataclasses.replace(ARCH.compression, segment_size=8192))
+    whole, cut = (flops.by_part(arch, LENGTHS)["compression"].forward for arch in (ARCH, short))
+    assert whole == 2 * 1024**2 * 3584 and cut == whole / 4
+
+
+def test_a_context_that_several_ask_about_is_encoded_once():
+    parts = flops.by_part(ARCH, LENGTHS)
+    alone = flops.by_part(ARCH, dataclasses.replace(LENGTHS, query=0, answer=0))["encoder"]
+    whole = sum(part.total for part in parts.values())
+    assert flops.shared(ARCH, LENGTHS, 1).total == pytest.approx(whole, rel=1e-12)
+    assert 4 * flops.shared(ARCH, LENGTHS, 4).total == pytest.approx(4 * whole - 3 * alone.total, rel=1e-12)
+
+
 def test_adapters_train_less_than_the_matrices():
     adapted = dataclasses.replace(ARCH, lora=Lora(rank=16))
     direct, low_rank = (flops.by_part(arch, LENGTHS)["decoder"] for arch in (ARCH, adapted))

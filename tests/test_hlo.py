@@ -87,6 +87,29 @@ def test_collectives_by_what_a_device_sends():
     assert counts.sent_outside == 256  # the last reaches the other node
 
 
+def test_the_members_of_a_node_share_its_ways_out():
+    """A ring over 16 devices in two nodes leaves each node once; neighbours may be in one node, or not."""
+    text = module(
+        "%a = f32[64]{0} parameter(0)",
+        "%g = f32[1024]{0} all-gather(%a), replica_groups=[1,16]<=[16], dimensions={0}",
+        "%i = f32[64]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0},{8,9}}",
+        "ROOT %o = f32[64]{0} collective-permute(%a), source_target_pairs={{7,8},{8,7}}",
+    )
+    assert hlo.count(text, devices_per_node=8).sent_outside == 256 * 15 * 2 / 16 + 256
+    assert hlo.count(text, devices_per_node=16).sent_outside == hlo.count(text).sent_outside == 0
+
+
+def test_of_open_loops_within_each_other_the_outer_one_repeats():
+    def until(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e6, lambda x: x @ x, x)
+
+    def again(x):
+        return jax.lax.while_loop(lambda x: jnp.max(x) < 1e9, until, x)
+
+    text = jax.jit(again).lower(jax.ShapeDtypeStruct((D, D), jnp.float32)).compile().as_text()
+    assert hlo.count(text, open_trips=3).flops == 3 * 2 * D**3
+
+
 def test_a_product_as_a_tpu_has_it():
     """A batch of 8 products of [16, 32] and [32, 64], the batch a spatial dimension that is mostly padding."""
     text = module(
