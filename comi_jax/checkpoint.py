@@ -4,12 +4,18 @@ config.json        resolved config, backbone and stop tokens; which settings wer
 tokenizer/         as transformers saves it
 frozen/            weights that are not trained, by flat path
 checkpoints/N/     after step N: trained weights, optimizer state, position in the data, counters
-evaluations.jsonl  what was measured on the held-out records on the way
+examples.*         the tokenised training examples (data.tokens)
+metrics.jsonl      the numbers of each logged step, for TensorBoard in tensorboard/
+evaluations.jsonl  what was measured on the held-out records on the way; the answers are in evaluations/
+results.json       the closing table; its answers are in predictions*.jsonl
+bad_batches/       batches whose loss or gradient was not finite when the run gave up
+lock               while a run is in the folder
 
-There is no random state to keep: the key of a step is made of train.seed and the step's number. Every folder of these
-has a checksums.json; what was written before there were checksums is read all the same.
+There is no random state to keep: the key of a step is made of train.seed and the step's number. Every folder of weights
+and the tokenizer's has a checksums.json; what was written before there were checksums is read all the same.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +28,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from comi_jax import integrity, lock, sharding, store
+from comi_jax import integrity, jsonl, lock, sharding, store
 from comi_jax.comi import Architecture, is_trained, specs
 from comi_jax.config import Backbone, Config, ConfigError, from_dict, override, to_dict
 from comi_jax.integrity import CheckpointError, DamageError
@@ -33,7 +39,8 @@ from comi_jax.weights import Placement, as_stored
 FORMAT = 1
 # Settings that a trained model can be used with in another way than it was trained with.
 CHANGEABLE = (
-    "data.max_context", "data.max_query", "data.on_long", "data.buckets", "model.attention", "model.dtype",
+    "data.max_context", "data.max_query", "data.on_long", "data.buckets", "model.attention", "model.kernels",
+    "model.dtype",
     "compression.rates", "compression.segment_size", "compression.coarse", "compression.fine",
     "compression.coarse_redundancy", "compression.fine_redundancy", "generation.max_new_tokens",
     "generation.repetition_penalty",
@@ -208,7 +215,9 @@ def restore_frozen(folder: str | Path, like: dict[str, jax.ShapeDtypeStruct], sa
         raise CheckpointError(f"{place} is missing, and the checkpoints of the run need it; put a copy back")
     if not integrity.verify(place):
         say(f"{place} was written before there were checksums: not verified")
-    return restore_arrays(place, like)
+        return restore_arrays(place, like)
+    with store.intact(place):
+        return restore_arrays(place, like)
 
 
 def change(run: Run, overrides: Sequence[str]) -> Run:
@@ -243,11 +252,19 @@ def load_flat(
     folder = Path(folder)
     step = existing(folder, step)
     place_of_trained = folder / "checkpoints" / str(step)
+    sealed = True
     for part, advice in ((place_of_trained, BEFORE), (folder / "frozen", ""), (folder / "tokenizer", "")):
         try:
-            integrity.verify(part)
+            sealed &= integrity.verify(part)
         except DamageError as error:
             raise DamageError(f"{error}{advice}") from None
+    with store.intact(folder) if sealed else contextlib.nullcontext():
+        return _load_flat(folder, step, arch, place)
+
+
+def _load_flat(folder: Path, step: int, arch: Architecture, place: Placement) -> dict[str, jax.Array]:
+    """``load_flat`` of files whose checksums, if there are any, are right."""
+    place_of_trained = folder / "checkpoints" / str(step)
     trained, frozen = stored_arrays(folder, step)
     shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -300,20 +317,23 @@ def choose_step(folder: str | Path, text: str) -> int:
 
 
 def evaluations(folder: str | Path) -> list[dict[str, Any]]:
-    """What was measured on the way, a line a step; a line that a dying process left half written is not read."""
-    path = Path(folder) / "evaluations.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """What was measured on the way, a line a step."""
+    return jsonl.rows(Path(folder) / "evaluations.jsonl")
 
 
 def best_step(folder: str | Path, metric: str) -> int | None:
-    """The step of the run in ``folder`` that ``best_of`` its evaluations is."""
-    return best_of(evaluations(folder), metric)
+    """The checkpoint in ``folder`` that ``best_of`` the evaluations of those that are there is."""
+    there = store.steps_in(Path(folder) / "checkpoints")  # a save may have failed
+    return best_of([row for row in evaluations(folder) if row["step"] in there], metric)
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:
-    """The step whose evaluation has the highest mean of ``metric``, the first of equals."""
-    measured = {row["step"]: row["metrics"][metric]["mean"] for row in rows}
+    """The step whose evaluation has the highest mean of ``metric``, the first of equals; of those that were measured
+    as the newest was, on the same records."""
+    alike = [[row.get(name) for name in ("records", "rate", "decoding")] for row in rows]
+    measured = {
+        row["step"]: row["metrics"][metric]["mean"] for row, how in zip(rows, alike, strict=True) if how == alike[-1]
+    }
     return max(measured, key=lambda step: (measured[step], -step), default=None)
 
 

@@ -10,12 +10,14 @@ Every process counts aloud at the coordinator. One that has not been heard for C
 stopped; the others say which it is and end, since no step can be finished without it.
 """
 
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -141,6 +143,16 @@ class Watch(threading.Thread):
         )
 
 
+@contextlib.contextmanager
+def tidying(tidy: Callable[[], None]) -> Iterator[None]:
+    """While this holds, ``tidy`` is called before this process is ended by the news from another."""
+    _TIDY.append(tidy)
+    try:
+        yield
+    finally:
+        _TIDY.remove(tidy)
+
+
 def leave(message: str) -> NoReturn:
     """End this process with ``message`` on standard error and status 1; of several, the others are told and end too."""
     if jax.process_count() == 1:
@@ -159,6 +171,21 @@ def failed(error: Exception) -> str:
     return f"a step failed in process {jax.process_index()} of {jax.process_count()}: {str(error).splitlines()[0]}"
 
 
+def unexpected(error: Exception) -> str:
+    """What to say of an ``error`` that nobody foresaw, whose traceback is printed: the others would wait for this
+    process. Raises ``error`` where there are none."""
+    if jax.process_count() == 1:
+        raise error
+    traceback.print_exception(error)
+    return f"process {jax.process_index()} of {jax.process_count()} failed: {error!r}"
+
+
+_TIDY: list[Callable[[], None]] = []
+
+
 def _end(message: str) -> NoReturn:
+    for tidy in _TIDY:
+        with contextlib.suppress(OSError):
+            tidy()
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)  # another thread waits in a collective, from which nothing calls it back

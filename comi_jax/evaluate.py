@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from comi_jax import distributed, metrics, sharding, weights
+from comi_jax import distributed, metrics, sharding
 from comi_jax.answer import Answer, Comi
 from comi_jax.checkpoint import CheckpointError, choose_step, weights_of
 from comi_jax.config import ConfigError, Generation, Mesh
 from comi_jax.data import loader
 from comi_jax.data.records import DataError, Record, read_records
+from comi_jax.weights import WeightsError
 
 
 def evaluate(
@@ -81,6 +82,7 @@ def evaluate(
     vectors = sum(p["memory_vectors"] for p in predictions)
     return {
         "n": len(records),
+        "records": _fingerprint(records),
         "metrics": metrics.summarize([{name: p[name] for name in metrics.MEASURES} for p in predictions]),
         "ratio": sum(p["context_tokens"] for p in predictions) / vectors if vectors else 0.0,
         "mean_output_tokens": sum(p["output_tokens"] for p in predictions) / len(predictions),
@@ -94,7 +96,12 @@ def evaluate(
 
 def _identity(records: Sequence[Record], model: Comi, *others: Any) -> str:
     """All that the predictions depend on, as a short name."""
-    of = xxhash.xxh3_128(repr((model.run, others)).encode())
+    return _fingerprint(records, (model.run, others))
+
+
+def _fingerprint(records: Sequence[Record], beside: Any = None) -> str:
+    """A short name for ``records`` in their order, and what stands ``beside`` them."""
+    of = xxhash.xxh3_128(repr(beside).encode())
     for record in records:
         of.update(repr(record).encode("utf-8", "surrogatepass"))
     return of.hexdigest()
@@ -216,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         result["skipped_records"] = len(report.skipped)
         save_table({"model": result}, output / "results.json")
-    except (CheckpointError, ConfigError, DataError, loader.LengthError, weights.WeightsError, OSError) as error:
+    except (CheckpointError, ConfigError, DataError, loader.LengthError, WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(

@@ -1,40 +1,53 @@
-"""One process at a time in a run's folder: a file that only one can create, with the host, process and start time."""
+"""One process at a time in a run's folder: a file that only one can create, with the host, process and start time.
+
+Whether a process of this host is gone is asked of the system. One of another host touches its lock every BEAT seconds;
+where that is not seen for PATIENCE seconds, it is taken for gone, and should it wake up later, it ends.
+"""
 
 import contextlib
 import datetime
 import json
 import os
 import socket
-from collections.abc import Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from comi_jax.integrity import CheckpointError
 
 NAME = "lock"
+BEAT, PATIENCE = 15.0, 90.0  # seconds
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if it is not there; one that is left empty is removed again.
 
-    Raises CheckpointError, naming host and process, while another process holds it. The lock of a process of this host
-    that is gone is taken over.
+    Raises CheckpointError, naming host and process, while another process holds it. The lock of a process that is gone
+    is taken over.
     """
     path, own = folder / NAME, json.dumps(_owner(os.getpid()))
+    ended = threading.Event()
+    beats = threading.Thread(target=_keep_fresh, args=(path, json.loads(own), ended), daemon=True, name="lock")
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for _ in range(3):  # two may find the same stale lock
             if _create(path, own):
                 break
-            _remove_stale(path)
+            _remove_stale(path, say)
         else:
             raise CheckpointError(f"{path} is being fought over by several processes; start one of them")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
+    beats.start()
     try:
         yield
     finally:
+        ended.set()
+        beats.join()
         release(folder)
         if new:
             with contextlib.suppress(OSError):  # it is no longer empty
@@ -67,14 +80,52 @@ def _create(path: Path, text: str) -> bool:
     return True
 
 
-def _remove_stale(path: Path) -> None:
+def _keep_fresh(path: Path, own: dict, ended: threading.Event) -> None:
+    """Touch the lock until ``ended``. If it has become another's, this process was silent for too long, and ends."""
+    while not ended.wait(BEAT):
+        owner = _read(path)
+        if owner and owner != own:
+            print(
+                f"error: {path} was taken over by process {owner['pid']} on {owner['host']} while this process stood "
+                "still; it ends",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(1)
+        with contextlib.suppress(OSError):  # a file system that is away for a while
+            os.utime(path)
+
+
+def _beats(path: Path, patience: float) -> bool:
+    """Whether the lock at ``path`` is touched within ``patience`` seconds."""
+    end, first = time.monotonic() + patience, None
+    while time.monotonic() < end:
+        try:
+            with path.open("rb") as file:  # opened anew, a file on a network has the time that its server knows
+                touched = os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return False
+        if first is not None and touched != first:
+            return True
+        first = touched
+        time.sleep(min(1.0, patience / 10))
+    return False
+
+
+def _remove_stale(path: Path, say: Callable[[str], None]) -> None:
     """Remove the lock at ``path`` if its process is gone; else raise CheckpointError."""
     owner = _read(path)
     if not owner:
         if not path.exists():  # released meanwhile
             return
         raise CheckpointError(f"{path} is not a lock that this program wrote; remove it if no training runs there")
-    if owner.get("host") != socket.gethostname() or _owner(owner["pid"]).get("start") == owner["start"]:
+    if owner["host"] == socket.gethostname():
+        alive = _start(owner["pid"]) == owner["start"]
+    elif "beats" in owner:
+        say(f"{path} is that of process {owner['pid']} on {owner['host']}: looking for {PATIENCE:.0f} s if it lives")
+        alive = _beats(path, PATIENCE)
+    else:
+        alive = True  # for all that can be known: a version that gave no sign wrote it
+    if alive:
         raise CheckpointError(
             f"{path.parent} is in use by process {owner['pid']} on {owner['host']}, since {owner['since']}; wait for "
             f"it, choose another train.output or, if that process is gone, remove {path}"
@@ -96,10 +147,10 @@ def _read(path: Path) -> dict:
         return {}
 
 
-def _owner(pid: int) -> dict[str, str | int | None]:
+def _owner(pid: int) -> dict[str, str | int | float | None]:
     """What tells process ``pid`` of this host from all others; ``start`` is None if there is none."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "pid": pid, "start": _start(pid), "since": now}
+    return {"host": socket.gethostname(), "pid": pid, "start": _start(pid), "since": now, "beats": BEAT}
 
 
 def _start(pid: int) -> str | None:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from comi_jax import jsonl
+
 
 class RunLog:
     """Metrics of one run, written into its folder as they come and shown on the way."""
@@ -22,7 +24,7 @@ class RunLog:
     def __init__(self, folder: str | Path, title: str, steps: int, start: int, console: Console):
         self._title, self._steps, self._start, self._console = title, steps, start, console
         self._since = time.monotonic()
-        keep_until(Path(folder) / "metrics.jsonl", start)
+        jsonl.keep_until(Path(folder) / "metrics.jsonl", start)
         self._lines = (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8")
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
@@ -115,16 +117,3 @@ class SilentLog:
 
     def sync(self) -> None:
         pass
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Cut the JSON Lines file at ``path`` after its last whole line of ``step`` or before; what an earlier attempt
-    wrote after its checkpoint is run again."""
-    if not path.is_file():
-        return
-    kept = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        kept += len(line)
-    os.truncate(path, kept)

@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import checkpoint, comi, distributed, evaluate, optim, sharding
+from comi_jax import checkpoint, comi, distributed, evaluate, jsonl, optim, sharding
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import CheckpointError, Run, frozen_dtype
 from comi_jax.data import loader
 from comi_jax.data.records import Record
-from comi_jax.logs import RunLog, SilentLog, keep_until
+from comi_jax.logs import RunLog, SilentLog
 from comi_jax.meter import Meter, TooManySkipped, batch_flops, bytes_per_device
 from comi_jax.params import combine, count
 from comi_jax.step import CompiledStep, TrainState
@@ -78,7 +78,7 @@ class Loop:
         """Train to the last step; whether it came there, or was asked to end before."""
         job, start, settings = self.job, self.job.progress.step, self.settings
         if distributed.is_first():
-            keep_until(job.output / "evaluations.jsonl", start)
+            jsonl.keep_until(job.output / "evaluations.jsonl", start)
         job.checkpoints.best = checkpoint.best_step(job.output, settings.best_by)
         log_class = RunLog if distributed.is_first() else SilentLog
         with log_class(job.output, job.title, job.steps, start, self.console) as self.log:

@@ -41,6 +41,11 @@ class Tally:
         size = sum(x.size for x in (batch.context, batch.query, batch.answer))
         return cls(sum(int(x.sum()) for x in lengths), size, int(asked.sum()))
 
+    @property
+    def padding(self) -> float:
+        """The share of positions that hold no token."""
+        return 1 - self.tokens / self.positions
+
 
 def batch_flops(arch: comi.Architecture, batch: comi.Batch) -> float:
     """FLOP of the loss and gradients of ``batch``: padding left out, a context that several ask about encoded once."""
@@ -119,7 +124,7 @@ class Meter:
                 values["tokens_per_second"] = self._tokens / (now - self._since)
                 if self._peak:
                     values["mfu"] = self._flops / (now - self._since) / self._peak
-            values["padding"] = 1 - tally.tokens / tally.positions
+            values["padding"] = tally.padding
             values["ratio"] = tally.asked_context / max(float(metrics["memory_vectors"]), 1.0)
             values["memory_gb"] = memory_in_use() / 1e9
             values["skipped"] = self.skipped

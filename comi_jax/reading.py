@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from rich.console import Console
 
 from comi_jax import distributed
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import loader, sources, synthetic, tokens
-from comi_jax.data.records import Record
+from comi_jax.data.records import DataError, Record
 
 
 def read_examples(
@@ -27,7 +29,15 @@ def read_examples(
         for line in said:
             console.print(line, highlight=False, markup=False)
     distributed.meet("the examples are there")
-    return found if distributed.is_first() or scratch else tokens.load(folder)
+    if not distributed.is_first() and not scratch:
+        found = tokens.load(folder)
+    own = np.frombuffer(bytes.fromhex(found.about.fingerprint), np.uint8)
+    if not np.array_equal(own, distributed.agreed(own)):
+        raise DataError(
+            f"process {jax.process_index()} finds other examples in {scratch or folder} than process 0; all processes "
+            "of a run need the same data, and one train.output that every one of them can see"
+        )
+    return found
 
 
 def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[loader.Example]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from comi_jax import jsonl
 from comi_jax.checkpoint import CheckpointError, Run, best_of, evaluations, is_run, read_run
 from comi_jax.config import to_dict
 from comi_jax.params import flatten
@@ -54,22 +55,17 @@ def read(folder: Path) -> list[Course]:
     """The run in ``folder`` and the one beneath it that it was compared with. Raises CheckpointError if there is
     nothing to draw."""
     run = read_run(folder)
-    steps = _lines(folder / "metrics.jsonl")
+    steps = jsonl.rows(folder / "metrics.jsonl")
     if not steps:
         raise CheckpointError(f"{folder} has no metrics yet: metrics.jsonl is missing or empty; nothing can be drawn")
     table = folder / "results.json"
     results = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     courses = [Course(folder.resolve().name, run, steps, evaluations(folder), results)]
     below = folder / "mean_pooling"
-    if is_run(below) and _lines(below / "metrics.jsonl"):
+    if is_run(below) and jsonl.rows(below / "metrics.jsonl"):
         name = f"{courses[0].name}, mean-pooling"
-        courses.append(Course(name, read_run(below), _lines(below / "metrics.jsonl"), evaluations(below), {}))
+        courses.append(Course(name, read_run(below), jsonl.rows(below / "metrics.jsonl"), evaluations(below), {}))
     return courses
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -130,11 +126,11 @@ def _curve(axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour:
         axis.plot(steps, values, color=colour, label=label, linewidth=1.6)
         return
     width = max(len(steps) // 50, 3)
-    smooth = [
+    averaged = [
         np.nanmean(values[max(i - width, 0) : i + 1]) if np.isfinite(values[i]) else np.nan for i in range(len(values))
     ]
     axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
-    axis.plot(steps, smooth, color=colour, label=label, linewidth=1.8)
+    axis.plot(steps, averaged, color=colour, label=label, linewidth=1.8)
 
 
 def _draw_evaluations(axis: Any, courses: Sequence[Course]) -> None:

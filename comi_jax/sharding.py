@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from comi_jax.config import Backbone, Config, ConfigError, Mesh
@@ -35,7 +36,9 @@ def make_mesh(settings: Mesh, devices: Sequence[Any] | None = None) -> jax.shard
             f"{' x '.join(f'mesh.{axis}' for axis in AXES)} = {' x '.join(map(str, shape))} does not make the "
             f"{len(devices)} devices there are"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+    # jax.make_mesh splits an axis of a TPU slice over two of ours on v5e alone.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
@@ -43,10 +46,10 @@ def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
     Raises ConfigError if their contexts do not divide over the devices."""
     contexts, devices = config.train.batch_size // config.train.share_context, mesh.shape["data"] * mesh.shape["fsdp"]
     parts = config.optimizer.accumulate or max(contexts // devices, 1)
-    if contexts // parts % devices:
+    if contexts % (parts * devices):
         raise ConfigError(
-            f"train.batch_size / optimizer.accumulate / train.share_context = {contexts // parts} contexts do not "
-            f"divide over {devices} devices; change one of them, or the mesh"
+            f"train.batch_size / train.share_context = {contexts} contexts do not divide over {parts} micro-batches "
+            f"(optimizer.accumulate) on {devices} devices (mesh.data x mesh.fsdp); change one of them"
         )
     return parts
 

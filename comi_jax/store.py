@@ -52,6 +52,16 @@ def reading(path: Path, advice: str = "") -> Iterator[None]:
         raise DamageError(f"{path} cannot be read, files are damaged or missing ({reason}){advice}") from error
 
 
+@contextlib.contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """What fails in here is no damage: the files at ``path`` are those that were written."""
+    try:
+        yield
+    except DamageError as error:
+        reason = str(error.__cause__ or error).split("\n")[0][:200]
+        raise CheckpointError(f"{path} is as it was written, but cannot be restored here: {reason}") from error
+
+
 def frugal(arrays: Mapping[str, jax.Array]) -> ocp.PyTreeCheckpointHandler:
     """Writes about an array at a time, and as it is: a model that fills the memory has no room for a copy of itself.
     Compression, which gains little on weights, makes one and takes three times as long."""
@@ -84,10 +94,14 @@ class SealedWriter:
 
 
 def write_once(folder: Path, handler: Any, arguments: Any) -> None:
-    """Write the new ``folder`` and wait until it is complete."""
-    with contextlib.closing(SealedWriter(handler)) as writer:
-        writer.save(folder, arguments)
-        writer.wait()
+    """Write the new ``folder`` and wait until it is complete. Raises CheckpointError."""
+    try:
+        with contextlib.closing(SealedWriter(handler)) as writer:
+            writer.save(folder, arguments)
+            writer.wait()
+    except Exception as error:  # TensorStore's are ValueErrors
+        free = shutil.disk_usage(folder.parent).free
+        raise CheckpointError(f"{folder} cannot be written: {_reason(error)} ({free:,} bytes free there)") from error
 
 
 class Checkpoints:
@@ -126,7 +140,8 @@ class Checkpoints:
     def save(self, state: Any, progress: Progress) -> None:
         """Start writing ``state`` (step.TrainState), whose arrays may be donated once this returns.
 
-        A save that fails is told and the run goes on; when the next one fails too, CheckpointError is raised.
+        A save that fails is told and the run goes on; when the next one fails too, or where there are several
+        processes, CheckpointError is raised.
         """
         self.settle()
         items = {
@@ -162,10 +177,12 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
         place = f"{self.folder / str(step)} ({size:,} bytes, {free:,} free there)"
         what = f"checkpoint {place} cannot be saved: {_reason(error)}"
-        if self._failed:
+        several = jax.process_count() > 1  # the others would wait for this one's part
+        if self._failed or several:
             kept = self.latest()
             held = f"the newest is that of step {kept}" if kept is not None else "there is none yet"
-            raise CheckpointError(f"{what}; it is the second in a row, so the run stops; {held}") from error
+            why = "all processes stop" if several else "it is the second in a row, so the run stops"
+            raise CheckpointError(f"{what}; {why}; {held}") from error
         self._failed = True
         shutil.rmtree(self.folder / f"{step}{WRITING}", ignore_errors=True)
         self._say(f"{what}; the run goes on until the next one")
@@ -208,7 +225,8 @@ class Checkpoints:
         while (step := self._newest_but(bad)) is not None:
             try:
                 sealed = self._verify(step)
-                restored = self.restore(step, state)
+                with intact(self.folder / str(step)) if sealed else contextlib.nullcontext():
+                    restored = self.restore(step, state)
             except DamageError as error:
                 self._set_aside(step, error, bad)
                 continue
@@ -238,7 +256,14 @@ class Checkpoints:
         return self._thread.submit(integrity.verify, self.folder / str(step))
 
     def _newest_but(self, bad: set[int]) -> int | None:
-        return max((step for step in self.steps() if step not in bad), default=None)
+        """The newest checkpoint that is not in ``bad``, as the first process sees it."""
+        step = int(distributed.agreed(np.int32(max((step for step in self.steps() if step not in bad), default=-1))))
+        if step >= 0 and not (self.folder / str(step)).is_dir():
+            raise CheckpointError(
+                f"process 0 sees {self.folder / str(step)}, process {jax.process_index()} does not; all processes of a "
+                "run need one train.output that every one of them can see"
+            )
+        return step if step >= 0 else None
 
     def _set_aside(self, step: int, error: DamageError, bad: set[int]) -> None:
         bad.add(step)

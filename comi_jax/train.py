@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import Array
 from rich.console import Console
 
 from comi_jax import distributed, evaluate, lock, loop, optim, sharding, weights
@@ -25,6 +24,7 @@ from comi_jax.checkpoint import (
     existing,
     open_run,
     read_run,
+    restore_frozen,
     save_frozen,
     weights_of,
 )
@@ -32,8 +32,8 @@ from comi_jax.config import Config, ConfigError, load
 from comi_jax.data import loader, tokens
 from comi_jax.data.records import DataError, Record
 from comi_jax.reading import check_held_out, read_examples, read_held_out
-from comi_jax.start import backbone_folder, initial_params, resumed_params, starting_point
-from comi_jax.state import create
+from comi_jax.start import backbone_folder, initial_params, starting_point
+from comi_jax.state import abstract, create
 from comi_jax.stop import Stop
 from comi_jax.store import Checkpoints, Progress, begun
 
@@ -61,22 +61,14 @@ class Task:
     dry_run: bool
 
 
-def first_params(task: Task, run: Run, output: Path, console: Console) -> dict[str, Array]:
-    """The weights to begin with; if there are checkpoints in ``output``, those that these do not hold."""
-    mesh = devices(run)
-    if begun(output / "checkpoints"):
-        return resumed_params(run, output, mesh, functools.partial(console.print, highlight=False))
-    return initial_params(run, task.folder, mesh)
-
-
-def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Array], console: Console) -> loop.Job:
-    """``run`` on its devices, as its newest whole checkpoint in ``output`` has it, or beginning with ``params``."""
+def prepare(task: Task, title: str, run: Run, output: Path, console: Console) -> loop.Job:
+    """``run`` on its devices, as its newest whole checkpoint in ``output`` has it, or at its beginning. Nothing is
+    written."""
     say = functools.partial(console.print, highlight=False)
     config, settings, examples, shapes = run.config, run.config.train, task.examples, task.shapes
     mesh = devices(run)
     update = optim.optimizer(config.optimizer, settings.steps)
     checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=task.dry_run)
-    state, frozen = create(params, run.architecture, update, mesh)
     plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context)
     batches = loader.training_batches(
         plan, config.compression.rates, settings.seed,
@@ -84,7 +76,9 @@ def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Ar
     )  # fmt: skip
     progress = Progress(0, batches.get_state(), examples=examples.about.fingerprint)
     if begun(checkpoints.folder):
-        state, found = checkpoints.restore_newest(state)
+        like = abstract(run.architecture, update, mesh)
+        state, found = checkpoints.restore_newest(like[0])
+        frozen = restore_frozen(output, like[1], say)
         if found.examples not in ("", progress.examples) and not task.allow_change:
             raise CheckpointError(
                 f"data.train holds other examples than those that the run in {output} was trained on; give it the same "
@@ -93,8 +87,8 @@ def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Ar
         batches.set_state(found.position)
         progress = dataclasses.replace(found, examples=progress.examples)
         say(f"{title}: going on from step {progress.step} of {settings.steps} in {output}")
-    elif not task.dry_run:
-        save_frozen(output, frozen)
+    else:
+        state, frozen = create(initial_params(run, task.folder, mesh), run.architecture, update, mesh)
     longest = max(examples, key=lambda example: len(example.context))
     segments, length, *_ = shapes.size([longest])
     size = (segments, length, shapes.query, shapes.answer)
@@ -103,6 +97,18 @@ def prepare(task: Task, title: str, run: Run, output: Path, params: dict[str, Ar
         title, run, output, mesh, update, state, frozen, plan, batches, largest, task.held_out, task.tokenizer,
         checkpoints, progress,
     )  # fmt: skip
+
+
+def enter(job: loop.Job, allow_change: bool, console: Console) -> None:
+    """Make the folder of ``job`` its own: the settings with which it begins or goes on, and weights that stay."""
+    distributed.meet(f"{job.title} is checked")
+    if distributed.is_first():
+        changes = open_run(job.output, job.run, job.tokenizer, allow_change)
+        if changes:
+            console.print(f"{job.title}: settings changed: {'; '.join(changes)}", highlight=False)
+    distributed.meet(f"{job.title} is open")
+    if not begun(job.checkpoints.folder):
+        save_frozen(job.output, job.frozen)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -123,22 +129,16 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
     stop = Stop(functools.partial(console.print, highlight=False), leave)
     with contextlib.ExitStack() as until_end:
         until_end.enter_context(scratch or contextlib.nullcontext())
+        until_end.enter_context(distributed.tidying(leave))
         if jax.process_count() == 1:  # of several, JAX's preemption service takes the signal; the loop asks it
             until_end.enter_context(stop.listening())
         with stop.saved():
             task, runs, places = begin(config, output, console, until_end, allow_change, scratch)
         for title, place in places.items():
             with stop.saved():
-                params = first_params(task, runs[title], place, console)
+                job = prepare(task, title, runs[title], place, console)
                 if not dry_run:
-                    distributed.meet(f"{title} is checked")
-                    if distributed.is_first():
-                        changes = open_run(place, runs[title], task.tokenizer, allow_change)
-                        if changes:
-                            console.print(f"{title}: settings changed: {'; '.join(changes)}", highlight=False)
-                    distributed.meet(f"{title} is open")
-                job = prepare(task, title, runs[title], place, params, console)
-                del params
+                    enter(job, allow_change, console)
                 training = loop.Loop(job, stop, console)
                 if job.progress.step < job.steps:
                     training.describe()
@@ -181,7 +181,7 @@ def begin(
     if not scratch:
         distributed.meet("all but the training data is checked")
         if distributed.is_first():
-            until_end.enter_context(lock.held(output))
+            until_end.enter_context(lock.held(output, functools.partial(console.print, highlight=False)))
     examples = read_examples(config, tokenizer, output, console, scratch and Path(scratch.name))
     for run in runs.values():
         loader.check_positions(examples, backbone, run.config.compression, min(config.compression.rates))
@@ -249,6 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
         distributed.leave(distributed.failed(error))
     except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError, OSError) as error:
         distributed.leave(str(error))
+    except Exception as error:
+        distributed.leave(distributed.unexpected(error))
 
 
 if __name__ == "__main__":

@@ -229,6 +229,17 @@ def test_a_checkpoint_is_chosen_by_its_number_or_as_the_newest_or_the_best(tmp_p
         checkpoint.choose_step(tmp_path, "last")
 
 
+def test_the_best_is_a_checkpoint_that_is_there_and_was_measured_as_the_newest_was(tmp_path):
+    saved(tmp_path, run_of(), steps=(1, 2, 3), keep=3)
+
+    def measured(step, mean, records="hard"):
+        return {"step": step, "records": records, "metrics": {"f1_max": {"mean": mean}}}
+
+    rows = [measured(1, 0.9, "easy"), measured(2, 0.4), measured(3, 0.3), measured(4, 0.8)]  # 4 could not be saved
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert checkpoint.choose_step(tmp_path, "best") == 2
+
+
 # --- other settings ---------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from comi_jax import sharding
 from comi_jax.config import Compression, Data, Mesh
 from comi_jax.data import loader, order
 from comi_jax.data.records import Record
+from comi_jax.meter import Tally
 
 TOKENIZER = train_fixtures.tokenizer()
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
@@ -339,7 +340,7 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
     assert {(*b.context.shape[1:], b.query.shape[1], b.answer.shape[1]) for b in drawn[:75]} == set(sizes)
     one, rows = drawn[0], np.array(row_lengths(drawn[0]))
     real, total = rows[::share, 0].sum() + rows[:, 1:].sum(), sum(getattr(one, name).size for name in parts)
-    assert loader.padding_share(one) == pytest.approx(1 - real / total)
+    assert Tally.of(one).padding == pytest.approx(1 - real / total)
     # Long and short ones come in any order, in each epoch in another; shuffled alone half of it would be padding.
     means = [float(np.mean(b.context_length.sum(axis=1))) for b in drawn]
     assert means[:75] != sorted(means[:75]) and means[:75] != means[75:]

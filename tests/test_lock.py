@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -50,11 +51,62 @@ def test_a_later_process_of_the_same_number_is_not_taken_for_the_dead_one(tmp_pa
         pass
 
 
-def test_the_lock_of_another_host_stands(tmp_path):
-    write(tmp_path, host="elsewhere", pid=1)
+def elsewhere(folder, **changes):
+    owner = write(folder, host="elsewhere", pid=1, **changes)
+    return folder / lock.NAME, owner
+
+
+def test_the_lock_of_another_host_stands_while_it_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 60.0)
+    path, owner = elsewhere(tmp_path)
+    said = []
+
+    def say(text):
+        said.append(text)
+        threading.Timer(0.3, os.utime, (path,)).start()
+
+    with pytest.raises(CheckpointError, match="in use by process 1 on elsewhere"), lock.held(tmp_path, say):
+        pass
+    assert json.loads(path.read_text()) == owner and "process 1 on elsewhere: looking for 60 s" in said[0]
+
+
+def test_the_lock_of_a_silent_process_elsewhere_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    path, _ = elsewhere(tmp_path)
+    with lock.held(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_from_elsewhere_that_never_gave_a_sign_stands(tmp_path):
+    path, owner = elsewhere(tmp_path)
+    del owner["beats"]
+    path.write_text(json.dumps(owner))
     with pytest.raises(CheckpointError, match="in use by process 1 on elsewhere"), lock.held(tmp_path):
         pass
-    assert (tmp_path / lock.NAME).exists()
+    assert path.exists()
+
+
+def test_the_lock_is_touched_while_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    path = tmp_path / lock.NAME
+    with lock.held(tmp_path):
+        os.utime(path, (1, 1))
+        assert lock._beats(path, 30.0) and path.stat().st_mtime > 1
+
+
+def test_a_process_whose_lock_was_taken_over_ends(tmp_path):
+    code = (
+        "import json, pathlib, sys, time; from comi_jax import lock\n"
+        "lock.BEAT, folder = 0.05, pathlib.Path(sys.argv[1])\n"
+        "with lock.held(folder):\n"
+        "    path = folder / lock.NAME\n"
+        "    path.write_text(json.dumps(json.loads(path.read_text()) | {'host': 'elsewhere', 'pid': 7}))\n"
+        "    time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and "was taken over by process 7 on elsewhere" in done.stderr
+    assert json.loads((tmp_path / lock.NAME).read_text())["host"] == "elsewhere"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])

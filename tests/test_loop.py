@@ -128,6 +128,15 @@ def test_other_changes_need_consent_and_are_written_down(files, quick_step, tmp_
     assert "nothing" not in refusal(files, tmp_path / "run")  # the new settings are the run's now
 
 
+def test_a_change_that_cannot_work_leaves_the_run_as_it_is(files, quick_step, tmp_path):
+    run(files, tmp_path / "run", "train.steps=2")
+    before = contents(tmp_path / "run")
+    for word in ("compression.encoder_layers=2", "lora.rank=2"):
+        said = refusal(files, tmp_path / "run", "train.steps=2", word, "--allow-config-change")
+        assert "is a checkpoint of another model: trained/" in said
+        assert contents(tmp_path / "run") == before
+
+
 def test_other_examples_under_the_same_name_are_refused(files, quick_step, tmp_path):
     lm, data = files[0], tmp_path / "train.jsonl"
     data.write_text(files[1].read_text())

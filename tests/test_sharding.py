@@ -63,6 +63,13 @@ def test_micro_batches_give_each_device_one_context_unless_told(accumulate, shar
     assert sharding.micro_batches(config, sharding.make_mesh(config.mesh)) == parts
 
 
+def test_contexts_that_do_not_divide_over_micro_batches_and_devices_are_refused():
+    """10 contexts on 4 devices would make 2 micro-batches of 4 and leave 2."""
+    config = Config(train=Train(batch_size=10), optimizer=Optimizer(accumulate=0))
+    with pytest.raises(ConfigError, match="10 contexts do not divide over 2 micro-batches .* on 4 devices"):
+        sharding.micro_batches(config, sharding.make_mesh(Mesh()))
+
+
 MESH = Mesh(data=1, fsdp=2, tensor=2)
 
 

@@ -137,6 +137,26 @@ def test_every_bit_of_a_small_folder_is_covered(tmp_path):
             integrity.verify(tmp_path)
 
 
+def test_what_fails_for_another_reason_than_damage_sets_nothing_aside(folder, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore of it")
+
+    monkeypatch.setattr(store.ocp.StandardCheckpointer, "restore", refuse)
+    message = "checkpoints/3 is as it was written, but cannot be restored here: RESOURCE_EXHAUSTED: out of memory$"
+    with pytest.raises(CheckpointError, match=message):
+        restored(folder)
+    assert store.steps_in(folder / "checkpoints") == [1, 2, 3]
+
+
+def test_weights_that_find_no_room_on_the_disk_are_said_in_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("OUT_OF_RANGE: [os_error_code='27'] writing")
+
+    monkeypatch.setattr(store.SealedWriter, "save", refuse)
+    with pytest.raises(CheckpointError, match=r"frozen cannot be written: File too large \([\d,]+ bytes free there\)$"):
+        store.write_once(tmp_path / "frozen", store.frugal({}), None)
+
+
 def test_with_every_checkpoint_damaged_nothing_begins_anew(folder):
     for step in "123":
         delete(folder / "checkpoints" / step / "trained" / "_METADATA", None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import tracemalloc
 
 import numpy as np
@@ -123,6 +124,13 @@ def train_examples(data):
     return [e for chunk in reading.new_examples(config, train_fixtures.tokenizer(), []) for e in chunk]
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert tokens.origin(config_of(tmp_path / "pipe.jsonl"), train_fixtures.tokenizer()) == ""
+    with pytest.raises(ValueError, match="is not a regular file"):
+        read(config_of(tmp_path / "pipe.jsonl"), tmp_path / "run")
+
+
 def test_a_failure_leaves_nothing(data, tmp_path):
     with data.open("a") as end:
         end.write("{}\n")
@@ -135,7 +143,7 @@ def test_a_failure_leaves_nothing(data, tmp_path):
 def test_what_a_process_left_that_was_killed_as_it_made_them_is_written_over(data, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "examples.arrow.part").write_bytes(b"half of")
+    (folder / "examples.part").write_bytes(b"half of")
     config = config_of(data, "compression.encoder_layers=1")
     run = checkpoint.Run(config, train_fixtures.backbone(), (2,))
     assert checkpoint.check_folder(folder, run) == []  # it can begin there

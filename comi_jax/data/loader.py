@@ -228,13 +228,6 @@ def collate(
     return Batch(context, lengths, query, query_length, answer, answer_length, rate)
 
 
-def padding_share(batch: Batch) -> float:
-    """The share of the tokens of a batch, in contexts, queries and answers, that are padding."""
-    arrays = (batch.context, batch.query, batch.answer)
-    lengths = (batch.context_length, batch.query_length, batch.answer_length)
-    return 1.0 - sum(int(np.sum(n)) for n in lengths) / sum(array.size for array in arrays)
-
-
 def _pad(ids: Sequence[np.ndarray], width: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
     padded = np.zeros((len(ids), width), np.int32)
     for i in rows:

@@ -86,6 +86,8 @@ def origin(config: Config, tokenizer: Any) -> str:
     try:
         for source in parsed:
             for path in sources.files(source, "train"):
+                if not Path(path).is_file():  # a pipe would be waited for
+                    return ""
                 of.update(checksum(Path(path)).encode())
     except (OSError, DataError):  # whoever reads the records says it better
         return ""
@@ -120,22 +122,22 @@ def make(folder: Path, chunks: Iterable[list[Example]], made_from: str, said: Se
     """Write ``chunks`` as the examples of ``folder``; ``said`` is looked at when they have ended. If they fail, nothing
     is left."""
     folder.mkdir(parents=True, exist_ok=True)
-    place, draft = folder / f"{NAME}.arrow", folder / f"{NAME}.arrow.part"
-    print_of = Fingerprint()
+    place, draft = folder / f"{NAME}.arrow", folder / f"{NAME}.part"
+    whole = ExamplesHash()
     try:
         with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for chunk in chunks:
                 for example in chunk:
-                    print_of.add(example)
+                    whole.add(example)
                 columns = [_lists([getattr(example, part) for example in chunk]) for part in PARTS]
                 truncated = pa.array([example.truncated for example in chunk], pa.bool_())
                 writer.write_batch(pa.record_batch([*columns, truncated], schema=SCHEMA))
         os.replace(draft, place)
+        about = About(made_from, str(whole), tuple(said))
+        draft.write_text(json.dumps(dataclasses.asdict(about), indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, folder / f"{NAME}.json")
     finally:
         draft.unlink(missing_ok=True)
-    about = About(made_from, str(print_of), tuple(said))
-    draft.write_text(json.dumps(dataclasses.asdict(about), indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, folder / f"{NAME}.json")
     return Examples(place, about)
 
 
@@ -144,7 +146,7 @@ def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows), pa.int32()))
 
 
-class Fingerprint:
+class ExamplesHash:
     """A hash of examples in their order."""
 
     def __init__(self):
@@ -161,7 +163,7 @@ class Fingerprint:
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """A short name for what the examples hold, in their order."""
-    whole = Fingerprint()
+    whole = ExamplesHash()
     for example in examples:
         whole.add(example)
     return str(whole)
