@@ -62,8 +62,8 @@ class Task:
 
 
 def prepare(task: Task, title: str, run: Run, output: Path, console: Console) -> loop.Job:
-    """``run`` on its devices, as its newest whole checkpoint in ``output`` has it, or at its beginning. Nothing is
-    written."""
+    """``run`` on its devices, as its newest whole checkpoint in ``output`` has it, or at its beginning. Of what is in
+    ``output``, damaged checkpoints are renamed, and nothing else is changed."""
     say = functools.partial(console.print, highlight=False)
     config, settings, examples, shapes = run.config, run.config.train, task.examples, task.shapes
     mesh = devices(run)
