@@ -74,7 +74,7 @@ def test_config_is_read_in_both_dialects(kind, folders, tmp_path):
 
 
 def test_two_scalings_that_disagree_are_refused(folders, tmp_path):
-    """transformers takes rope_scaling, and its own newer key would be the one that was meant by nobody."""
+    """A card's rope_scaling beside what transformers 5 wrote: of the two one would be dropped in silence."""
     folder, _ = folders("qwen2")
     both = rewrite(folder, tmp_path, rope_scaling={"type": "yarn", "factor": 4.0})
     with pytest.raises(ConfigError, match="has rope_parameters .* and rope_scaling .*yarn.*; remove the other"):
