@@ -27,6 +27,8 @@ from jax.experimental import multihost_utils
 from comi_jax.config import ConfigError
 
 HEARTBEAT = 60  # seconds; JAX's own default is 100
+AGAIN = 75  # exit status, sysexits.h's for "try again", of a process that ends because another is gone
+NEWS = 3.0  # seconds in which every process has seen what another said
 COORDINATOR, PROCESSES, PROCESS = "COMI_COORDINATOR", "COMI_PROCESSES", "COMI_PROCESS"
 
 
@@ -42,7 +44,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     wait = _number(environment, "COMI_JOIN_TIMEOUT", 300)
-    jax.config.update("jax_enable_preemption_service", True)  # SIGTERM to one: all save after the same step
+    jax.config.update("jax_enable_preemption_service", False)  # it knows SIGTERM alone, and steps alone: see stop.py
     try:
         # JAX's own end of a process names nobody that a user knows; it is the second resort.
         jax.distributed.initialize(
@@ -52,7 +54,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         where = known["coordinator_address"] if known else "the coordinator"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"this process could not join the others at {where} within {wait} s: {reason}") from None
-    Watch(jax_distributed.global_state.client, jax.process_index(), jax.process_count(), heartbeat).start()
+    if everyone := peers():
+        Watch(everyone, heartbeat).start()
 
 
 def described(environment: Mapping[str, str]) -> dict[str, str | int] | None:
@@ -102,44 +105,72 @@ def agreed(value: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 
 
+class Peers:
+    """The processes of a run, and what they tell each other by way of the coordinator's store, of which a plain
+    ``store`` with these methods may take the place."""
+
+    def __init__(self, store: Any, index: int, count: int):
+        self.store, self.index, self.count = store, index, count
+
+    def say(self, what: str, value: str) -> None:
+        """Let all processes know ``value`` as this one's ``what``."""
+        self.store.key_value_set(f"comi/{what}/{self.index}", value, allow_overwrite=True)
+
+    def said(self, what: str) -> dict[int, str]:
+        """``what`` of every process that has said it so far."""
+        return {int(key.rsplit("/", 1)[1]): value for key, value in self.store.key_value_dir_get(f"comi/{what}/")}
+
+
+def peers() -> Peers | None:
+    """The processes of this run; None if there is one."""
+    if jax.process_count() == 1:
+        return None
+    return Peers(jax_distributed.global_state.client, jax.process_index(), jax.process_count())
+
+
 class Watch(threading.Thread):
     """Counts aloud for this process and listens to the others."""
 
-    def __init__(self, store: Any, index: int, count: int, timeout: float, end: Callable[[str], None] | None = None):
+    def __init__(self, peers: Peers, timeout: float, end: Callable[[str, int], None] | None = None):
         super().__init__(name="comi-watch", daemon=True)
-        self._store, self._index, self._count, self._timeout = store, index, count, timeout
-        self._end = end or _end
+        self._peers, self._timeout, self._end = peers, timeout, end or _end
 
     def run(self) -> None:
-        name, beat = f"{socket.gethostname()}, pid {os.getpid()}", 0
-        heard: dict[str, tuple[str, float]] = {}  # by process: what it said last, and when that was new
+        peers, beat = self._peers, 0
+        heard: dict[int, tuple[str, float]] = {}  # by process: what it said last, and when that was new
         try:
-            self._store.key_value_set(f"comi/name/{self._index}", name)
+            peers.say("name", f"{socket.gethostname()}, pid {os.getpid()}")
             while True:
                 beat += 1
-                self._store.key_value_set(f"comi/beat/{self._index}", str(beat), allow_overwrite=True)
+                peers.say("beat", str(beat))
                 now = time.monotonic()
-                for key, said in self._store.key_value_dir_get("comi/beat/"):
-                    if heard.get(key, ("", 0.0))[0] != said:
-                        heard[key] = (said, now)
-                for key, said in self._store.key_value_dir_get("comi/left/"):
-                    if not key.endswith(f"/{self._index}"):
-                        self._end(f"process {key.rsplit('/', 1)[1]} of {self._count} ended: {said}")
-                        return
-                gone = [key for key, (_, since) in heard.items() if now - since > self._timeout]
+                for process, said in peers.said("beat").items():
+                    if heard.get(process, ("", 0.0))[0] != said:
+                        heard[process] = (said, now)
+                left = peers.said("left")
+                gone = [process for process, (_, since) in heard.items() if now - since > self._timeout]
+                if left and peers.index not in left:  # one that said so itself is on its way out
+                    process, said = next(iter(left.items()))
+                    status, why = said.split(" ", 1)
+                    self._leave(f"process {process} of {peers.count} ended: {why}", int(status))
+                    return
                 if gone:
-                    self._end(self._message(gone[0].rsplit("/", 1)[1]))
+                    self._leave(self._message(gone[0]), AGAIN)
                     return
                 time.sleep(min(1.0, self._timeout / 5))
         except jax.errors.JaxRuntimeError:  # the store is no more: the run ends, or the coordinator is gone
             return
 
-    def _message(self, process: str) -> str:
-        names = dict(self._store.key_value_dir_get("comi/name/"))
-        where = next((value for key, value in names.items() if key.endswith(f"/{process}")), "")
+    def _leave(self, message: str, status: int) -> None:
+        if self._peers.index == 0:  # which holds the store, where the others have yet to look
+            time.sleep(min(NEWS, self._timeout))
+        self._end(message, status)
+
+    def _message(self, process: int) -> str:
+        who = f"process {process} of {self._peers.count} ({self._peers.said('name').get(process, '')})"
         return (
-            f"process {process} of {self._count} ({where}) has not been heard for {self._timeout:.0f} s, it is dead or "
-            "stopped; this process ends too. Start all of them again to go on from the last checkpoint"
+            f"{who} has not been heard for {self._timeout:.0f} s, it is dead or stopped; this process ends too. Start "
+            "all of them again to go on from the last checkpoint"
         )
 
 
@@ -153,22 +184,31 @@ def tidying(tidy: Callable[[], None]) -> Iterator[None]:
         _TIDY.remove(tidy)
 
 
-def leave(message: str) -> NoReturn:
-    """End this process with ``message`` on standard error and status 1; of several, the others are told and end too."""
-    if jax.process_count() == 1:
+def leave(message: str, status: int = 1) -> NoReturn:
+    """End this process with ``message`` on standard error and ``status``; of several, the others are told and end too,
+    with the same status: a launcher starts no run again that the user has to mend."""
+    everyone = peers()
+    if everyone is None:
         sys.exit(f"error: {message}")
-    jax_distributed.global_state.client.key_value_set(f"comi/left/{jax.process_index()}", message, allow_overwrite=True)
-    time.sleep(3)  # the others look once a second, and process 0 holds what they look at
-    _end(message)
+    everyone.say("left", f"{status} {message}")
+    time.sleep(NEWS)
+    _end(message, status)
 
 
-def failed(error: Exception) -> str:
-    """What to say of an ``error`` in a step: after the watch has had its time to say more, that another process may be
-    the cause. Raises ``error`` where there is no other."""
+def failed(error: Exception) -> tuple[str, int]:
+    """What to say of an ``error`` in a step, and the status to end with: after the watch has had its time to say more,
+    that another process may be the cause. Raises ``error`` where there is no other."""
     if jax.process_count() == 1:
         raise error
-    time.sleep(_number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + 3)
-    return f"a step failed in process {jax.process_index()} of {jax.process_count()}: {str(error).splitlines()[0]}"
+    time.sleep(_number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + NEWS)
+    reason = str(error).splitlines()[0]
+    status = 1 if reason.startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")) else AGAIN  # the same would come again
+    return f"a step failed in process {jax.process_index()} of {jax.process_count()}: {reason}", status
+
+
+def of_all(error: Exception) -> bool:
+    """Whether ``error`` comes from what several processes do together: the cause may be that another is gone."""
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def unexpected(error: Exception) -> str:
@@ -183,9 +223,9 @@ def unexpected(error: Exception) -> str:
 _TIDY: list[Callable[[], None]] = []
 
 
-def _end(message: str) -> NoReturn:
+def _end(message: str, status: int) -> NoReturn:
     for tidy in _TIDY:
         with contextlib.suppress(OSError):
             tidy()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)  # another thread waits in a collective, from which nothing calls it back
+    os._exit(status)  # another thread waits in a collective, from which nothing calls it back

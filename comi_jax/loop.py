@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 from rich.console import Console
 
@@ -131,12 +130,7 @@ class Loop:
 
     def _end_requested(self, step: int) -> bool:
         """Whether a signal has come; then everything up to ``step`` is saved. Several processes agree on the step."""
-        together = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
-        if together:
-            self.stop.asked += 1  # not the step: JAX waits for the number behind the last one it saw in this process
-            if multihost_utils.reached_preemption_sync_point(self.stop.asked):
-                self.stop.requested = "SIGTERM"
-        if not self.stop.requested:
+        if not self.stop.due():
             return False
         if step > self.saved or not self.job.checkpoints.settle():
             self._save(step, wait=True)

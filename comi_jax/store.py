@@ -48,6 +48,8 @@ def reading(path: Path, advice: str = "") -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
+        if distributed.of_all(error):
+            raise
         reason = str(error).split("\n")[0][:200]
         raise DamageError(f"{path} cannot be read, files are damaged or missing ({reason}){advice}") from error
 
@@ -100,6 +102,8 @@ def write_once(folder: Path, handler: Any, arguments: Any) -> None:
             writer.save(folder, arguments)
             writer.wait()
     except Exception as error:  # TensorStore's are ValueErrors
+        if distributed.of_all(error):
+            raise
         free = shutil.disk_usage(folder.parent).free
         raise CheckpointError(f"{folder} cannot be written: {_reason(error)} ({free:,} bytes free there)") from error
 
@@ -174,6 +178,8 @@ class Checkpoints:
         return not self._failed
 
     def _missed(self, step: int, size: int, error: Exception) -> None:
+        if distributed.of_all(error):
+            raise error
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
         place = f"{self.folder / str(step)} ({size:,} bytes, {free:,} free there)"
         what = f"checkpoint {place} cannot be saved: {_reason(error)}"

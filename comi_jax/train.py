@@ -126,12 +126,11 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
         else:
             lock.release(output)
 
-    stop = Stop(functools.partial(console.print, highlight=False), leave)
+    stop = Stop(functools.partial(console.print, highlight=False), leave, distributed.peers())
     with contextlib.ExitStack() as until_end:
         until_end.enter_context(scratch or contextlib.nullcontext())
         until_end.enter_context(distributed.tidying(leave))
-        if jax.process_count() == 1:  # of several, JAX's preemption service takes the signal; the loop asks it
-            until_end.enter_context(stop.listening())
+        until_end.enter_context(stop.listening())
         with stop.saved():
             task, runs, places = begin(config, output, console, until_end, allow_change, scratch)
         for title, place in places.items():
@@ -246,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(options.config, overrides)
         run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
     except jax.errors.JaxRuntimeError as error:
-        distributed.leave(distributed.failed(error))
+        distributed.leave(*distributed.failed(error))
     except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError, OSError) as error:
         distributed.leave(str(error))
     except Exception as error:

@@ -3,46 +3,56 @@
 #
 #     launch/local.sh 2 -- --config=tiny
 #
-# When one ends badly the others are given the time in which they notice by themselves, then they are ended.
+# When one ends badly the others are given the time in which they notice by themselves, then they are ended. If that was
+# not for something that the user has to mend, all are started again, COMI_RESTARTS times (3), from the newest checkpoint.
 set -u
 count="${1:?how many processes}"
 shift
 [ "${1:-}" = "--" ] && shift
 python="${PYTHON:-python}"
 export COMI_HEARTBEAT="${COMI_HEARTBEAT:-60}" COMI_PROCESSES="$count" JAX_PLATFORMS=cpu
-port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" || exit
-export COMI_COORDINATOR="127.0.0.1:$port"
 
 pids=()
-for ((i = 0; i < count; i++)); do
-    COMI_PROCESS=$i "$python" -m comi_jax.train "$@" &
-    pids+=($!)
-done
-reaper=""
+asked=""    # whether a signal asked for the end
 signal=TERM # a second one does not wait until the run is saved
-trap 'kill -$signal "${pids[@]}" 2>/dev/null; signal=KILL' INT TERM
+trap 'asked=1; kill -$signal "${pids[@]}" 2>/dev/null; signal=KILL' INT TERM HUP
 
-status=0
-for ((left = count; left > 0; left--)); do
-    ended=""
-    until [ -n "${ended:-}" ]; do # a signal to this script interrupts the waiting
-        wait -n -p ended "${pids[@]}"
-        code=$?
-        ((code == 127)) && break 2
+# Start all processes and wait for them. Sets status, that of the first that ended badly, and again: whether none ended
+# with a message to the user (1, 2) or by request (130, 143), but killed, or with 75, because another was gone.
+run() {
+    local i code port late=$((1 << 60))
+    status=0 again=1 pids=()
+    port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" || exit
+    export COMI_COORDINATOR="127.0.0.1:$port"
+    set -m # each in a group of its own: Ctrl-C reaches this script alone, which asks each of them once
+    for ((i = 0; i < count; i++)); do
+        COMI_PROCESS=$i "$python" -m comi_jax.train "$@" &
+        pids+=($!)
     done
-    for i in "${!pids[@]}"; do
-        [ "${pids[$i]}" = "${ended:-}" ] && index=$i && unset "pids[$i]"
+    set +m
+    [ -z "$asked" ] || kill "${pids[@]}"
+    while ((${#pids[@]})); do # wait -n forgets children that end while they are stopped
+        sleep 0.2
+        ((SECONDS < late)) || kill -KILL "${pids[@]}" # which also reaches one that was stopped
+        for i in "${!pids[@]}"; do
+            kill -0 "${pids[$i]}" 2>/dev/null && continue
+            wait "${pids[$i]}"
+            code=$?
+            unset "pids[$i]"
+            ((code == 0)) && continue
+            echo "launch/local.sh: process $i of $count ended with status $code$( ((code > 128)) && echo ", killed by signal $((code - 128))")" >&2
+            ((code == 75 || (code > 128 && code != 130 && code != 143))) || again=""
+            ((status)) || late=$((SECONDS + COMI_HEARTBEAT + 5))
+            status=$((status == 0 ? code : status))
+        done
     done
-    if ((code != 0)); then
-        echo "launch/local.sh: process $index of $count ended with status $code$( ((code > 128)) && echo ", killed by signal $((code - 128))")" >&2
-        if ((status == 0 && left > 1)); then
-            status=$code
-            # KILL also reaches a process that was stopped.
-            (sleep $((COMI_HEARTBEAT + 5)); kill -KILL "${pids[@]}") >/dev/null 2>&1 &
-            reaper=$!
-        fi
-        status=$((status == 0 ? code : status))
+}
+
+restarts="${COMI_RESTARTS:-3}"
+for ((turn = 1; ; turn++)); do
+    run "$@"
+    if ((status == 0 || turn > restarts)) || [ -n "$asked" ] || [ -z "$again" ]; then
+        exit "$status"
     fi
+    echo "launch/local.sh: starting all $count processes again ($turn of $restarts)" >&2
 done
-[ -n "$reaper" ] && kill "$reaper" 2>/dev/null
-exit "$status"

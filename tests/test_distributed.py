@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import train_fixtures
 
-from comi_jax import distributed
+from comi_jax import checkpoint, distributed
 from comi_jax.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,18 +68,44 @@ class Store:
         return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
 
 
-def test_who_is_gone_is_said_by_name():
-    said = []
-    watch = distributed.Watch(Store(), 0, 2, 0.2, said.append)
+def watched(index, **said):
+    """How the watch of process ``index`` of 2 ends it: the words and the status."""
+    store, ended = Store(), []
+    store.values |= {f"comi/{key.replace('_', '/')}": value for key, value in said.items()}
     started = time.monotonic()
-    watch.run()
-    assert re.match(r"process 1 of 2 \(node7, pid 99\) has not been heard for 0 s", said[0])
+    distributed.Watch(distributed.Peers(store, index, 2), 0.2, lambda *words: ended.append(words)).run()
     assert 0.2 <= time.monotonic() - started < 5
+    return ended[0]
 
 
-def launch(count, output, *words, heartbeat=60, settings=SHORT):
+def test_who_is_gone_is_said_by_name():
+    words, status = watched(0)
+    assert re.match(r"process 1 of 2 \(node7, pid 99\) has not been heard for 0 s", words)
+    assert status == distributed.AGAIN
+
+
+def test_the_others_end_with_the_status_of_one_that_says_why():
+    """So a launcher that sees any of them knows whether it was for the user to mend."""
+    assert watched(0, left_1="1 data.train is not set") == ("process 1 of 2 ended: data.train is not set", 1)
+
+
+def test_one_that_has_said_why_it_ends_is_not_ended_by_what_the_others_say():
+    words, status = watched(0, left_0="1 data.train is not set", left_1="1 data.train is not set")
+    assert "has not been heard" in words and status == distributed.AGAIN
+
+
+@pytest.mark.parametrize("reason, status", [("RESOURCE_EXHAUSTED: Out of memory", 1), ("INTERNAL: lost", 75)])
+def test_a_step_that_would_fail_again_is_not_tried_again(monkeypatch, reason, status):
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    words, given = distributed.failed(distributed.jax.errors.JaxRuntimeError(f"{reason}\nmore"))
+    assert given == status and words.endswith(reason)
+
+
+def launch(count, output, *words, heartbeat=60, settings=SHORT, restarts=0):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"PYTHON": sys.executable, "COMI_HEARTBEAT": str(heartbeat), "PYTHONPATH": str(ROOT)}
+    environment["COMI_RESTARTS"] = str(restarts)
     command = [str(ROOT / "launch" / "local.sh"), str(count), "--", *settings, f"train.output={output}", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
@@ -199,6 +225,42 @@ def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(setti
         assert said == expected and len(said) == 5
 
 
+def until_there(path):
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_two_processes_end_together_wherever_they_are(settings, tmp_path, name):
+    """A signal to either of two, as they compile, step, evaluate and make the closing table: both end with status 0
+    within 10 s, and what they leave is, in the end, what a run leaves that was never stopped."""
+    run, number = tmp_path / "run", signal.Signals[name]
+    places = {
+        "compiling": lambda process: said_until(process, "training data: "),
+        "stepping": lambda process: said_until(process, "step 2/"),
+        "evaluating": lambda process: until_there(run / "evaluations" / "step_8.jsonl.part"),
+        "closing": lambda process: until_there(run / "predictions.jsonl.part"),
+    }
+    for turn, (place, reached) in enumerate(places.items()):
+        process = launch(2, run, settings=settings)
+        reached(process)
+        os.kill(pids_of(process)[turn % 2], number)
+        asked = time.monotonic()
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0 and "Traceback" not in said, f"{place}: {said}"
+        assert time.monotonic() - asked < 10, f"{place}: {said}"
+        assert f"{name}: all processes save what is not saved" in said, f"{place}: {said}"
+    process = launch(2, run, settings=settings)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert values(run / "metrics.jsonl", "step") == list(range(1, 13))
+    assert values(run / "evaluations.jsonl", "step") == [4, 8, 12] and len(values(run / "predictions.jsonl", "em")) == 5
+
+
 @pytest.mark.slow
 @pytest.mark.fault
 def test_the_coordinator_is_killed(settings, tmp_path):
@@ -212,6 +274,47 @@ def test_the_coordinator_is_killed(settings, tmp_path):
     assert "process 0 of 2 ended with status 137, killed by signal 9" in said, said
     process, said = stopped(2, tmp_path / "run", [*settings, "train.steps=100000"], "/100000  loss")
     assert process.returncode == 0 and "going on from step" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize("victim, by", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_the_launcher_starts_a_run_again_and_nothing_is_lost(settings, tmp_path, victim, by):
+    """One of two is killed or stopped: the same launcher goes on by itself, to the bits of a run that never was."""
+    whole = launch(2, tmp_path / "whole", settings=settings)
+    said = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, said
+    run = tmp_path / "run"
+    process = launch(2, run, settings=settings, heartbeat=6, restarts=1)
+    said = said_until(process, "step 7/")
+    first = pids_of(process)
+    os.kill(first[victim], by)
+    gone = time.monotonic()
+    said += said_until(process, "starting all 2 processes again (1 of 1)")
+    assert time.monotonic() - gone < 2 * (6 + 5) + 10, (
+        said
+    )  # the survivor notices, and the launcher kills a stopped one
+    for pid in first:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    said += process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "going on from step" in said, said
+    assert losses(run) == losses(tmp_path / "whole")
+    assert values(run / "evaluations.jsonl", "step") == [4, 8, 12]
+    trained = [
+        checkpoint.load_flat(folder, checkpoint.read_run(folder).architecture) for folder in (run, tmp_path / "whole")
+    ]
+    assert all((trained[0][name] == trained[1][name]).all() for name in trained[1])
+
+
+@pytest.mark.slow
+def test_what_the_user_has_to_mend_is_not_tried_again(settings, tmp_path):
+    """Whether one process notices, or all of them."""
+    for wrong in ("train.batch_size=7", "data.train=/nowhere.jsonl"):
+        process = launch(2, tmp_path / "run", wrong, settings=settings, restarts=1)
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 1 and "again (1 of 1)" not in said, said
+        assert said.count("ended with status 1\n") == 2 and "Traceback" not in said, said
 
 
 @pytest.mark.slow
