@@ -106,26 +106,42 @@ def agreed(value: Any) -> Any:
 
 
 class Peers:
-    """The processes of a run, and what they tell each other by way of the coordinator's store, of which a plain
-    ``store`` with these methods may take the place."""
+    """The processes of a run, and what they tell each other by way of the coordinator's store.
 
-    def __init__(self, store: Any, index: int, count: int):
-        self.store, self.index, self.count = store, index, count
+    A store that fails is asked again for ``patience`` seconds, then its JaxRuntimeError is raised: a busy coordinator
+    may be slow to answer, and one that is gone does not come back.
+    """
+
+    def __init__(self, store: Any, index: int, count: int, patience: float = HEARTBEAT):
+        self.index, self.count = index, count
+        self._store, self._patience = store, patience
 
     def say(self, what: str, value: str) -> None:
         """Let all processes know ``value`` as this one's ``what``."""
-        self.store.key_value_set(f"comi/{what}/{self.index}", value, allow_overwrite=True)
+        self._ask(self._store.key_value_set, f"comi/{what}/{self.index}", value, allow_overwrite=True)
 
     def said(self, what: str) -> dict[int, str]:
         """``what`` of every process that has said it so far."""
-        return {int(key.rsplit("/", 1)[1]): value for key, value in self.store.key_value_dir_get(f"comi/{what}/")}
+        known = self._ask(self._store.key_value_dir_get, f"comi/{what}/")
+        return {int(key.rsplit("/", 1)[1]): value for key, value in known}
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                return call(*arguments, **named)
+            except jax.errors.JaxRuntimeError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(min(0.5, self._patience / 5))
 
 
 def peers() -> Peers | None:
     """The processes of this run; None if there is one."""
     if jax.process_count() == 1:
         return None
-    return Peers(jax_distributed.global_state.client, jax.process_index(), jax.process_count())
+    patience = _number(os.environ, "COMI_HEARTBEAT", HEARTBEAT)
+    return Peers(jax_distributed.global_state.client, jax.process_index(), jax.process_count(), patience)
 
 
 class Watch(threading.Thread):
@@ -158,8 +174,12 @@ class Watch(threading.Thread):
                     self._leave(self._message(gone[0]), AGAIN)
                     return
                 time.sleep(min(1.0, self._timeout / 5))
-        except jax.errors.JaxRuntimeError:  # the store is no more: the run ends, or the coordinator is gone
-            return
+        except jax.errors.JaxRuntimeError:
+            self._end(
+                f"process 0 of {peers.count}, where all meet, does not answer; this process ends too. Start all of "
+                "them again to go on from the last checkpoint",
+                AGAIN,
+            )
 
     def _leave(self, message: str, status: int) -> None:
         if self._peers.index == 0:  # which holds the store, where the others have yet to look
@@ -190,8 +210,9 @@ def leave(message: str, status: int = 1) -> NoReturn:
     everyone = peers()
     if everyone is None:
         sys.exit(f"error: {message}")
-    everyone.say("left", f"{status} {message}")
-    time.sleep(NEWS)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there to be told
+        everyone.say("left", f"{status} {message}")
+        time.sleep(NEWS)
     _end(message, status)
 
 

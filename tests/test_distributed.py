@@ -94,6 +94,31 @@ def test_one_that_has_said_why_it_ends_is_not_ended_by_what_the_others_say():
     assert "has not been heard" in words and status == distributed.AGAIN
 
 
+class Deaf(Store):
+    """A store that answers every third time."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.asked, self.answers = 0, answers
+
+    def key_value_dir_get(self, prefix):
+        self.asked += 1
+        if not self.answers or self.asked % 3:
+            raise distributed.jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return super().key_value_dir_get(prefix)
+
+
+def test_a_store_that_is_slow_is_asked_again():
+    assert distributed.Peers(Deaf(True), 0, 2, 1.0).said("name") == {1: "node7, pid 99"}
+
+
+def test_without_the_coordinator_a_process_ends():
+    ended = []
+    distributed.Watch(distributed.Peers(Deaf(False), 1, 2, 0.1), 0.2, lambda *words: ended.append(words)).run()
+    (words, status), *_ = ended
+    assert words.startswith("process 0 of 2, where all meet, does not answer") and status == distributed.AGAIN
+
+
 @pytest.mark.parametrize("reason, status", [("RESOURCE_EXHAUSTED: Out of memory", 1), ("INTERNAL: lost", 75)])
 def test_a_step_that_would_fail_again_is_not_tried_again(monkeypatch, reason, status):
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
@@ -196,16 +221,16 @@ def stopped(count, output, settings, words):
 @pytest.mark.slow
 @pytest.mark.fault
 def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(settings, tmp_path):
-    """SIGTERM to the second of two: both save after one step and end with status 0. A flipped bit in that checkpoint:
-    both go on from the one before. Predictions, evaluations and losses are those of one process."""
+    """SIGTERM to the second of two: both save and end, between steps or in an evaluation. A flipped bit in
+    that checkpoint: both go on from the one before. Predictions, evaluations and losses are those of one process."""
     alone = launch(1, tmp_path / "alone", settings=settings)
     said = alone.communicate(timeout=300)[0]
     assert alone.returncode == 0, said
     both = tmp_path / "both"
     process, said = stopped(2, both, settings, "step 5/")
-    assert process.returncode == 0 and said.count("stopped by SIGTERM after step") == 1, said
+    assert process.returncode == 0 and said.count("SIGTERM: all processes save") == 1, said
     newest = max(int(path.name) for path in (both / "checkpoints").iterdir())
-    assert 5 <= newest < 12 and f"after step {newest} of 12" in said
+    assert 5 <= newest < 12 and all(step == str(newest) for step in re.findall("by SIGTERM after step ([0-9]+)", said))
     largest = max(
         (both / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.stat().st_size * path.is_file()
     )
@@ -253,7 +278,8 @@ def test_two_processes_end_together_wherever_they_are(settings, tmp_path, name):
         said = process.communicate(timeout=120)[0]
         assert process.returncode == 0 and "Traceback" not in said, f"{place}: {said}"
         assert time.monotonic() - asked < 10, f"{place}: {said}"
-        assert f"{name}: all processes save what is not saved" in said, f"{place}: {said}"
+        heard = f"{name}: all processes save what is not saved" in said
+        assert heard or (place == "closing" and "compression ratio" in said), f"{place}: {said}"
     process = launch(2, run, settings=settings)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
