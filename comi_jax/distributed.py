@@ -10,6 +10,7 @@ Every process counts aloud at the coordinator. One that has not been heard for C
 stopped; the others say which it is and end, since no step can be finished without it.
 """
 
+import atexit
 import contextlib
 import os
 import socket
@@ -28,6 +29,7 @@ from comi_jax.config import ConfigError
 
 HEARTBEAT = 60  # seconds; JAX's own default is 100
 AGAIN = 75  # exit status, sysexits.h's for "try again", of a process that ends because another is gone
+DONE = "done"  # the last beat of a process that ends well
 NEWS = 3.0  # seconds in which every process has seen what another said
 COORDINATOR, PROCESSES, PROCESS = "COMI_COORDINATOR", "COMI_PROCESSES", "COMI_PROCESS"
 
@@ -55,7 +57,9 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"this process could not join the others at {where} within {wait} s: {reason}") from None
     if everyone := peers():
-        Watch(everyone, heartbeat).start()
+        watch = Watch(everyone, heartbeat)
+        watch.start()
+        atexit.register(watch.close)
 
 
 def described(environment: Mapping[str, str]) -> dict[str, str | int] | None:
@@ -150,13 +154,21 @@ class Watch(threading.Thread):
     def __init__(self, peers: Peers, timeout: float, end: Callable[[str, int], None] | None = None):
         super().__init__(name="comi-watch", daemon=True)
         self._peers, self._timeout, self._end = peers, timeout, end or _end
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Stop watching, at the end of the program: a thread that Python ends within JAX's C++ aborts the process."""
+        self._closed.set()
+        self.join(NEWS)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._peers.say("beat", DONE)
 
     def run(self) -> None:
         peers, beat = self._peers, 0
         heard: dict[int, tuple[str, float]] = {}  # by process: what it said last, and when that was new
         try:
             peers.say("name", f"{socket.gethostname()}, pid {os.getpid()}")
-            while True:
+            while not self._closed.wait(min(1.0, self._timeout / 5) if beat else 0):
                 beat += 1
                 peers.say("beat", str(beat))
                 now = time.monotonic()
@@ -164,7 +176,8 @@ class Watch(threading.Thread):
                     if heard.get(process, ("", 0.0))[0] != said:
                         heard[process] = (said, now)
                 left = peers.said("left")
-                gone = [process for process, (_, since) in heard.items() if now - since > self._timeout]
+                silent = {process for process, (_, since) in heard.items() if now - since > self._timeout}
+                gone = [process for process in silent if heard[process][0] != DONE]
                 if left and peers.index not in left:  # one that said so itself is on its way out
                     process, said = next(iter(left.items()))
                     status, why = said.split(" ", 1)
@@ -173,8 +186,9 @@ class Watch(threading.Thread):
                 if gone:
                     self._leave(self._message(gone[0]), AGAIN)
                     return
-                time.sleep(min(1.0, self._timeout / 5))
         except jax.errors.JaxRuntimeError:
+            if self._closed.is_set():
+                return
             self._end(
                 f"process 0 of {peers.count}, where all meet, does not answer; this process ends too. Start all of "
                 "them again to go on from the last checkpoint",

@@ -112,6 +112,13 @@ def test_a_store_that_is_slow_is_asked_again():
     assert distributed.Peers(Deaf(True), 0, 2, 1.0).said("name") == {1: "node7, pid 99"}
 
 
+def test_the_watch_ends_with_the_program():
+    watch = distributed.Watch(distributed.Peers(Store(), 0, 2), 60.0, lambda *words: pytest.fail(words))
+    watch.start()
+    watch.close()
+    assert not watch.is_alive() and watch._peers.said("beat")[0] == distributed.DONE
+
+
 def test_without_the_coordinator_a_process_ends():
     ended = []
     distributed.Watch(distributed.Peers(Deaf(False), 1, 2, 0.1), 0.2, lambda *words: ended.append(words)).run()
