@@ -40,7 +40,7 @@ ALLOWED = {
     "step": {"comi", "params"},
     "integrity": set(),
     "lock": {"integrity"},
-    "stop": set(),
+    "stop": {"distributed"},
     "distributed": {"config"},
     "store": {"distributed", "integrity"},
     "checkpoint": {"comi", "config", "integrity", "jsonl", "lock", "params", "sharding", "store", "weights"},

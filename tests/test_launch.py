@@ -36,7 +36,8 @@ def launcher(tmp_path):
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(program), "NOTES": str(tmp_path)}
         environment |= {"COMI_HEARTBEAT": "1"} | ({} if restarts is None else {"COMI_RESTARTS": str(restarts)})
         environment |= {f"TURN_{key}": value for key, value in turns.items()}
-        command = ["bash", str(LAUNCH / script), *words]
+        # A shell cannot take over a signal that was ignored when it started, as Ctrl-C is behind nohup and in CI.
+        command = ["env", "--default-signal=INT", "bash", str(LAUNCH / script), *words]
         if terminal:  # what is written to standard input is typed
             command = [sys.executable, "-c", TERMINAL, *command]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
