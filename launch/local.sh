@@ -40,7 +40,7 @@ run() {
             code=$?
             unset "pids[$i]"
             ((code == 0)) && continue
-            echo "launch/local.sh: process $i of $count ended with status $code$( ((code > 128)) && echo ", killed by signal $((code - 128))")" >&2
+            echo "launch/local.sh: process $i of $count ended with status $code$( ((code > 128 && code != 130)) && echo ", killed by signal $((code - 128))")" >&2
             ((code == 75 || (code > 128 && code != 130 && code != 143))) || again=""
             ((status)) || late=$((SECONDS + COMI_HEARTBEAT + 5))
             status=$((status == 0 ? code : status))
