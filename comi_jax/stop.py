@@ -62,8 +62,7 @@ class Stop:
         finally:
             self._closed.set()
             if self._peers:
-                with contextlib.suppress(jax.errors.JaxRuntimeError):
-                    self._peers.say(OUT, "")
+                self._inform(self._peers, OUT, "")
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -110,7 +109,7 @@ class Stop:
                 self._tell(f"{name}: ending at once; the newest checkpoint stands")
                 if self._peers:  # they end too, and need not wait until nothing is heard from this process
                     news = f"{SECOND} it got {name} twice"
-                    thread = threading.Thread(target=self._say_left, args=(self._peers, news), daemon=True)
+                    thread = threading.Thread(target=self._inform, args=(self._peers, "left", news), daemon=True)
                     thread.start()
                     thread.join(1)
                 self._end(SECOND)
@@ -145,9 +144,9 @@ class Stop:
 
     # --- several processes --------------------------------------------------------------------------------------------
 
-    def _say_left(self, peers: Peers, news: str) -> None:
+    def _inform(self, peers: Peers, what: str, value: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # without the store, the watch ends this process
-            peers.say("left", news)
+            peers.say(what, value)
 
     def _agree(self, peers: Peers) -> None:
         """Once any process was asked to end: find, in rounds, where all can.

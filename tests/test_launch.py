@@ -21,7 +21,6 @@ words="TURN_${turn}_$process"
 eval "${!words:-exit 0}"
 """
 
-
 TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 
 
@@ -151,3 +150,4 @@ def test_under_slurm_too(launcher, tmp_path, status, expected, count):
     assert process.returncode == expected, said
     assert turns(tmp_path, 0) == turns(tmp_path, 1) == count
     assert said.count("starting again") == count - 1
+    assert (tmp_path / "options").read_text().split() == ["--kill-on-bad-exit=0", "--wait=31"] * count

@@ -83,6 +83,7 @@ def test_one_process_ends_between_steps_or_where_all_is_saved():
         assert ends == [0]
     stop.request("SIGINT")
     assert ends == [0, SECOND] and "ending at once" in said[1]
+    assert left == [True, True]
 
 
 @pytest.mark.parametrize("asked", [0, 2])

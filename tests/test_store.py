@@ -243,3 +243,13 @@ def test_a_second_failed_save_in_a_row_stops_the_run(driver, tmp_path):
     assert "File too large; it is the second in a row, so the run stops; the newest is that of step 2" in last
     assert store.Checkpoints(tmp_path).restore_newest(fault_driver.small_state(0))[1].step == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_what_fails_because_another_process_is_gone_is_no_damage_and_no_full_disk(tmp_path, monkeypatch):
+    """It is told as what it is, so that the run is started again and no checkpoint is renamed."""
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    monkeypatch.setattr(store.distributed.jax, "process_count", lambda: 2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"), store.reading(tmp_path):
+        raise gone
+    with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"):
+        store.Checkpoints(tmp_path)._missed(3, 100, gone)
