@@ -231,15 +231,15 @@ def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(setti
     """SIGTERM to the second of two: both save after the same step and end with status 0. A flipped bit in that
     checkpoint: both go on from the one before. Predictions, evaluations and losses are those of one process."""
     # The signal comes long before the second evaluation, in which they would end without another checkpoint.
-    settings = [*settings, "train.steps=60", "train.checkpoint_every=5", "train.eval_every=30"]
+    settings = [*settings, "train.steps=40", "train.checkpoint_every=5", "train.eval_every=20"]
     alone = launch(1, tmp_path / "alone", settings=settings)
     said = alone.communicate(timeout=300)[0]
     assert alone.returncode == 0, said
     both = tmp_path / "both"
-    process, said = stopped(2, both, settings, "step 32/")
+    process, said = stopped(2, both, settings, "step 21/")
     assert process.returncode == 0 and said.count("stopped by SIGTERM after step") == 1, said
     newest = max(int(path.name) for path in (both / "checkpoints").iterdir())
-    assert 32 <= newest < 60 and f"after step {newest} of 60" in said
+    assert 21 <= newest < 40 and f"after step {newest} of 40" in said
     largest = max(
         (both / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.stat().st_size * path.is_file()
     )
@@ -250,10 +250,10 @@ def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(setti
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     assert "as it was tokenised before" in said and said.count(f"kept as {newest}.damaged") == 1, said
-    assert 2 <= int(re.search(r"going on from step ([0-9]+) of 60", said)[1]) < newest, said
+    assert 2 <= int(re.search(r"going on from step ([0-9]+) of 40", said)[1]) < newest, said
     assert losses(both) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     for run in (tmp_path / "alone", both):
-        assert values(run / "evaluations.jsonl", "step") == [30, 60]
+        assert values(run / "evaluations.jsonl", "step") == [20, 40]
     for name in ("predictions.jsonl", "predictions_closed_book.jsonl"):
         said, expected = (values(run / name, "prediction") for run in (both, tmp_path / "alone"))
         assert said == expected and len(said) == 5
