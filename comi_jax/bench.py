@@ -45,8 +45,8 @@ def example(tokens: int) -> comi.Batch:
         return jnp.full((1,), value, jnp.int32)
 
     return comi.Batch(
-        ids(1, 1, tokens),
-        number(tokens)[None],
+        ids(1, tokens),
+        number(tokens),
         ids(1, QUERY),
         number(QUERY),
         ids(1, ANSWER),

@@ -55,14 +55,14 @@ class Architecture:
 @no_type_check
 @struct.dataclass
 class Batch:
-    """Token ids, right-padded, and how many of them are real. An empty segment has length 0.
+    """Token ids, right-padded, and how many of them are real. ``segments`` cuts the contexts.
 
     B is a multiple of the number of contexts C: examples i·B/C to (i+1)·B/C - 1 ask about context i. A row that only
     fills up has an answer of length 0.
     """
 
-    context: Int[Array, "C G S"]
-    context_length: Int[Array, "C G"]
+    context: Int[Array, "C X"]
+    context_length: Int[Array, " C"]
     query: Int[Array, "B Q"]
     query_length: Int[Array, " B"]
     answer: Int[Array, "B A"]  # end-of-sequence token included
@@ -75,12 +75,13 @@ class Batch:
 class Memory:
     """Aligned memory vectors of all segments, in order; each row's first ``length`` are real.
 
-    Where tokens are split over devices, ``aux`` has as many as a row of the encoder, [context; query].
+    ``aux`` is that of the whole segments, rows in the order of reshape(B * G), and of the rest of each context, if the
+    width leaves any. Where tokens are split over devices, it has as many as a row of the encoder, [context; query].
     """
 
     vectors: Float[Array, "B M D"]
     length: Int[Array, " B"]
-    aux: Aux  # of the segments, rows in the order of reshape(B * G)
+    aux: tuple[Aux, ...]
 
 
 @no_type_check
@@ -228,15 +229,47 @@ def join_segments(
     return jnp.take_along_axis(flat, source[:, :, None], axis=1), ends[:, -1]
 
 
+def segments(batch: Batch, size: int) -> list[tuple[Int[Array, "C G S"], Int[Array, "C G"]]]:
+    """The contexts of ``batch`` cut after every ``size`` tokens, and their lengths: first all whole segments, then, if
+    the width of the batch leaves a rest, that as one shorter segment of each. What a context has no tokens for is of
+    length 0."""
+    c, width = batch.context.shape
+    whole = width - width % size
+    parts = []
+    for first, end, length in ((0, whole, size), (whole, width, width - whole)):
+        if first < end:
+            ids = batch.context[:, first:end].reshape(c, -1, length)
+            starts = jnp.arange(first, end, length, dtype=jnp.int32)[None, :]
+            parts.append((ids, jnp.clip(batch.context_length[:, None] - starts, 0, length)))
+    return parts
+
+
 def remember(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> Memory:
     """From token ids to the memory the decoder reads: encode, compress and align every segment, then join them.
 
     ``min_rate`` is the static lower bound of the rates in the batch; it sets how many slots a segment has.
     """
-    c, g, s = batch.context.shape
+    parts = segments(batch, arch.compression.segment_size)
+    memory, *rest = (remember_segments(params, arch, batch, *part, min_rate) for part in parts)
+    for last in rest:
+        vectors, length = join_rows(memory.vectors, memory.length, last.vectors, last.length)
+        memory = Memory(vectors, length, (*memory.aux, *last.aux))
+    return memory
+
+
+def remember_segments(
+    params: Tree,
+    arch: Architecture,
+    batch: Batch,
+    context: Int[Array, "C G S"],
+    context_length: Int[Array, "C G"],
+    min_rate: int,
+) -> Memory:
+    """The memory of some segments, all of one width, of every context of ``batch``."""
+    c, g, s = context.shape
     b = batch.query.shape[0]
     query, query_length, rate = (jnp.repeat(x, g, axis=0) for x in (batch.query, batch.query_length, batch.rate))
-    context, lengths = batch.context.reshape(c * g, s), batch.context_length.reshape(c * g)
+    context, lengths = context.reshape(c * g, s), context_length.reshape(c * g)
     if b == c:
         states, query_vector = encode(params, arch, context, lengths, query, query_length)
     else:  # a context that is asked several questions is encoded once
@@ -255,7 +288,7 @@ def remember(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> M
     aligned = align(params, arch, out.memory)
     count = jnp.sum(out.mask, axis=1, dtype=jnp.int32)
     vectors, length = join_segments(aligned.reshape(b, g, slots, -1), count.reshape(b, g))
-    return Memory(vectors, length, out.aux)
+    return Memory(vectors, length, (out.aux,))
 
 
 def prompt(

@@ -3,7 +3,7 @@
 The letters of array shapes, in annotations, einsums and name suffixes:
 
     B batch           C contexts of a batch     G segments of a context
-    S context tokens  Q query tokens            A answer tokens
+    X context tokens, S of a segment            Q query tokens      A answer tokens
     M groups, which are the memory slots        T tokens of a row   L layers         V vocabulary
     D model width     N query heads             K key/value heads   H head width     F feed-forward width
     R rank of a low-rank adapter

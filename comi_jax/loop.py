@@ -222,8 +222,8 @@ def summary(job: Job, analysis: Any) -> list[str]:
         f"{sum(parts.values()):,} parameters ({by_part}), {count(job.state.trained):,} trained on "
         f"{jax.device_count()} {jax.default_backend()} device(s)",
         f"{config.train.steps} steps of {config.train.batch_size} examples, rates "
-        f"{', '.join(map(str, config.compression.rates))}, rows up to {rows.context.shape[2]} + {rows.query.shape[1]} "
-        f"+ {rows.answer.shape[1]} tokens (segment + query + answer); about {tokens:,.0f} tokens and {operations:.3g} "
+        f"{', '.join(map(str, config.compression.rates))}, rows up to {rows.context.shape[1]} + {rows.query.shape[1]} "
+        f"+ {rows.answer.shape[1]} tokens (context + query + answer); about {tokens:,.0f} tokens and {operations:.3g} "
         "FLOP a step",
         f"batches of {len(sizes)} shapes, {padding:.1%} of their positions padding",
         f"memory of a device: about {_gigabytes(sum(held.values()))} ({memory})",

@@ -37,7 +37,7 @@ class Tally:
     def of(cls, batch: comi.Batch) -> "Tally":
         lengths = (batch.context_length, batch.query_length, batch.answer_length)
         share = len(batch.query) // len(batch.context)
-        asked = np.repeat(batch.context_length.sum(axis=1), share)[batch.answer_length > 0]
+        asked = np.repeat(batch.context_length, share)[batch.answer_length > 0]
         size = sum(x.size for x in (batch.context, batch.query, batch.answer))
         return cls(sum(int(x.sum()) for x in lengths), size, int(asked.sum()))
 
@@ -50,7 +50,7 @@ class Tally:
 def batch_flops(arch: comi.Architecture, batch: comi.Batch) -> float:
     """FLOP of the loss and gradients of ``batch``: padding left out, a context that several ask about encoded once."""
     share, total = len(batch.query) // len(batch.context), 0.0
-    contexts, rows = batch.context_length.sum(axis=1).tolist(), (batch.query_length, batch.answer_length, batch.rate)
+    contexts, rows = batch.context_length.tolist(), (batch.query_length, batch.answer_length, batch.rate)
     for row, (query, answer, rate) in enumerate(zip(*(x.tolist() for x in rows), strict=True)):
         total += _example_flops(arch, contexts[row // share], query, answer, rate, row % share > 0)
     return total

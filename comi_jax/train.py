@@ -90,8 +90,7 @@ def prepare(task: Task, title: str, run: Run, output: Path, console: Console) ->
     else:
         state, frozen = create(initial_params(run, task.folder, mesh), run.architecture, update, mesh)
     longest = max(examples, key=lambda example: len(example.context))
-    segments, length, *_ = shapes.size([longest])
-    size = (segments, length, shapes.query, shapes.answer)
+    size = (shapes.size([longest])[0], shapes.query, shapes.answer)
     largest = loader.collate([longest] * settings.batch_size, shapes, settings.share_context, size=size)
     return loop.Job(
         title, run, output, mesh, update, state, frozen, plan, batches, largest, task.held_out, task.tokenizer,

@@ -87,13 +87,10 @@ def load(checkpoint, backbone, options):
 
 
 def _batch(model, input_ids, query_ids, labels):
-    """The example as a batch of one, its context cut into segments."""
-    size = min(model.arch.compression.segment_size, len(input_ids))
-    segments = [input_ids[i : i + size] for i in range(0, len(input_ids), size)]
-    context = np.stack([np.pad(np.asarray(s, np.int32), (0, size - len(s))) for s in segments])
+    """The example as a batch of one."""
     return comi.Batch(
-        context=jnp.asarray(context[None]),
-        context_length=jnp.array([[len(s) for s in segments]], jnp.int32),
+        context=jnp.asarray(input_ids, jnp.int32)[None],
+        context_length=jnp.array([len(input_ids)], jnp.int32),
         query=jnp.asarray(query_ids, jnp.int32)[None],
         query_length=jnp.array([len(query_ids)], jnp.int32),
         answer=jnp.asarray(labels, jnp.int32)[None],
@@ -110,8 +107,9 @@ def _memory(params, arch, batch, rate):
 @functools.partial(jax.jit, static_argnames="arch")
 def _first_segment(params, arch, batch, aux):
     """Encoder states of [X; Q] of the first segment, and what its states were merged into."""
-    first = batch.context[:, 0]
-    rows, _ = comi.join_rows(first, batch.context_length[:, 0], batch.query, batch.query_length)
+    first = batch.context[:, : arch.compression.segment_size]
+    length = jnp.minimum(batch.context_length, first.shape[1])
+    rows, _ = comi.join_rows(first, length, batch.query, batch.query_length)
     x = lm.embed_tokens(params["encoder"], rows, arch.dtype)
     hidden, _ = lm.forward(params["encoder"], x, arch.backbone, runtime=arch.runtime)
     states = hidden[:, : first.shape[1]].astype(jnp.float32)
@@ -139,12 +137,12 @@ def _remember(model, batch):
 def forward(model, input_ids, query_ids, labels):
     batch, arch = _batch(model, input_ids, query_ids, labels), model.arch
     memory = _remember(model, batch)
-    hidden, merged = _first_segment(model.params, arch, batch, memory.aux)
+    hidden, merged = _first_segment(model.params, arch, batch, memory.aux[0])
     logits, sums = _score(model.params, arch, memory, batch)
-    sizes = np.asarray(memory.aux.group_sizes[0])
+    sizes = np.asarray(memory.aux[0].group_sizes[0])
     groups = sizes.size if arch.compression.coarse else int((sizes > 0).sum())
     return {
-        "encoder_hidden": np.asarray(hidden[0, : batch.context.shape[2] + len(query_ids)]),
+        "encoder_hidden": np.asarray(hidden[0]),
         "group_sizes": sizes[:groups],
         "memory_before_lsa": np.asarray(merged[0, : int((sizes > 0).sum())]),
         "memory": np.asarray(memory.vectors[0, : int(memory.length[0])]),

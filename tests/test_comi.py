@@ -12,8 +12,8 @@ import tiny_models
 from comi_jax import comi
 from comi_jax.params import flatten
 
-ARCH = tiny_models.architecture("qwen2", lora=2, learn_mig=True)
-SEGMENTS, LENGTH, QUERY, ANSWER, MIN_RATE = 2, 12, 5, 4, 2
+SEGMENT, REST, QUERY, ANSWER, MIN_RATE = 12, 7, 5, 4, 2
+ARCH = tiny_models.architecture("qwen2", lora=2, learn_mig=True, segment_size=SEGMENT)
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,11 @@ def params():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two full segments, a short last one, a single one, and no context at all."""
+    """Contexts of three segments, all full; of two, one short; of a short one alone; of none."""
     rng = np.random.default_rng(0)
     return comi.Batch(
-        context=rng.integers(0, 61, (4, SEGMENTS, LENGTH), np.int32),
-        context_length=np.array([[12, 12], [12, 3], [7, 0], [0, 0]], np.int32),
+        context=rng.integers(0, 61, (4, 2 * SEGMENT + REST), np.int32),
+        context_length=np.array([31, 15, 7, 0], np.int32),
         query=rng.integers(0, 61, (4, QUERY), np.int32),
         query_length=np.array([3, 5, 1, 4], np.int32),
         answer=rng.integers(0, 61, (4, ANSWER), np.int32),
@@ -84,7 +84,7 @@ def test_padding_changes_nothing(params, batch):
 def test_every_real_token_matters(params, batch):
     """What the last test leaves alone: a change of one real token of context or query reaches the answer."""
     _, logits = answer(params, batch)
-    for field, at in (("context", (0, 1, 11)), ("context", (1, 1, 2)), ("query", (1, 4)), ("query", (3, 0))):
+    for field, at in (("context", (0, 30)), ("context", (1, 14)), ("query", (1, 4)), ("query", (3, 0))):
         mask = np.zeros(getattr(batch, field).shape, bool)
         mask[at] = True
         _, other = answer(params, change(batch, **{field: mask}))
@@ -125,8 +125,7 @@ def test_an_example_without_any_padding_is_the_same(params, batch):
     memory, logits = answer(params, batch)
     one = jax.tree.map(lambda x: x[2:3], batch)
     one = one.replace(
-        context=one.context[:, :1, :7],
-        context_length=one.context_length[:, :1],
+        context=one.context[:, :7],
         query=one.query[:, :1],
         answer=one.answer[:, :3],
     )
@@ -151,18 +150,29 @@ def test_segments_are_what_each_would_be_alone(params, batch):
     """The memory of a context is that of its segments, one after another: appending text changes no earlier vector."""
     memory, _ = answer(params, batch)
     parts = []
-    for segment in range(SEGMENTS):
-        context, length = np.zeros_like(batch.context), np.zeros_like(batch.context_length)
-        context[:, 0], length[:, 0] = batch.context[:, segment], batch.context_length[:, segment]
+    for first in range(0, 2 * SEGMENT + REST, SEGMENT):
+        context, length = np.zeros_like(batch.context), np.clip(batch.context_length - first, 0, SEGMENT)
+        context[:, :SEGMENT] = np.pad(batch.context, ((0, 0), (0, SEGMENT)))[:, first : first + SEGMENT]
         parts.append(answer(params, batch.replace(context=context, context_length=length))[0])
-    for row in range(4):
+    for row, tokens in enumerate(batch.context_length):
         want = np.concatenate([part.vectors[row, : part.length[row]] for part in parts])
         assert memory.length[row] == len(want) == sum(int(part.length[row]) for part in parts)
         np.testing.assert_allclose(memory.vectors[row, : len(want)], want, atol=1e-5)
-        assert [int(part.length[row]) > 0 for part in parts] == list(batch.context_length[row] > 0)
-    sizes = np.asarray(memory.aux.group_sizes)
-    np.testing.assert_array_equal(sizes.sum(1), batch.context_length.reshape(-1))
-    np.testing.assert_array_equal((sizes > 0).sum(1).reshape(4, 2).sum(1), memory.length)
+        assert [int(part.length[row]) > 0 for part in parts] == [tokens > 0, tokens > 12, tokens > 24]
+    whole, rest = (np.asarray(aux.group_sizes) for aux in memory.aux)
+    np.testing.assert_array_equal(whole.sum(1).reshape(4, 2), [[12, 12], [12, 3], [7, 0], [0, 0]])
+    np.testing.assert_array_equal(rest.sum(1), [7, 0, 0, 0])
+    np.testing.assert_array_equal((whole > 0).sum(1).reshape(4, 2).sum(1) + (rest > 0).sum(1), memory.length)
+
+
+@pytest.mark.parametrize("width, lengths", [(5, [[5]]), (12, [[12]]), (24, [[12, 12]]), (13, [[12], [1]])])
+def test_contexts_are_cut_into_whole_segments_and_the_rest_of_the_width(batch, width, lengths):
+    full = batch.replace(context=batch.context[:, :width], context_length=np.full(4, width, np.int32))
+    cut = comi.segments(jax.tree.map(jnp.asarray, full), SEGMENT)
+    assert [np.asarray(length[0]).tolist() for _, length in cut] == lengths
+    np.testing.assert_array_equal(
+        np.concatenate([np.reshape(ids, (4, -1)) for ids, _ in cut], axis=1), batch.context[:, :width]
+    )
 
 
 def test_questions_about_one_context_share_its_encoding(params, batch):
@@ -189,10 +199,10 @@ def test_encoding_the_context_once_is_encoding_it_with_the_query(params, batch):
         return comi.encode(params, ARCH, context, length, query, query_length), (states, cached)
 
     length = np.array([12, 9, 7, 0], np.int32)
-    inputs = params, batch.context[:, 0], length
+    inputs = params, batch.context[:, :SEGMENT], length
     (states, vector), (alone, cached) = both(*inputs, batch.query, batch.query_length)
     (again, other), _ = both(*inputs, (batch.query + 5) % 61, batch.query_length)
-    real = np.arange(LENGTH) < length[:, None]
+    real = np.arange(SEGMENT) < length[:, None]
     np.testing.assert_array_equal(states[real], again[real])
     np.testing.assert_allclose(states[real], alone[real], atol=1e-5)
     np.testing.assert_allclose(vector, cached, atol=1e-5)
@@ -297,7 +307,7 @@ def test_a_bfloat16_model_compresses_and_sums_its_loss_in_float32(params, batch)
         return memory, comi.sum_loss(logits, batch.answer, batch.answer_length)
 
     memory, sums = jax.eval_shape(run, half, jax.tree.map(jnp.asarray, batch))
-    assert memory.vectors.dtype == jnp.bfloat16 and memory.aux.weights.dtype == jnp.float32
+    assert memory.vectors.dtype == jnp.bfloat16 and memory.aux[0].weights.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
 
 

@@ -195,12 +195,10 @@ def test_merged_adapters_compute_what_they_did_apart(tmp_path):
 
 
 def batch_of(context, query):
-    """One example without answer, its context cut into segments of 16."""
-    segments = [context[i : i + 16] for i in range(0, len(context), 16)]
-    rows = np.stack([np.pad(segment, (0, 16 - len(segment))) for segment in segments])
+    """One example without answer."""
     return comi.Batch(
-        context=jnp.asarray(rows, jnp.int32)[None],
-        context_length=jnp.asarray([[len(segment) for segment in segments]], jnp.int32),
+        context=jnp.asarray(context, jnp.int32)[None],
+        context_length=jnp.asarray([len(context)], jnp.int32),
         query=jnp.asarray(query, jnp.int32)[None],
         query_length=jnp.asarray([len(query)], jnp.int32),
         answer=jnp.zeros((1, 1), jnp.int32),

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import combinations, islice
+from itertools import combinations, count, islice
 
 import jax
 import numpy as np
@@ -123,10 +123,12 @@ def shapes_of(lengths, segment_size=1024, buckets=(), query=3, answer=2):
         ([10], {}, (32,)),
         ([100], {}, (32, 48, 64, 96, 128)),
         ([96], {}, (32, 48, 64, 96)),
-        ([97, 5], {"segment_size": 40}, (32, 40)),
-        ([80], {"segment_size": 40}, (32, 40)),
+        ([97, 5], {"segment_size": 40}, (32, 40, 80, 120)),
+        ([80], {"segment_size": 40}, (32, 40, 80)),
         ([100], {"buckets": (64, 128, 256)}, (64, 128)),
         ([300], {"buckets": (64, 128)}, (64, 128, 300)),
+        ([300], {"buckets": (64, 128), "segment_size": 128}, (64, 128, 384)),
+        ([300], {"buckets": (64, 144, 400), "segment_size": 128}, (64, 144, 400)),
         ([0], {}, (32,)),  # closed book
     ],
 )
@@ -148,20 +150,17 @@ def test_a_batch_holds_every_token_in_its_place_and_zeros(lengths, segment_size,
     examples = [example(n, random.randint(1, 12), random.randint(1, 12), random.choice((2, 4))) for n in lengths]
     shapes = loader.Shapes.of(examples, Data(), Compression(rates=(2, 4), segment_size=segment_size))
     batch = loader.collate(examples, shapes)
-    assert batch.context.shape[2] in shapes.buckets
+    width = batch.context.shape[1]
+    assert width == min(b for b in shapes.buckets if b >= max(lengths))
+    assert width <= max(2 * max(lengths), 32) and (width <= segment_size or width % segment_size == 0)
     for row, e in enumerate(examples):
-        segments = [s[:n] for s, n in zip(batch.context[row], batch.context_length[row], strict=True)]
-        assert np.concatenate(segments).tolist() == e.context.tolist()
-        assert all(len(s) == segment_size for s in segments[: len(e.context) // segment_size])
-        for name in ("query", "answer"):
+        for name in ("context", "query", "answer"):
             kept = getattr(batch, name)[row, : getattr(batch, f"{name}_length")[row]]
             assert kept.tolist() == getattr(e, name).tolist()
         assert batch.rate[row] == e.rate
     # All ids are positive, so these count what is not padding.
     assert (batch.context > 0).sum() == batch.context_length.sum() == sum(lengths)
     assert (batch.query > 0).sum() == batch.query_length.sum() and (batch.answer > 0).sum() == batch.answer_length.sum()
-    longest = max(min(n, segment_size) for n in lengths)
-    assert all(b < longest for b in shapes.buckets if b < batch.context.shape[2])  # the smallest bucket that holds it
 
 
 # --- positions --------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def plan_of(examples, size=4, seed=0, share=1, shapes=None):
 
 
 def contents(batch):
-    return list(zip(batch.context_length.sum(axis=1).tolist(), batch.rate.tolist(), strict=True))
+    return list(zip(batch.context_length.tolist(), batch.rate.tolist(), strict=True))
 
 
 def take(iterator, count):
@@ -263,7 +262,7 @@ def test_neighbours_about_one_context_are_grouped_and_groups_filled_up_without_a
     ]
     shapes = loader.Shapes.of(asked, Data(), Compression(rates=RATES))
     batch = loader.collate([e for group in groups for e in group], shapes, share=2)
-    assert batch.context_length[:, 0].tolist() == [5, 5, 6, 5]  # each context once
+    assert batch.context_length.tolist() == [5, 5, 6, 5]  # each context once
     assert batch.query[:, 0].tolist() == [1, 2, 3, 3, 4, 4, 5, 5]
     assert batch.answer_length.tolist() == [2, 2, 2, 0, 2, 0, 2, 0]
 
@@ -271,7 +270,7 @@ def test_neighbours_about_one_context_are_grouped_and_groups_filled_up_without_a
 def test_shared_contexts_come_once_an_epoch_with_a_rate_for_each_question():
     asked = [e for e in EXAMPLES for _ in range(4)]
     drawn = list(islice(loader.training_batches(plan_of(asked, 8, share=4), RATES, seed=0), 10))
-    seen = [int(n) for batch in drawn for n in batch.context_length.sum(axis=1)]
+    seen = [int(n) for batch in drawn for n in batch.context_length]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(1, 11)) and seen[:10] != seen[10:]
     assert all(batch.query.shape[0] == 8 for batch in drawn)
     assert any(len(set(batch.rate[:4].tolist())) == 2 for batch in drawn)
@@ -291,27 +290,34 @@ FITTED = loader.Shapes.fit(MIXED, Data(), Compression(rates=RATES, segment_size=
 
 def row_lengths(batch):
     share = len(batch.query) // len(batch.context)
-    context = np.repeat(batch.context_length.sum(axis=1), share)
+    context = np.repeat(batch.context_length, share)
     return list(zip(context.tolist(), batch.query_length.tolist(), batch.answer_length.tolist(), strict=True))
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 700), min_size=1, max_size=12), st.integers(1, 4), st.integers(64, 700))
-def test_fitted_buckets_are_the_cheapest_there_are(lengths, most, longest):
-    lengths = np.minimum(lengths, longest)
-    fitted = order.fit_lengths(lengths, most, longest)
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=12), st.integers(1, 4), st.integers(20, 700))
+def test_fitted_buckets_are_the_cheapest_there_are(lengths, most, segment):
+    lengths = np.array(lengths)
+    fitted = order.fit_lengths(lengths, most, segment)
     assert len(fitted) <= most and fitted == tuple(sorted(set(fitted))) and fitted[-1] >= lengths.max()
 
     def cost(buckets):
         return sum(min(b for b in buckets if b >= n) for n in lengths)
 
-    steps = sorted({max(min(-(-n // 32) * 32, longest), 32) for n in map(int, lengths)})
+    steps = sorted({wide(n, segment) for n in map(int, lengths)})
     cheapest = {
         k: min(cost(c) for c in combinations(steps, k) if c[-1] >= lengths.max())
         for k in range(1, min(most, len(steps)) + 1)
     }
     enough = [k for k in cheapest if cheapest[k] <= lengths.sum() / 0.95]
     assert cost(fitted) == cheapest[min([*enough, max(cheapest)])]
+
+
+def wide(length, segment):
+    """The least width for a context: whole segments, and a multiple of 32 behind them unless that makes one more."""
+    return next(
+        width for width in count(1) if width >= length and (width % segment == 0 or (width % segment) % 32 == 0)
+    )
 
 
 def test_the_given_buckets_are_obeyed_and_narrow_rows_come_where_they_pay():
@@ -337,12 +343,12 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
     total = sum(getattr(b, name).size for b in drawn[:75] for name in parts)
     assert padding == pytest.approx(1 - real / total)
     assert sum(sizes.values()) == 75 and len(sizes) <= 2 * (len(FITTED.buckets) + 1)
-    assert {(*b.context.shape[1:], b.query.shape[1], b.answer.shape[1]) for b in drawn[:75]} == set(sizes)
+    assert {tuple(getattr(b, name).shape[1] for name in parts) for b in drawn[:75]} == set(sizes)
     one, rows = drawn[0], np.array(row_lengths(drawn[0]))
     real, total = rows[::share, 0].sum() + rows[:, 1:].sum(), sum(getattr(one, name).size for name in parts)
     assert Tally.of(one).padding == pytest.approx(1 - real / total)
     # Long and short ones come in any order, in each epoch in another; shuffled alone half of it would be padding.
-    means = [float(np.mean(b.context_length.sum(axis=1))) for b in drawn]
+    means = [float(np.mean(b.context_length)) for b in drawn]
     assert means[:75] != sorted(means[:75]) and means[:75] != means[75:]
     shuffled = dataclasses.replace(plan, order=order.Order(np.zeros(len(MIXED)), 8, 3)).forecast()[0]
     assert padding < 0.15 and shuffled > 0.4

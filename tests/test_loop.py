@@ -177,7 +177,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step
     path = tmp_path / "run" / "bad_batches" / "step_6.npz"
     assert "of 3 steps in a row, up to step 6, is not finite" in said and str(path) in said
     batch = np.load(path)
-    assert batch["context"].shape == (8, 1, 32) and batch["query_text"][0].startswith("what does the")
+    assert batch["context"].shape == (8, 32) and batch["query_text"][0].startswith("what does the")
     (step,) = store.steps_in(tmp_path / "run" / "checkpoints")
     assert step == 7 and [row["skipped"] for row in lines(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4]
     said = run(files, tmp_path / "run", "train.max_skipped=3")  # behind them, it goes on

@@ -11,12 +11,12 @@ ARCH = architecture()
 
 
 def batch(share=1):
-    """Two contexts of 30 and 12 tokens in one segment of 32; ``share`` questions each, the last without an answer."""
+    """Two contexts of 30 and 12 tokens in rows of 32; ``share`` questions each, the last without an answer."""
     rows = 2 * share
     answers = np.full(rows, 2, np.int32)
     answers[-1] = 0
     return comi.Batch(
-        np.zeros((2, 1, 32), np.int32), np.array([[30], [12]], np.int32), np.zeros((rows, 8), np.int32),
+        np.zeros((2, 32), np.int32), np.array([30, 12], np.int32), np.zeros((rows, 8), np.int32),
         np.full(rows, 5, np.int32), np.zeros((rows, 4), np.int32), answers, np.full(rows, 4, np.int32),
     )  # fmt: skip
 

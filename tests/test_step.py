@@ -90,7 +90,7 @@ def test_gradients_alone_that_are_not_finite_are_enough(parts):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("comi_jax.step.comi.loss", loss)
-        batch = comi.Batch(*(np.zeros(shape, np.int32) for shape in ((2, 1, 4), (2, 1), (2, 3), 2, (2, 2), 2, 2)))
+        batch = comi.Batch(*(np.zeros(shape, np.int32) for shape in ((2, 4), 2, (2, 3), 2, (2, 2), 2, 2)))
         function = jax.jit(functools.partial(train_step, arch=ARCH, update=chain, accumulate=1))
         after, metrics = function(state, frozen, batch, jax.random.key(0))
     assert np.isfinite(metrics["loss"]) and int(metrics["skipped"]) == 1

@@ -75,7 +75,7 @@ def test_the_step_is_compiled_once_for_each_system(world):
 
 def test_the_step_is_compiled_once_for_each_bucket(world, tmp_path, monkeypatch):
     def train_step(state, frozen, batch, key, *, arch, update, accumulate):
-        number = jnp.float32(batch.context.shape[2])
+        number = jnp.float32(batch.context.shape[1])
         names = ("loss", "accuracy", "gradient_norm", "memory_vectors")
         return state.replace(step=state.step + 1), dict.fromkeys(names, number) | {"skipped": jnp.int32(0)}
 

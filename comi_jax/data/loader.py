@@ -141,63 +141,47 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The few static shapes that batches are padded to, one compilation each: a bucket or a number of full segments for
-    the contexts, with ``narrow`` or the longest widths for queries and answers."""
+    """The few static shapes that batches are padded to, one compilation each: a bucket for the contexts, with
+    ``narrow`` or the longest widths for queries and answers."""
 
-    buckets: tuple[int, ...]  # rising; the last is the longest segment
+    buckets: tuple[int, ...]  # rising; the last holds the longest context
     query: int
     answer: int
-    segment_size: int
     narrow: tuple[int, int] | None = None  # query and answer width for the many rows that are short in both
 
     @classmethod
     def of(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
-        """Buckets from ``data`` or, if it has none, powers of two and their halves; queries and answers are padded to
-        the longest of ``examples``."""
-        longest = max(len(example.context) for example in examples)
-        segment = compression.segment_size
-        top = min(longest, segment)
-        steps = data.buckets or tuple(sorted({base * 2**k for k in range(40) for base in (32, 48)}))
-        buckets = [b for b in steps if b < top]
-        buckets.append(min([b for b in steps if b >= top], default=top))
+        """Buckets from ``data`` or, if it has none, powers of two and their halves, and beyond one segment whole ones;
+        queries and answers are padded to the longest of ``examples``."""
+        longest, segment = max(len(example.context) for example in examples), compression.segment_size
+        whole = range(segment, max(longest, 1) + segment, segment)
+        halving = (base * 2**k for k in range(40) for base in (32, 48))
+        steps = data.buckets or (*(b for b in halving if b < segment), *whole)
+        last = min((b for b in steps if b >= longest), default=longest if longest <= segment else whole[-1])
         query, answer = (max(len(getattr(e, name)) for e in examples) for name in ("query", "answer"))
-        return cls(
-            buckets=tuple(sorted({min(b, segment) for b in buckets})),
-            query=query,
-            answer=max(answer, 1),
-            segment_size=segment,
-        )
+        return cls(tuple(sorted({*(b for b in steps if b < longest), last})), query, max(answer, 1))
 
     @classmethod
     def fit(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
         """Shapes for training on ``examples``: the buckets of ``data``, or else at most data.max_buckets that leave the
         least padding, and narrow rows where those save 2 % of the tokens or more."""
-        shapes, segment = cls.of(examples, data, compression), compression.segment_size
+        shapes = cls.of(examples, data, compression)
         lengths = np.array([len(e.context) for e in examples])
         widths = np.array([(len(e.query), max(len(e.answer), 1)) for e in examples])
         query, answer, saved = fit_widths(widths)
         if saved > 0.02 * (lengths.sum() + widths.sum()):
             shapes = dataclasses.replace(shapes, narrow=(query, answer))
         if not data.buckets:
-            fitted = fit_lengths(np.minimum(lengths, segment), data.max_buckets, segment)
+            fitted = fit_lengths(lengths, data.max_buckets, compression.segment_size)
             shapes = dataclasses.replace(shapes, buckets=fitted)
         return shapes
 
-    def bucket(self, length: int) -> int:
-        """The smallest bucket that holds ``length`` tokens."""
-        return next(b for b in self.buckets if b >= length)
-
-    def size(self, examples: Sequence[Example]) -> tuple[int, int, int, int]:
-        """(segments, tokens of each, query width, answer width) of a batch of ``examples``."""
-        context = max(len(e.context) for e in examples)
-        query, answer = (max(len(getattr(e, name)) for e in examples) for name in ("query", "answer"))
+    def size(self, examples: Sequence[Example]) -> tuple[int, int, int]:
+        """The widths of contexts, queries and answers in a batch of ``examples``."""
+        context, query, answer = (max(len(getattr(e, n)) for e in examples) for n in ("context", "query", "answer"))
         fits = self.narrow is not None and query <= self.narrow[0] and answer <= self.narrow[1]
-        segments = max(-(-context // self.segment_size), 1)
-        return (
-            segments,
-            self.bucket(min(context, self.segment_size)),
-            *(self.narrow if fits else (self.query, self.answer)),
-        )
+        bucket = next(b for b in self.buckets if b >= context)
+        return bucket, *(self.narrow if fits else (self.query, self.answer))
 
 
 def collate(
@@ -205,27 +189,21 @@ def collate(
     shapes: Shapes,
     share: int = 1,
     *,
-    size: tuple[int, int, int, int] | None = None,
+    size: tuple[int, int, int] | None = None,
     own: range | None = None,
 ) -> Batch:
-    """Right-padded numpy arrays of ``examples``, contexts cut into segments of ``shapes.segment_size``. Every ``share``
-    examples in a row have one context, which the batch holds once. ``size`` is that of ``examples`` unless given.
-    Contexts that are not in ``own`` (None: all are) and their queries and answers get their lengths alone."""
-    owners, step = examples[::share], shapes.segment_size
+    """Right-padded numpy arrays of ``examples``. Every ``share`` examples in a row have one context, which the batch
+    holds once. ``size`` is that of ``examples`` unless given. Contexts that are not in ``own`` (None: all are) and
+    their queries and answers get their lengths alone."""
+    owners = examples[::share]
     own = range(len(owners)) if own is None else own
-    count, length, query_width, answer_width = size or shapes.size(examples)
-    context = np.zeros((len(owners), count, length), np.int32)
-    lengths = np.zeros((len(owners), count), np.int32)
-    for i, example in enumerate(owners):
-        for j, first in enumerate(range(0, len(example.context), step)):
-            lengths[i, j] = min(step, len(example.context) - first)
-            if i in own:
-                context[i, j, : lengths[i, j]] = example.context[first : first + step]
     rows = range(own.start * share, own.stop * share)
+    context_width, query_width, answer_width = size or shapes.size(examples)
+    context, context_length = _pad([e.context for e in owners], context_width, own)
     query, query_length = _pad([e.query for e in examples], query_width, rows)
     answer, answer_length = _pad([e.answer for e in examples], answer_width, rows)
     rate = np.array([e.rate for e in examples], np.int32)
-    return Batch(context, lengths, query, query_length, answer, answer_length, rate)
+    return Batch(context, context_length, query, query_length, answer, answer_length, rate)
 
 
 def _pad(ids: Sequence[np.ndarray], width: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
@@ -260,11 +238,10 @@ class Plan:
     @classmethod
     def of(cls, examples: Sequence[Example], shapes: Shapes, batch_size: int, seed: int, share: int = 1) -> "Plan":
         groups = share_contexts(examples, share)
-        segments, lengths, *widths = np.array([shapes.size(group) for group in groups]).T
+        lengths, *widths = np.array([shapes.size(group) for group in groups]).T
         # Narrow rows rise and the others fall: where they meet, the longest of both share a batch.
-        tokens = segments * (max(lengths) + 1) + lengths
         narrow = np.all(np.stack(widths, axis=1) == (shapes.narrow or (0, 0)), axis=1)
-        order = Order(np.where(narrow, tokens, 2 * max(tokens) - tokens), batch_size // share, seed)
+        order = Order(np.where(narrow, lengths, 2 * max(lengths) - lengths), batch_size // share, seed)
         return cls(groups, shapes, order, share)
 
     def examples(self, number: int) -> list[Example]:
@@ -277,16 +254,16 @@ class Plan:
         drawn = [dataclasses.replace(e, rate=int(rate)) for e, rate in zip(every, rates, strict=True)]
         return collate(drawn, self.shapes, self.share, own=own)
 
-    def forecast(self) -> tuple[float, dict[tuple[int, int, int, int], int]]:
+    def forecast(self) -> tuple[float, dict[tuple[int, int, int], int]]:
         """Share of padding over the first epoch, and how often it has each size: every one is compiled once."""
         real, padded, sizes = 0, 0, Counter()
         for number in range(max(self.order.first(1), 1)):
             examples = self.examples(number)
-            owners, (count, length, query, answer) = self.order.batch, self.shapes.size(examples)
+            owners, (context, query, answer) = self.order.batch, self.shapes.size(examples)
             real += sum(len(e.context) for e in examples[:: self.share])
             real += sum(len(e.query) + len(e.answer) for e in examples)
-            padded += owners * count * length + len(examples) * (query + answer)
-            sizes[count, length, query, answer] += 1
+            padded += owners * context + len(examples) * (query + answer)
+            sizes[context, query, answer] += 1
         return 1.0 - real / padded, dict(sizes)
 
 

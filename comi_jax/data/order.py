@@ -38,10 +38,11 @@ class Order:
         return stream[places[np.argsort(places.max(axis=1))]]
 
 
-def fit_lengths(lengths: np.ndarray, most: int, longest: int) -> tuple[int, ...]:
-    """The up to ``most`` lengths, multiples of STEP or ``longest``, that ``lengths``, none above ``longest``, are
-    padded to at the least cost in all; fewer where padding is ENOUGH already. Exact, by dynamic programming."""
-    steps = np.clip(-(-lengths // STEP) * STEP, min(STEP, longest), longest)
+def fit_lengths(lengths: np.ndarray, most: int, segment: int) -> tuple[int, ...]:
+    """The up to ``most`` lengths, whole segments and a multiple of STEP, that ``lengths`` are padded to at the least
+    cost in all; fewer where padding is ENOUGH already. Exact, by dynamic programming."""
+    whole = np.maximum(lengths - 1, 0) // segment * segment
+    steps = whole + np.clip(-(-(lengths - whole) // STEP) * STEP, min(STEP, segment), segment)
     values, counts = np.unique(steps, return_counts=True)
     counts = counts.cumsum()
     before = np.concatenate([[0], counts])
