@@ -83,10 +83,10 @@ def _training(params: dict, arch: comi.Architecture, batch: comi.Batch) -> Calla
     trained, frozen = partition(params, lambda path: comi.is_trained(path, arch))
     update = optim.optimizer(Optimizer(), steps=1000)
     held = [TrainState(jnp.int32(0), trained, update.init(trained))]
-    step = CompiledStep(arch, update, accumulate=1)
+    step = CompiledStep(arch, update)
 
     def run():
-        held[0], metrics = step(held[0], frozen, batch, jax.random.key(0))
+        held[0], metrics = step(held[0], frozen, (batch,), jax.random.key(0))
         return metrics
 
     return run

@@ -50,7 +50,7 @@ def tokenise(config: Config, folder: Path) -> tuple[tokens.Examples, float]:
 def batches_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mesh, count: int) -> float:
     """Tokens a second of ``count`` batches, made as for a run on ``mesh`` and taken by nobody else."""
     made = loader.training_batches(
-        plan, config.compression.rates, config.train.seed, own=sharding.own_contexts(mesh, plan.order.batch),
+        plan, config.compression.rates, config.train.seed, own=sharding.own_contexts(mesh, plan.contexts),
         put=lambda batch: sharding.put_batch(batch, mesh),
     )  # fmt: skip
     with contextlib.closing(made):
@@ -71,7 +71,7 @@ def trained_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mes
     run = Run(config, backbone, stop)
     update = optim.optimizer(config.optimizer, config.train.steps)
     state, frozen = create(initial_params(run, folder, mesh), run.architecture, update, mesh)
-    step = CompiledStep(run.architecture.on(mesh), update, sharding.micro_batches(config, mesh))
+    step = CompiledStep(run.architecture.on(mesh), update)
     rates = np.resize(config.compression.rates, plan.order.batch * plan.share)
     batch = plan.batch(0, rates)
     placed, key = sharding.put_batch(batch, mesh), jax.random.key(0)
@@ -89,10 +89,10 @@ def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, 
     if not config.data.train:
         raise ConfigError("data.train is not set; pass data.train=FILE.jsonl")
     mesh, settings = sharding.make_mesh(config.mesh), config.train
-    sharding.micro_batches(config, mesh)  # refuses what does not divide
+    parts = sharding.micro_batches(config, mesh)
     examples, tokenised = tokenise(config, folder)
     shapes = loader.Shapes.fit(examples, config.data, config.compression)
-    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context)
+    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
     padding, sizes = plan.forecast()
     unsorted = order.Order(np.zeros(len(plan.groups)), plan.order.batch, settings.seed)
     shuffled, _ = dataclasses.replace(plan, order=unsorted).forecast()
@@ -104,7 +104,7 @@ def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, 
     rows.append(("padding", f"{padding:.1%}", ""))
     rows.append(("padding, shuffled alone", f"{shuffled:.1%}", ""))
     title = (
-        f"{len(examples):,} examples, batches of {settings.batch_size} in {len(sizes)} shapes, "
+        f"{len(examples):,} examples, micro-batches of {settings.batch_size // parts} in {len(sizes)} shapes, "
         f"{sum(sizes.values()):,} an epoch"
     )
     return title, rows

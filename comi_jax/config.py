@@ -9,7 +9,7 @@ The letters of array shapes, in annotations, einsums and name suffixes:
     R rank of a low-rank adapter
 
 Tests check them in every call. Containers are marked ``no_type_check``: their annotations hold for the model, while JAX
-also builds them with other leaves (shardings, numpy arrays, a further axis of micro-batches).
+also builds them with other leaves (shardings, numpy arrays).
 
 A config file ``configs/<name>.py`` has one function, ``get_config() -> Config``. ``load("qwen2", ["train.steps=10"])``
 imports it and applies typed overrides.

@@ -19,7 +19,7 @@ from comi_jax.checkpoint import CheckpointError, Run, frozen_dtype
 from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.logs import RunLog, SilentLog
-from comi_jax.meter import Meter, TooManySkipped, batch_flops, bytes_per_device
+from comi_jax.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
 from comi_jax.params import combine, count
 from comi_jax.step import CompiledStep, TrainState
 from comi_jax.stop import Stop
@@ -40,8 +40,8 @@ class Job:
     state: TrainState
     frozen: dict[str, Array]
     plan: loader.Plan
-    batches: Any  # endless comi.Batch, as they are and on the devices, with get_state, set_state and close
-    largest: comi.Batch  # in the largest shape that a batch can have
+    batches: Any  # endless micro-batches, as they are and on the devices, with get_state, set_state and close
+    largest: comi.Batch  # in the largest shape that a micro-batch can have
     held_out: list[Record]
     tokenizer: Any
     checkpoints: Checkpoints
@@ -59,18 +59,16 @@ class Loop:
         self.job, self.stop, self.console = job, stop, console
         config = job.run.config
         self.settings = config.train
-        parts = sharding.micro_batches(config, job.mesh)
-        self.step_fn = CompiledStep(job.run.architecture.on(job.mesh), job.update, parts)
+        self.step_fn = CompiledStep(job.run.architecture.on(job.mesh), job.update)
         self.key = jax.random.key(self.settings.seed)
         self.rate = optim.schedule(config.optimizer, self.settings.steps)
         self.saved = job.progress.step
 
     def describe(self) -> None:
-        """Compile the step for the largest batch, and print the numbers that matter before the first one."""
-        analysis = self.step_fn.prepare(
-            self.job.state, self.job.frozen, sharding.put_batch(self.job.largest, self.job.mesh), self.key
-        )
-        for line in summary(self.job, analysis):
+        """Compile the step for the largest micro-batch, and print the numbers that matter before the first one."""
+        largest = (sharding.put_batch(self.job.largest, self.job.mesh),) * self.job.plan.parts
+        working = self.step_fn.prepare(self.job.state, self.job.frozen, largest, self.key)
+        for line in summary(self.job, working):
             self.console.print(f"{self.job.title}: {line}", highlight=False)
 
     def run(self) -> bool:
@@ -148,7 +146,8 @@ class Loop:
         step = int(self.job.state.step)
         self._save(step, wait=True)
         path = self.job.output / "bad_batches" / f"step_{error.step}.npz"
-        ids = dataclasses.asdict(self.job.plan.batch(error.step - 1, error.batch.rate))
+        rates = np.concatenate([rows.rate for rows in error.batch])
+        ids = dataclasses.asdict(*dataclasses.replace(self.job.plan, parts=1).batch(error.step - 1, rates))
         words = {
             name: [self.job.tokenizer.decode(row[:n]) for row, n in zip(ids[name], ids[f"{name}_length"], strict=True)]
             for name in ("query", "answer")
@@ -198,8 +197,9 @@ class Loop:
         self.meter.pause()
 
 
-def summary(job: Job, analysis: Any) -> list[str]:
-    """Parameters, tokens and FLOP of a step, and the memory that one device will need, as sentences."""
+def summary(job: Job, working: int) -> list[str]:
+    """Parameters, tokens and FLOP of a step, and the memory that one device will need, as sentences; ``working``: the
+    bytes of it that a step needs in between."""
     run, config = job.run, job.run.config
     parts: dict[str, int] = {}
     for path, leaf in {**job.state.trained, **job.frozen}.items():
@@ -208,14 +208,15 @@ def summary(job: Job, analysis: Any) -> list[str]:
     position = job.batches.get_state()
     batches = [next(job.batches)[0] for _ in range(PEEKED)]
     job.batches.set_state(position)
-    tokens = np.mean([sum(int(x.sum()) for x in (b.context_length, b.query_length, b.answer_length)) for b in batches])
-    operations = np.mean([batch_flops(run.architecture, b) for b in batches])
+    tokens = np.mean([Tally.of(batch).tokens for batch in batches])
+    operations = np.mean([batch_flops(run.architecture, batch) for batch in batches])
     rows, (padding, sizes) = job.largest, job.plan.forecast()
     held = {
         "frozen weights": bytes_per_device(job.frozen),
         "trained weights": bytes_per_device(job.state.trained),
         "optimizer": bytes_per_device(job.state.optimizer),
-        "step": analysis.temp_size_in_bytes if analysis else 0,
+        "gradients": bytes_per_device(job.state.trained),
+        "step": working,
     }
     memory = ", ".join(f"{name} {_gigabytes(size)}" for name, size in held.items())
     return [
@@ -225,7 +226,7 @@ def summary(job: Job, analysis: Any) -> list[str]:
         f"{', '.join(map(str, config.compression.rates))}, rows up to {rows.context.shape[1]} + {rows.query.shape[1]} "
         f"+ {rows.answer.shape[1]} tokens (context + query + answer); about {tokens:,.0f} tokens and {operations:.3g} "
         "FLOP a step",
-        f"batches of {len(sizes)} shapes, {padding:.1%} of their positions padding",
+        f"{job.plan.parts} micro-batch(es) a step, of {len(sizes)} shapes, {padding:.1%} of their positions padding",
         f"memory of a device: about {_gigabytes(sum(held.values()))} ({memory})",
     ]
 

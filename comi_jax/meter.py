@@ -5,7 +5,7 @@ MFU = FLOP of the model's own arithmetic on real tokens / (seconds · devices ·
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,28 @@ from comi_jax import chips, comi, flops
 class TooManySkipped(RuntimeError):
     """A run of steps that were not finite has become too long; ``batch`` is that of the last."""
 
-    def __init__(self, step: int, count: int, batch: comi.Batch):
+    def __init__(self, step: int, count: int, batch: Sequence[comi.Batch]):
         super().__init__(f"the loss or a gradient of {count} steps in a row, up to step {step}, is not finite")
         self.step, self.batch = step, batch
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What a batch of arrays holds: real tokens, all positions, context tokens that answers are asked about."""
+    """What micro-batches hold: real tokens, positions of their arrays, context tokens that answers are asked about."""
 
     tokens: int
     positions: int
     asked_context: int
 
     @classmethod
-    def of(cls, batch: comi.Batch) -> "Tally":
-        lengths = (batch.context_length, batch.query_length, batch.answer_length)
-        share = len(batch.query) // len(batch.context)
-        asked = np.repeat(batch.context_length, share)[batch.answer_length > 0]
-        size = sum(x.size for x in (batch.context, batch.query, batch.answer))
-        return cls(sum(int(x.sum()) for x in lengths), size, int(asked.sum()))
+    def of(cls, batch: Sequence[comi.Batch]) -> "Tally":
+        tokens = positions = asked = 0
+        for rows in batch:
+            tokens += sum(int(x.sum()) for x in (rows.context_length, rows.query_length, rows.answer_length))
+            positions += sum(x.size for x in (rows.context, rows.query, rows.answer))
+            share = len(rows.query) // len(rows.context)
+            asked += int(np.repeat(rows.context_length, share)[rows.answer_length > 0].sum())
+        return cls(tokens, positions, asked)
 
     @property
     def padding(self) -> float:
@@ -47,12 +49,15 @@ class Tally:
         return 1 - self.tokens / self.positions
 
 
-def batch_flops(arch: comi.Architecture, batch: comi.Batch) -> float:
-    """FLOP of the loss and gradients of ``batch``: padding left out, a context that several ask about encoded once."""
-    share, total = len(batch.query) // len(batch.context), 0.0
-    contexts, rows = batch.context_length.tolist(), (batch.query_length, batch.answer_length, batch.rate)
-    for row, (query, answer, rate) in enumerate(zip(*(x.tolist() for x in rows), strict=True)):
-        total += _example_flops(arch, contexts[row // share], query, answer, rate, row % share > 0)
+def batch_flops(arch: comi.Architecture, batch: Sequence[comi.Batch]) -> float:
+    """FLOP of the loss and gradients of the micro-batches of ``batch``: padding left out, a context that several ask
+    about encoded once."""
+    total = 0.0
+    for rows in batch:
+        share, contexts = len(rows.query) // len(rows.context), rows.context_length.tolist()
+        lengths = (x.tolist() for x in (rows.query_length, rows.answer_length, rows.rate))
+        for row, (query, answer, rate) in enumerate(zip(*lengths, strict=True)):
+            total += _example_flops(arch, contexts[row // share], query, answer, rate, row % share > 0)
     return total
 
 
@@ -87,13 +92,13 @@ class Meter:
         self._arch, self._is_logged, self._max_skipped = arch, is_logged, max_skipped
         self._rate, self._write = rate, write
         self.skipped, self.in_a_row = skipped, in_a_row
-        self._pending: tuple[int, dict[str, Array], comi.Batch] | None = None
+        self._pending: tuple[int, dict[str, Array], Sequence[comi.Batch]] | None = None
         chip = chips.find(jax.devices()[0].device_kind)
         self._peak = chip.flops * jax.device_count() if chip else 0.0
         self._since: float | None = None
         self._tokens, self._flops = 0, 0.0
 
-    def add(self, step: int, metrics: dict[str, Array], batch: comi.Batch) -> None:
+    def add(self, step: int, metrics: dict[str, Array], batch: Sequence[comi.Batch]) -> None:
         """Take in a dispatched step, and read the one before it. Raises TooManySkipped."""
         before, self._pending = self._pending, (step, metrics, batch)
         if before:
@@ -109,7 +114,7 @@ class Meter:
         """What happens from now to the end of the next step is not counted as its time: compiling, evaluating."""
         self._since = None
 
-    def _read(self, step: int, metrics: dict[str, Array], batch: comi.Batch) -> None:
+    def _read(self, step: int, metrics: dict[str, Array], batch: Sequence[comi.Batch]) -> None:
         skipped = int(metrics["skipped"])
         updates = step - 1 - self.skipped
         self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped

@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from comi_jax.config import Backbone, Config, ConfigError, load
 from comi_jax.data import loader
 from comi_jax.published import BACKBONES
 from comi_jax.start import backbone_folder, starting_backbone
-from comi_jax.step import CompiledStep
+from comi_jax.step import CompiledStep, gradients_of
 
 EXAMPLES = 100_000  # that the paper trains on
 USABLE = 0.92  # share of a GPU's memory that JAX takes (launch/one_node.sh); of a TPU's the compiler decides
@@ -76,7 +77,7 @@ def backbone_of(config: Config) -> Backbone:
 
 
 def abstract_batch(config: Config, examples: int, share: int, home: Any) -> comi.Batch:
-    """The batch of ``examples`` of the largest lengths, as the loader makes it, without its contents."""
+    """``examples`` of the largest lengths, as the loader makes them, without their contents."""
     lengths = estimate.longest(config)
     parts = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
     example = loader.Example(*parts, rate=lengths.rate)
@@ -92,21 +93,24 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     arch = comi.Architecture.of(backbone, config).on(mesh)
     update = optim.optimizer(config.optimizer, config.train.steps)
     held, frozen = state.abstract(arch, update, mesh)
-    batch = abstract_batch(config, config.train.batch_size, config.train.share_context, sharding.rows(mesh))
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    share, examples = config.train.share_context, config.train.batch_size // parts
+    batch = abstract_batch(config, examples, share, sharding.rows(mesh))
+    key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    lowered = CompiledStep(arch, update, parts).lower(held, frozen, batch, key)
-    rows = config.train.batch_size // config.train.share_context // parts // (mesh.shape["data"] * mesh.shape["fsdp"])
-    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, config.train.share_context, mesh)
-    memory = {
-        "trained parameters": known.trained,
-        "frozen parameters": known.frozen,
-        "optimizer": known.optimizer,
-    }
-    own = flops.shared(arch, estimate.longest(config), config.train.share_context).total * config.train.batch_size
+    step, total = CompiledStep(arch, update), gradients_of(held) if parts > 1 else None
+    rows = examples // share // (mesh.shape["data"] * mesh.shape["fsdp"])
+    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, share, mesh)
+    trained, gradients = {"trained parameters": known.trained}, {"gradients": known.gradients}
+    frozen_size, optimizer = {"frozen parameters": known.frozen}, {"optimizer": known.optimizer}
+    own = flops.shared(arch, estimate.longest(config), share).total * examples / len(where.devices)
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     division = f"{sizes}, {parts} micro-batches, remat {config.model.remat}"
-    return measure("train step", division, lowered, where, memory, own / len(where.devices))
+    lowered = step.lower_gradients(total, held, frozen, batch, key, number)
+    arguments = trained | frozen_size | (gradients if parts > 1 else {})
+    each = measure("train step", division, lowered, where, arguments, own, beside=optimizer)
+    arguments = trained | optimizer | gradients
+    last = measure("train step", division, step.lower_update(held), where, arguments, 0.0, beside=frozen_size)
+    return in_turn([(parts, each), (1, last)])
 
 
 def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_size: int) -> list[Program]:
@@ -147,9 +151,11 @@ def measure(
     memory: dict[str, int],
     own_flops: float,
     open_trips: int = 1,
+    beside: dict[str, int] | None = None,
 ) -> Program:
-    """Compile ``lowered`` and read off what it needs; ``memory`` has what is known of its arguments."""
-    started, there = time.perf_counter(), int(where.chip.memory)
+    """Compile ``lowered`` and read off what it needs; ``memory`` has what is known of its arguments, ``beside`` what
+    lies on the device meanwhile."""
+    started, there, beside = time.perf_counter(), int(where.chip.memory), beside or {}
     try:
         compiled, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
@@ -159,19 +165,22 @@ def measure(
         needed, there = (
             int(float(n) * 2.0 ** (10 * (1 + "KMGT".index(u)))) for n, u in (used.groups()[:2], used.groups()[2:])
         )
-        return Program(
-            name, division, False, needed, there, memory, own_flops=own_flops, refusal=str(error).splitlines()[0]
-        )
+        needed, refusal = needed + sum(beside.values()), str(error).splitlines()[0]
+        return Program(name, division, False, needed, there, memory | beside, own_flops=own_flops, refusal=refusal)
     seconds = time.perf_counter() - started
     sizes = compiled.memory_analysis()
     arguments = sizes.argument_size_in_bytes
-    memory = memory | {
-        "batch and other arguments": max(arguments - sum(memory.values()), 0),
-        "temporaries": sizes.temp_size_in_bytes,
-        "results that are no arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        "program": sizes.generated_code_size_in_bytes,
-        "on the host": sizes.host_temp_size_in_bytes + sizes.host_argument_size_in_bytes,
-    }
+    memory = (
+        memory
+        | beside
+        | {
+            "batch and other arguments": max(arguments - sum(memory.values()), 0),
+            "temporaries": sizes.temp_size_in_bytes,
+            "results that are no arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+            "program": sizes.generated_code_size_in_bytes,
+            "on the host": sizes.host_temp_size_in_bytes + sizes.host_argument_size_in_bytes,
+        }
+    )
     needed = sum(size for kind, size in memory.items() if kind != "on the host")
     counts = hlo.count(text, where.per_node, open_trips)
     return Program(
@@ -187,6 +196,31 @@ def measure(
         lower_bounds(counts, where.chip),
         tuple(sorted(counts.kernels)),
         seconds,
+    )
+
+
+def in_turn(parts: list[tuple[int, Program]]) -> Program:
+    """Programs that run one after the other, each so many times, as one: the memory of the one that needs most, the
+    work of all. One that was refused stands for all."""
+    programs = [program for _, program in parts]
+    largest = next((p for p in programs if p.refusal), max(programs, key=lambda p: p.bytes_needed))
+    if largest.refusal:
+        return dataclasses.replace(largest, own_flops=sum(times * p.own_flops for times, p in parts))
+
+    def sums(name: str) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for times, program in parts:
+            total.update({key: times * value for key, value in getattr(program, name).items()})
+        return dict(total)
+
+    return dataclasses.replace(
+        largest,
+        flops=sum(times * p.flops for times, p in parts),
+        own_flops=sum(times * p.own_flops for times, p in parts),
+        sent=sums("sent"),
+        seconds=sums("seconds"),
+        kernels=tuple(sorted({kernel for p in programs for kernel in p.kernels})),
+        compile_seconds=sum(p.compile_seconds for p in programs),
     )
 
 

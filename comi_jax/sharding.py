@@ -91,12 +91,13 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def own_contexts(mesh: jax.sharding.Mesh, count: int) -> range:
-    """Which of the ``count`` contexts of a batch the devices of this process need."""
+    """Which of the ``count`` contexts of a micro-batch the devices of this process need."""
     needed = [index[0].indices(count) for index in rows(mesh).addressable_devices_indices_map((count,)).values()]
     return range(min(first for first, _, _ in needed), max(end for _, end, _ in needed))
 
 
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """``batch``, of which every process has at least its ``own_contexts``, on the devices."""
+    """``batch``, or each of its micro-batches, of which every process has at least its ``own_contexts``, on the
+    devices."""
     home = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda index: x[index]), batch)

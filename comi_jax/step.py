@@ -1,6 +1,9 @@
-"""One update of the trained weights.
+"""One update of the trained weights, from micro-batches of any shapes.
 
 loss (9) = mean over the answer tokens of a batch of -log p(token | memory, query, answer tokens before it)
+
+Each micro-batch adds its sums to those before it (``add_gradients``); their quotient makes the update
+(``apply_gradients``).
 
 An update is left out if the loss or a gradient is not finite: weights and optimizer, its own counter included, stay as
 they were, bit for bit; only ``TrainState.step`` moves on, and with it the position in the data and the random key.
@@ -8,10 +11,12 @@ they were, bit for bit; only ``TrainState.step`` moves on, and with it the posit
 
 import ctypes
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -31,52 +36,45 @@ class TrainState:
     optimizer: Any
 
 
-def micro_batches(batch: comi.Batch, count: int) -> comi.Batch:
-    """``batch`` with a leading axis of ``count`` micro-batches, each of which has rows of every device: none moves.
-    Questions stay with their context."""
-    contexts = batch.context.shape[0]
+@no_type_check
+@struct.dataclass
+class Gradients:
+    """Of some micro-batches: the gradient of the summed loss, as ``TrainState.trained``, and what was summed."""
 
-    def split(x: Array) -> Array:
-        parts = x.reshape(contexts // count, count, x.shape[0] // contexts, *x.shape[1:]).swapaxes(0, 1)
-        return parts.reshape(count, -1, *x.shape[1:])
-
-    return jax.tree.map(split, batch)
+    trained: dict[str, Array]
+    sums: comi.LossSums
 
 
-def train_step(
+def add_gradients(
+    total: Gradients | None,
     state: TrainState,
     frozen: dict[str, Array],
-    batch: comi.Batch,
+    rows: comi.Batch,
     key: Array,
+    number: Int[Array, ""],
     *,
     arch: comi.Architecture,
-    update: optax.GradientTransformation,
-    accumulate: int,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from ``batch``, whose rows are taken in ``accumulate`` micro-batches; equal to one big batch.
+) -> Gradients:
+    """The gradients of ``rows``, micro-batch ``number`` of the step, added to ``total`` if there is one."""
+    dropout_key = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
 
-    The metric ``skipped`` is 1 if the update was left out, else 0; ``memory_vectors`` counts those of all rows."""
-    micro = micro_batches(batch, accumulate)
-    keys = jax.random.split(jax.random.fold_in(key, state.step), accumulate)
-
-    def loss_sum(trained, rows, dropout_key):
+    def loss_sum(trained):
         sums = comi.loss(combine(trained, frozen), arch, rows, min(arch.compression.rates), dropout_key)
         return sums.loss, sums
 
-    def gradients(rows_and_key):
-        (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.trained, *rows_and_key)
-        return grads, sums
+    (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.trained)
+    new = Gradients(grads, sums)
+    return new if total is None else jax.tree.map(jnp.add, total, new)
 
-    def add_micro(total, rows_and_key):
-        return jax.tree.map(jnp.add, total, gradients(rows_and_key)), None
 
-    if accumulate == 1:  # no second copy of the gradients to add to
-        grads, sums = gradients(jax.tree.map(lambda x: x[0], (micro, keys)))
-    else:
-        zero = jnp.zeros((), jnp.float32)
-        nothing = (jax.tree.map(jnp.zeros_like, state.trained), comi.LossSums(zero, zero, zero, zero))
-        (grads, sums), _ = jax.lax.scan(add_micro, nothing, (micro, keys))
-    grads = jax.tree.map(lambda g: g / sums.tokens, grads)
+def apply_gradients(
+    state: TrainState, total: Gradients, *, update: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The update by the gradients of all micro-batches.
+
+    The metric ``skipped`` is 1 if the update was left out, else 0; ``memory_vectors`` counts those of all rows."""
+    sums = total.sums
+    grads = jax.tree.map(lambda g: g / sums.tokens, total.trained)
     # optax raises Python floats to int32 counters, which the tests' strict promotion refuses.
     with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
         updates, optimizer = update.update(grads, state.optimizer, state.trained)
@@ -96,37 +94,78 @@ def train_step(
 
 
 class CompiledStep:
-    """``train_step`` compiled for each shape of batch as it comes. It takes over the state that it is given."""
+    """An update, in programs compiled when needed: ``add_gradients`` for each shape of micro-batch, ``apply_gradients``
+    for all."""
 
-    def __init__(self, arch: comi.Architecture, update: optax.GradientTransformation, accumulate: int):
-        self._step = functools.partial(train_step, arch=arch, update=update, accumulate=accumulate)
-        self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+    def __init__(self, arch: comi.Architecture, update: optax.GradientTransformation):
+        self._add = functools.partial(add_gradients, arch=arch)
+        self._apply = functools.partial(apply_gradients, update=update)
+        self._compiled: dict[Any, Any] = {}
 
     @property
     def compiled(self) -> int:
-        """How many shapes of batches it has been compiled for."""
+        """How many programs have been compiled."""
         return len(self._compiled)
 
     def __call__(
-        self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array
+        self, state: TrainState, frozen: dict[str, Array], batch: Sequence[comi.Batch], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        return self._for(state, frozen, batch, key)(state, frozen, batch, key)
+        """The state after an update from the micro-batches of ``batch``, equal to one from all their rows at once, and
+        its metrics. The state that it is given is used up."""
+        total = self._zero(state)() if len(batch) > 1 else None  # one alone needs no second copy to be added to
+        for number, rows in enumerate(batch):
+            arguments = (total, state, frozen, rows, key, np.int32(number))
+            total = self._gradients(*arguments)(*arguments)
+        return self._update(state)(state, total)
 
-    def prepare(self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array) -> Any:
-        """Compile for batches of this shape; returns XLA's analysis of the memory, None where there is none."""
-        return self._for(state, frozen, batch, key).memory_analysis()
+    def prepare(self, state: TrainState, frozen: dict[str, Array], batch: Sequence[comi.Batch], key: Array) -> int:
+        """Compile for micro-batches of these shapes; the bytes that a device needs for the largest program beside its
+        arguments and results, 0 where XLA does not tell."""
+        total = gradients_of(state) if len(batch) > 1 else None
+        programs = [self._gradients(total, state, frozen, rows, key, np.int32(0)) for rows in batch]
+        analyses = [program.memory_analysis() for program in (*programs, self._update(state))]
+        return max(analysis.temp_size_in_bytes if analysis else 0 for analysis in analyses)
 
-    def _for(self, state: TrainState, frozen: dict[str, Array], batch: comi.Batch, key: Array) -> Any:
-        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
-        if shapes not in self._compiled:
-            self._compiled[shapes] = self.lower(state, frozen, batch, key).compile()
+    def lower_gradients(
+        self, total: Any, state: Any, frozen: Any, rows: Any, key: Any, number: Any
+    ) -> jax.stages.Lowered:
+        """``add_gradients`` before its compilation, of arrays or of their abstract shapes with places."""
+        function = jax.jit(self._add, donate_argnums=0, out_shardings=_places(gradients_of(state)))
+        return function.lower(total, state, frozen, rows, key, number)
+
+    def lower_update(self, state: Any) -> jax.stages.Lowered:
+        """``apply_gradients`` before its compilation, likewise."""
+        function = jax.jit(self._apply, donate_argnums=0, out_shardings=(_places(state), None))
+        return function.lower(state, gradients_of(state))
+
+    def _gradients(self, total, state, frozen, rows, key, number):
+        shapes = (total is None, *(x.shape for x in jax.tree.leaves(rows)))
+        return self._program(shapes, lambda: self.lower_gradients(total, state, frozen, rows, key, number))
+
+    def _update(self, state):
+        return self._program("update", lambda: self.lower_update(state))
+
+    def _zero(self, state):
+        like = gradients_of(state)
+        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), out_shardings=_places(like))
+        return self._program("zero", zeros.lower)
+
+    def _program(self, name: Any, lower: Callable[[], jax.stages.Lowered]) -> Any:
+        if name not in self._compiled:
+            self._compiled[name] = lower().compile()
             return_freed_memory()
-        return self._compiled[shapes]
+        return self._compiled[name]
 
-    def lower(self, state: Any, frozen: Any, batch: Any, key: Any) -> jax.stages.Lowered:
-        """The step before its compilation, of arrays or of their abstract shapes with places."""
-        places = (jax.tree.map(lambda x: x.sharding, state), None)
-        return jax.jit(self._step, donate_argnums=0, out_shardings=places).lower(state, frozen, batch, key)
+
+def gradients_of(state: TrainState) -> Gradients:
+    """The abstract shapes and places of the gradients of ``state``, and of the sums beside them."""
+    trained = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in state.trained.items()}
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=state.step.sharding)
+    return Gradients(trained, comi.LossSums(number, number, number, number))
+
+
+def _places(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def return_freed_memory() -> None:

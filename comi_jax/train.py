@@ -69,10 +69,11 @@ def prepare(task: Task, title: str, run: Run, output: Path, console: Console) ->
     mesh = devices(run)
     update = optim.optimizer(config.optimizer, settings.steps)
     checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=task.dry_run)
-    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context)
+    parts = sharding.micro_batches(config, mesh)
+    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
     batches = loader.training_batches(
         plan, config.compression.rates, settings.seed,
-        own=sharding.own_contexts(mesh, plan.order.batch), put=functools.partial(sharding.put_batch, mesh=mesh),
+        own=sharding.own_contexts(mesh, plan.contexts), put=functools.partial(sharding.put_batch, mesh=mesh),
     )  # fmt: skip
     progress = Progress(0, batches.get_state(), examples=examples.about.fingerprint)
     if begun(checkpoints.folder):
@@ -91,7 +92,7 @@ def prepare(task: Task, title: str, run: Run, output: Path, console: Console) ->
         state, frozen = create(initial_params(run, task.folder, mesh), run.architecture, update, mesh)
     longest = max(examples, key=lambda example: len(example.context))
     size = (shapes.size([longest])[0], shapes.query, shapes.answer)
-    largest = loader.collate([longest] * settings.batch_size, shapes, settings.share_context, size=size)
+    largest = loader.collate([longest] * (settings.batch_size // parts), shapes, settings.share_context, size=size)
     return loop.Job(
         title, run, output, mesh, update, state, frozen, plan, batches, largest, task.held_out, task.tokenizer,
         checkpoints, progress,

@@ -29,7 +29,7 @@ def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tm
     drawn = loader.Plan.of(examples, shapes, 8, config.train.seed)
     shares = [Tally.of(drawn.batch(i, np.full(8, 2))).padding for i in range(2)]
     assert figures["padding"] == f"{np.mean(shares):.1%}"  # both batches have one shape
-    assert title == "16 examples, batches of 8 in 1 shapes, 2 an epoch"
+    assert title == "16 examples, micro-batches of 8 in 1 shapes, 2 an epoch"
     assert all(float(value.split()[0].replace(",", "")) > 0 for value in list(figures.values())[:3])
     assert [row[2] for row in bench_data.measure(config, tmp_path, count=1, steps=0)[1]] == [""] * 4
 

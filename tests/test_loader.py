@@ -206,7 +206,7 @@ def plan_of(examples, size=4, seed=0, share=1, shapes=None):
 
 
 def contents(batch):
-    return list(zip(batch.context_length.tolist(), batch.rate.tolist(), strict=True))
+    return [pair for rows in batch for pair in zip(rows.context_length.tolist(), rows.rate.tolist(), strict=True)]
 
 
 def take(iterator, count):
@@ -270,10 +270,10 @@ def test_neighbours_about_one_context_are_grouped_and_groups_filled_up_without_a
 def test_shared_contexts_come_once_an_epoch_with_a_rate_for_each_question():
     asked = [e for e in EXAMPLES for _ in range(4)]
     drawn = list(islice(loader.training_batches(plan_of(asked, 8, share=4), RATES, seed=0), 10))
-    seen = [int(n) for batch in drawn for n in batch.context_length]
+    seen = [int(n) for (rows,) in drawn for n in rows.context_length]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(1, 11)) and seen[:10] != seen[10:]
-    assert all(batch.query.shape[0] == 8 for batch in drawn)
-    assert any(len(set(batch.rate[:4].tolist())) == 2 for batch in drawn)
+    assert all(rows.query.shape[0] == 8 for (rows,) in drawn)
+    assert any(len(set(rows.rate[:4].tolist())) == 2 for (rows,) in drawn)
 
 
 # --- like lengths together, hosts, devices ----------------------------------------------------------------------------
@@ -288,10 +288,10 @@ MIXED = [
 FITTED = loader.Shapes.fit(MIXED, Data(), Compression(rates=RATES, segment_size=4096))
 
 
-def row_lengths(batch):
-    share = len(batch.query) // len(batch.context)
-    context = np.repeat(batch.context_length, share)
-    return list(zip(context.tolist(), batch.query_length.tolist(), batch.answer_length.tolist(), strict=True))
+def row_lengths(rows):
+    share = len(rows.query) // len(rows.context)
+    context = np.repeat(rows.context_length, share)
+    return list(zip(context.tolist(), rows.query_length.tolist(), rows.answer_length.tolist(), strict=True))
 
 
 @settings(max_examples=25, deadline=None)
@@ -334,9 +334,9 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
     examples = [e for e in MIXED for _ in range(share)]
     plan = loader.Plan.of(examples, FITTED, 8 * share, seed=3, share=share)
     padding, sizes = plan.forecast()
-    drawn = list(islice(loader.training_batches(plan, RATES, 3), 150))
+    drawn = [rows for (rows,) in islice(loader.training_batches(plan, RATES, 3), 150)]
     for epoch in (drawn[:75], drawn[75:]):
-        seen = sorted(lengths for batch in epoch for lengths in row_lengths(batch))
+        seen = sorted(lengths for rows in epoch for lengths in row_lengths(rows))
         assert seen == sorted((len(e.context), len(e.query), len(e.answer)) for e in examples)
     parts = ("context", "query", "answer")
     real = sum(int(getattr(b, f"{name}_length").sum()) for b in drawn[:75] for name in parts)
@@ -346,12 +346,28 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
     assert {tuple(getattr(b, name).shape[1] for name in parts) for b in drawn[:75]} == set(sizes)
     one, rows = drawn[0], np.array(row_lengths(drawn[0]))
     real, total = rows[::share, 0].sum() + rows[:, 1:].sum(), sum(getattr(one, name).size for name in parts)
-    assert Tally.of(one).padding == pytest.approx(1 - real / total)
+    assert Tally.of((one,)).padding == pytest.approx(1 - real / total)
     # Long and short ones come in any order, in each epoch in another; shuffled alone half of it would be padding.
     means = [float(np.mean(b.context_length)) for b in drawn]
     assert means[:75] != sorted(means[:75]) and means[:75] != means[75:]
     shuffled = dataclasses.replace(plan, order=order.Order(np.zeros(len(MIXED)), 8, 3)).forecast()[0]
     assert padding < 0.15 and shuffled > 0.4
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_micro_batches_split_a_batch_by_size_and_change_nothing_else(share):
+    """The same examples at the same rates, however many the parts; each part in a shape of its own."""
+    whole = loader.Plan.of([e for e in MIXED for _ in range(share)], FITTED, 120 * share, seed=3, share=share)
+    split = dataclasses.replace(whole, parts=6)
+    assert (whole.contexts, split.contexts) == (120, 20)
+    batches_of = [islice(loader.training_batches(plan, RATES, 3), 10) for plan in (whole, split)]
+    for (one,), many in zip(*batches_of, strict=True):
+        assert len(many) == 6 and {len(rows.context) for rows in many} == {20}
+        assert row_lengths(one) == [lengths for rows in many for lengths in row_lengths(rows)]
+        assert one.rate.tolist() == [rate for rows in many for rate in rows.rate.tolist()]
+        assert len({rows.context.shape for rows in many}) >= 3
+    (padding, _), (less, sizes) = whole.forecast(), split.forecast()
+    assert sum(sizes.values()) == 30 and less < padding / 2
 
 
 @settings(max_examples=20, deadline=None)
@@ -377,7 +393,7 @@ def test_the_rows_of_all_processes_are_the_batch_of_one(processes, share):
     own = [range(12 * i // processes, 12 * (i + 1) // processes) for i in range(processes)]
     parts = [loader.training_batches(plan, RATES, 1, own=part) for part in own]
     for _ in range(9):
-        batch, *pieces = (dataclasses.asdict(next(iterator)) for iterator in (whole, *parts))
+        batch, *pieces = (dataclasses.asdict(*next(iterator)) for iterator in (whole, *parts))
         for name, array in batch.items():
             if name not in ("context", "query", "answer"):
                 assert all(np.array_equal(piece[name], array) for piece in pieces), name
@@ -412,7 +428,7 @@ def test_batches_are_put_on_the_devices_ahead_and_taken_up_again_where_they_were
     plain = take(batches(), 9)
     iterator = loader.training_batches(plan_of(EXAMPLES), RATES, 0, put=put)
     host, device = next(iterator)
-    assert contents(host) == plain[0] and isinstance(device.context, jax.Array)
+    assert contents(host) == plain[0] and isinstance(device[0].context, jax.Array)
     deadline = time.monotonic() + 5
     while len(placed) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)

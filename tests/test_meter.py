@@ -11,19 +11,22 @@ ARCH = architecture()
 
 
 def batch(share=1):
-    """Two contexts of 30 and 12 tokens in rows of 32; ``share`` questions each, the last without an answer."""
+    """One micro-batch: two contexts of 30 and 12 tokens in rows of 32, ``share`` questions each, the last without an
+    answer."""
     rows = 2 * share
     answers = np.full(rows, 2, np.int32)
     answers[-1] = 0
-    return comi.Batch(
+    arrays = (
         np.zeros((2, 32), np.int32), np.array([30, 12], np.int32), np.zeros((rows, 8), np.int32),
         np.full(rows, 5, np.int32), np.zeros((rows, 4), np.int32), answers, np.full(rows, 4, np.int32),
     )  # fmt: skip
+    return (comi.Batch(*arrays),)
 
 
 def test_tokens_padding_and_contexts_are_counted():
     assert meter.Tally.of(batch()) == meter.Tally(tokens=42 + 10 + 2, positions=64 + 16 + 8, asked_context=30)
     assert meter.Tally.of(batch(2)) == meter.Tally(42 + 20 + 6, 64 + 32 + 16, asked_context=30 + 30 + 12)
+    assert meter.Tally.of(batch() + batch(2)) == meter.Tally(54 + 68, 88 + 112, asked_context=30 + 72)
 
 
 def test_operations_are_those_of_the_examples_and_a_shared_context_is_encoded_once():
@@ -32,6 +35,8 @@ def test_operations_are_those_of_the_examples_and_a_shared_context_is_encoded_on
     encoded = flops.by_part(ARCH, flops.Lengths(30, 0, 0, 4))["encoder"].total
     shared = 2 * flops.train_step(ARCH, one) - encoded + flops.train_step(ARCH, two)
     assert meter.batch_flops(ARCH, batch(2)) == pytest.approx(shared)
+    both = meter.batch_flops(ARCH, batch()) + shared
+    assert meter.batch_flops(ARCH, batch() + batch(2)) == pytest.approx(both)
 
 
 def metrics(skipped=0):

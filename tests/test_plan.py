@@ -117,8 +117,8 @@ def compiled_step(mesh, batch_size):
     update = optim.optimizer(config.optimizer, 10)
     held, frozen = state.abstract(arch, update, mesh)
     batch = plan.abstract_batch(config, batch_size, 1, sharding.rows(mesh))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    compiled = CompiledStep(arch, update, 1).lower(held, frozen, batch, key).compile()
+    key, number = jax.eval_shape(lambda: (jax.random.key(0), jax.numpy.int32(0)))
+    compiled = CompiledStep(arch, update).lower_gradients(None, held, frozen, batch, key, number).compile()
     return compiled.as_text(), arch
 
 

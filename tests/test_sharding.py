@@ -1,7 +1,6 @@
 """Neither the devices, nor the mesh axes they are on, nor micro-batches change what is computed."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import re
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import train_fixtures
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from comi_jax import backbone as lm
 from comi_jax import comi, sharding
@@ -20,7 +19,7 @@ from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Optimi
 from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.params import ParamSpec, partition
-from comi_jax.step import TrainState, micro_batches, train_step
+from comi_jax.step import CompiledStep, TrainState
 
 ARCH = comi.Architecture(
     train_fixtures.backbone(num_hidden_layers=1),
@@ -122,24 +121,18 @@ def test_a_mesh_axis_is_not_used_twice_in_one_array():
 
 @pytest.fixture(scope="module")
 def start():
-    """Parameters with no neutral values, and eight examples: one or two segments, answers of 2 to 9 tokens."""
+    """Parameters with no neutral values, and a plan of eight examples: one or two segments, answers of 2 to 9 tokens,
+    so that micro-batches have different shapes."""
     params = train_fixtures.tiny_models.shaken(comi.specs(ARCH))
     facts = ("the red box holds a silver coin .",) * 3
     things = ["key", "gold ring", "the old brass lamp holds a key in the box"]
     records = [Record(facts[i % 3 :], "what does it hold ?", (things[i % 3],)) for i in range(8)]
     examples, _ = loader.encode(records, train_fixtures.tokenizer(), Data())
-    examples = [loader.Example(e.context, e.query, e.answer, (2, 4)[i % 2]) for i, e in enumerate(examples)]
     assert len({len(e.answer) for e in examples}) == 3
-    return params, loader.collate(examples, loader.Shapes.of(examples, Data(), ARCH.compression))
-
-
-def test_micro_batches_leave_every_row_on_its_device(start):
-    batch = sharding.put_batch(start[1], sharding.make_mesh(Mesh()))
-    split = jax.jit(functools.partial(micro_batches, count=2)).lower(batch).compile()
-    assert not [name for name in ("all-gather", "all-to-all", "collective-permute") if name in split.as_text()]
-    answers = split(batch).answer
-    assert answers.shape[:2] == (2, 4)
-    assert sorted(np.concatenate(answers).tolist()) == sorted(start[1].answer.tolist())
+    plan = loader.Plan.of(examples, loader.Shapes.of(examples, Data(), ARCH.compression), 8, seed=0)
+    shapes = [rows.context.shape for rows in dataclasses.replace(plan, parts=2).batch(0, (2, 4) * 4)]
+    assert sorted(shapes) == [(4, 16), (4, 32)]
+    return params, plan
 
 
 def one_device():
@@ -149,15 +142,17 @@ def one_device():
 
 def step(start, mesh, accumulate):
     """Loss and accuracy of one step, and its gradients."""
-    params, batch = start
+    params, plan = start
+    batch = dataclasses.replace(plan, parts=accumulate).batch(0, (2, 4) * 4)
     placed = sharding.parameters(comi.specs(ARCH), mesh)
     trained, frozen = (
-        {path: jax.device_put(x, placed[path]) for path, x in part.items()}
+        {path: jax.device_put(np.array(x), placed[path]) for path, x in part.items()}  # the step uses them up
         for part in partition(params, lambda path: comi.is_trained(path, ARCH))
     )
     update = optax.trace(1.0)  # whose state is the gradient, and whose update adds it
-    state = TrainState(jnp.int32(0), trained, update.init(trained))
-    function = jax.jit(functools.partial(train_step, arch=ARCH.on(mesh), update=update, accumulate=accumulate))
+    number = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
+    state = TrainState(number, trained, update.init(trained))
+    function = CompiledStep(ARCH.on(mesh), update)
     new, metrics = function(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
     gradients = {path: np.asarray(x) for path, x in new.optimizer.trace.items()}
     return {name: float(value) for name, value in metrics.items()}, gradients

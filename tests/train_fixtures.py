@@ -91,7 +91,7 @@ def command(model, data, output, *more):
 
 @dataclasses.dataclass
 class Outcome:
-    """What a command left: all it printed, and how many times the train step was compiled."""
+    """What a command left: all it printed, and for how many shapes of batches the step was compiled."""
 
     printed: str
     compiled: int
@@ -103,7 +103,7 @@ def run(arguments):
 
     class Count(logging.Handler):
         def emit(self, record):
-            if "Compiling jit(train_step)" in record.getMessage():
+            if "Compiling jit(add_gradients)" in record.getMessage():
                 compiled.append(record)
 
     handler, printed = Count(), io.StringIO()

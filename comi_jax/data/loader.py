@@ -1,6 +1,6 @@
 """From records to batches: tokenise once, then a Grain pipeline whose order is a pure function of seed and step.
 
-    records -> encoded -> Example (of a run: in a file, see ``tokens``) -> Plan: which examples make batch i -> Batch
+    records -> encoded -> Example (of a run: in a file, see ``tokens``) -> Plan: which examples make batch i -> Batches
 
 Context, query and answer are tokenised raw and apart: no chat template, no separators, no BOS. The target is the first
 answer and the end-of-sequence token.
@@ -228,41 +228,52 @@ def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Exampl
 
 @dataclass(frozen=True)
 class Plan:
-    """The batches of training: which examples each holds and how large it is, known before any is made."""
+    """The batches of training: which examples each holds and how large it is, known before any is made.
+
+    A batch comes as ``parts`` micro-batches, examples of like size together, each of which has a shape of its own.
+    Which examples make a batch does not depend on ``parts``."""
 
     groups: list[tuple[Example, ...]]  # examples about one context
     shapes: Shapes
     order: Order
     share: int  # examples in a group
+    parts: int
 
     @classmethod
-    def of(cls, examples: Sequence[Example], shapes: Shapes, batch_size: int, seed: int, share: int = 1) -> "Plan":
+    def of(
+        cls, examples: Sequence[Example], shapes: Shapes, batch_size: int, seed: int, share: int = 1, parts: int = 1
+    ) -> "Plan":
         groups = share_contexts(examples, share)
         lengths, *widths = np.array([shapes.size(group) for group in groups]).T
         # Narrow rows rise and the others fall: where they meet, the longest of both share a batch.
         narrow = np.all(np.stack(widths, axis=1) == (shapes.narrow or (0, 0)), axis=1)
         order = Order(np.where(narrow, lengths, 2 * max(lengths) - lengths), batch_size // share, seed)
-        return cls(groups, shapes, order, share)
+        return cls(groups, shapes, order, share, parts)
 
-    def examples(self, number: int) -> list[Example]:
-        """The examples of batch ``number``."""
-        return [example for i in self.order[number] for example in self.groups[i]]
+    @property
+    def contexts(self) -> int:
+        """How many contexts a micro-batch has."""
+        return self.order.batch // self.parts
 
-    def batch(self, number: int, rates: Sequence[int] | np.ndarray, own: range | None = None) -> Batch:
-        """Batch ``number``, its examples at ``rates``; ``own`` as in ``collate``."""
-        every = self.examples(number)
-        drawn = [dataclasses.replace(e, rate=int(rate)) for e, rate in zip(every, rates, strict=True)]
-        return collate(drawn, self.shapes, self.share, own=own)
+    def examples(self, number: int) -> list[list[Example]]:
+        """The examples of the micro-batches of batch ``number``, which the order has sorted by size."""
+        return [[e for i in part for e in self.groups[i]] for part in self.order[number].reshape(self.parts, -1)]
+
+    def batch(self, number: int, rates: Sequence[int] | np.ndarray, own: range | None = None) -> tuple[Batch, ...]:
+        """The micro-batches of batch ``number``, its examples at ``rates``; ``own`` of each as in ``collate``."""
+        drawn = iter(rates)
+        every = [[dataclasses.replace(e, rate=int(next(drawn))) for e in part] for part in self.examples(number)]
+        return tuple(collate(part, self.shapes, self.share, own=own) for part in every)
 
     def forecast(self) -> tuple[float, dict[tuple[int, int, int], int]]:
-        """Share of padding over the first epoch, and how often it has each size: every one is compiled once."""
+        """Share of padding over the first epoch, and how many micro-batches have each size: every one is compiled
+        once."""
         real, padded, sizes = 0, 0, Counter()
-        for number in range(max(self.order.first(1), 1)):
-            examples = self.examples(number)
-            owners, (context, query, answer) = self.order.batch, self.shapes.size(examples)
+        for examples in (part for number in range(max(self.order.first(1), 1)) for part in self.examples(number)):
+            context, query, answer = self.shapes.size(examples)
             real += sum(len(e.context) for e in examples[:: self.share])
             real += sum(len(e.query) + len(e.answer) for e in examples)
-            padded += owners * context + len(examples) * (query + answer)
+            padded += self.contexts * context + len(examples) * (query + answer)
             sizes[context, query, answer] += 1
         return 1.0 - real / padded, dict(sizes)
 
@@ -273,17 +284,18 @@ def training_batches(
     seed: int,
     *,
     own: range | None = None,
-    put: Callable[[Batch], Any] | None = None,
+    put: Callable[[tuple[Batch, ...]], Any] | None = None,
 ) -> grain.DatasetIterator:
-    """The batches of ``plan``, endless, each example with a rate drawn from ``rates``.
+    """The batches of ``plan``, endless, each a tuple of micro-batches and each example with a rate drawn from
+    ``rates``.
 
     Batch i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step. A process whose
-    devices need a part of every batch's contexts names it as ``own``: no other tokens are read. With ``put``, which
-    places a batch on devices, elements are (batch, put(batch)), and two are placed ahead of the one in use; ``close``
-    the iterator when done with it.
+    devices need a part of every micro-batch's contexts names it as ``own``: no other tokens are read. With ``put``,
+    which places a batch on devices, elements are (batch, put(batch)), and two are placed ahead of the one in use;
+    ``close`` the iterator when done with it.
     """
 
-    def make(number: int, rng: np.random.Generator) -> Batch:
+    def make(number: int, rng: np.random.Generator) -> tuple[Batch, ...]:
         return plan.batch(number, rng.choice(rates, plan.order.batch * plan.share), own)
 
     data = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(make).to_iter_dataset(grain.ReadOptions(1, 4))
