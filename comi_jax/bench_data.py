@@ -50,7 +50,7 @@ def tokenise(config: Config, folder: Path) -> tuple[tokens.Examples, float]:
 def batches_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mesh, count: int) -> float:
     """Tokens a second of ``count`` batches, made as for a run on ``mesh`` and taken by nobody else."""
     made = loader.training_batches(
-        plan, config.compression.rates, config.train.seed, own=sharding.own_contexts(mesh, plan.contexts),
+        plan, config.compression.rates, config.train.seed, own=sharding.own_contexts(mesh, plan.contexts_at_once),
         put=lambda batch: sharding.put_batch(batch, mesh),
     )  # fmt: skip
     with contextlib.closing(made):

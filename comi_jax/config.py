@@ -225,8 +225,8 @@ class Data:
     max_answer: int = 64  # end-of-sequence token included
     on_long: str = "refuse"  # a context, query or answer above its maximum: "refuse" or "truncate" (counted, reported)
     skip_bad_records: bool = False
-    buckets: tuple[int, ...] = ()  # context lengths that batches are padded to; empty: in training at most ...
-    max_buckets: int = 12  # ... so many, fitted to the data, and in answering powers of two and their halves
+    buckets: tuple[int, ...] = ()  # lengths that contexts are padded to, beyond them whole segments; empty: in training
+    max_buckets: int = 12  # at most so many, fitted to the data, in answering powers of two and halves up to a segment
 
     def __post_init__(self):
         _one_of("data.on_long", self.on_long, ("refuse", "truncate"))

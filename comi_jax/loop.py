@@ -40,7 +40,7 @@ class Job:
     state: TrainState
     frozen: dict[str, Array]
     plan: loader.Plan
-    batches: Any  # endless micro-batches, as they are and on the devices, with get_state, set_state and close
+    batches: Any  # endless (micro-batches, the same on the devices), with get_state, set_state and close
     largest: comi.Batch  # in the largest shape that a micro-batch can have
     held_out: list[Record]
     tokenizer: Any

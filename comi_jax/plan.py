@@ -1,12 +1,13 @@
 """What a run would need on chips that are not there: ``python -m comi_jax.plan --config=qwen2 --topology=v5e:8x8``.
 
-The train step itself is compiled ahead of time, from shapes, for the devices of a topology. What it needs comes from
-XLA's memory analysis; what it does from the text of the compiled program (``hlo``: XLA's own ``cost_analysis`` counts
-the body of a loop once); how long that takes at least from the chip's peaks:
+The programs of the train step, that of a micro-batch and the update, are compiled ahead of time, from shapes, for the
+devices of a topology. What they need comes from XLA's memory analysis; what they do from their text (``hlo``: XLA's own
+``cost_analysis`` counts the body of a loop once); how long that takes at least from the chip's peaks:
 
     seconds >= max(operations / FLOP/s, bytes of main memory / bandwidth, bytes sent / links)
 
-which assumes that all three overlap and that each runs at its peak. Lengths are the largest that the config allows.
+which assumes that all three overlap and that each runs at its peak. Lengths are the largest that the config allows; a
+context whose last segment is shorter has two programs of the encoder, one after the other.
 """
 
 import argparse
@@ -100,16 +101,15 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     step, total = CompiledStep(arch, update), gradients_of(held) if parts > 1 else None
     rows = examples // share // (mesh.shape["data"] * mesh.shape["fsdp"])
     known = estimate.held(arch, held, frozen, estimate.longest(config), rows, share, mesh)
-    trained, gradients = {"trained parameters": known.trained}, {"gradients": known.gradients}
-    frozen_size, optimizer = {"frozen parameters": known.frozen}, {"optimizer": known.optimizer}
+    held_by_both = {"trained parameters": known.trained, "optimizer": known.optimizer}
+    gradients = {"gradients": known.gradients}
     own = flops.shared(arch, estimate.longest(config), share).total * examples / len(where.devices)
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     division = f"{sizes}, {parts} micro-batches, remat {config.model.remat}"
     lowered = step.lower_gradients(total, held, frozen, batch, key, number)
-    arguments = trained | frozen_size | (gradients if parts > 1 else {})
-    each = measure("train step", division, lowered, where, arguments, own, beside=optimizer)
-    arguments = trained | optimizer | gradients
-    last = measure("train step", division, step.lower_update(held), where, arguments, 0.0, beside=frozen_size)
+    arguments = held_by_both | {"frozen parameters": known.frozen} | (gradients if parts > 1 else {})
+    each = measure("train step", division, lowered, where, arguments, own)
+    last = measure("train step", division, step.lower_update(held), where, held_by_both | gradients, 0.0)
     return in_turn([(parts, each), (1, last)])
 
 
@@ -151,11 +151,9 @@ def measure(
     memory: dict[str, int],
     own_flops: float,
     open_trips: int = 1,
-    beside: dict[str, int] | None = None,
 ) -> Program:
-    """Compile ``lowered`` and read off what it needs; ``memory`` has what is known of its arguments, ``beside`` what
-    lies on the device meanwhile."""
-    started, there, beside = time.perf_counter(), int(where.chip.memory), beside or {}
+    """Compile ``lowered`` and read off what it needs; ``memory`` has what is known of its arguments."""
+    started, there = time.perf_counter(), int(where.chip.memory)
     try:
         compiled, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
@@ -165,22 +163,19 @@ def measure(
         needed, there = (
             int(float(n) * 2.0 ** (10 * (1 + "KMGT".index(u)))) for n, u in (used.groups()[:2], used.groups()[2:])
         )
-        needed, refusal = needed + sum(beside.values()), str(error).splitlines()[0]
-        return Program(name, division, False, needed, there, memory | beside, own_flops=own_flops, refusal=refusal)
+        return Program(
+            name, division, False, needed, there, memory, own_flops=own_flops, refusal=str(error).splitlines()[0]
+        )
     seconds = time.perf_counter() - started
     sizes = compiled.memory_analysis()
     arguments = sizes.argument_size_in_bytes
-    memory = (
-        memory
-        | beside
-        | {
-            "batch and other arguments": max(arguments - sum(memory.values()), 0),
-            "temporaries": sizes.temp_size_in_bytes,
-            "results that are no arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-            "program": sizes.generated_code_size_in_bytes,
-            "on the host": sizes.host_temp_size_in_bytes + sizes.host_argument_size_in_bytes,
-        }
-    )
+    memory = memory | {
+        "batch and other arguments": max(arguments - sum(memory.values()), 0),
+        "temporaries": sizes.temp_size_in_bytes,
+        "results that are no arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+        "on the host": sizes.host_temp_size_in_bytes + sizes.host_argument_size_in_bytes,
+    }
     needed = sum(size for kind, size in memory.items() if kind != "on the host")
     counts = hlo.count(text, where.per_node, open_trips)
     return Program(

@@ -112,7 +112,7 @@ class CompiledStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state after an update from the micro-batches of ``batch``, equal to one from all their rows at once, and
         its metrics. The state that it is given is used up."""
-        total = self._zero(state)() if len(batch) > 1 else None  # one alone needs no second copy to be added to
+        total = self._zeros(state)() if len(batch) > 1 else None  # one alone needs no second copy to be added to
         for number, rows in enumerate(batch):
             arguments = (total, state, frozen, rows, key, np.int32(number))
             total = self._gradients(*arguments)(*arguments)
@@ -130,7 +130,9 @@ class CompiledStep:
         self, total: Any, state: Any, frozen: Any, rows: Any, key: Any, number: Any
     ) -> jax.stages.Lowered:
         """``add_gradients`` before its compilation, of arrays or of their abstract shapes with places."""
-        function = jax.jit(self._add, donate_argnums=0, out_shardings=_places(gradients_of(state)))
+        # The optimizer state has no part in it, but is on the device: the compiler is to know.
+        places = _places(gradients_of(state))
+        function = jax.jit(self._add, donate_argnums=0, out_shardings=places, keep_unused=True)
         return function.lower(total, state, frozen, rows, key, number)
 
     def lower_update(self, state: Any) -> jax.stages.Lowered:
@@ -145,10 +147,13 @@ class CompiledStep:
     def _update(self, state):
         return self._program("update", lambda: self.lower_update(state))
 
-    def _zero(self, state):
-        like = gradients_of(state)
-        zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), out_shardings=_places(like))
-        return self._program("zero", zeros.lower)
+    def _zeros(self, state):
+        def lower():
+            like = gradients_of(state)
+            make = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), like)
+            return jax.jit(make, out_shardings=_places(like)).lower()
+
+        return self._program("zeros", lower)
 
     def _program(self, name: Any, lower: Callable[[], jax.stages.Lowered]) -> Any:
         if name not in self._compiled:

@@ -76,8 +76,8 @@ def _estimated(
     needed = estimate.held(arch, held, frozen, lengths, rows, share, mesh)
     cost = flops.shared(arch, lengths, share)
     work = (cost.total + RECOMPUTED[remat] * cost.forward) * config.train.batch_size
-    # Weights in the model's dtype are gathered for the forward and the backward pass, gradients scattered once; the
-    # results of two products a block are summed over tensor, forward and backward.
+    # For each micro-batch weights in the model's dtype are gathered for the forward and the backward pass, gradients
+    # scattered, and summed over data; the results of two products a block are summed over tensor, forward and backward.
     others = fsdp * context - 1
     weights = (needed.trained // 2 + needed.frozen) * others * 2 + needed.trained // 2 * others
     tokens = lengths.context * arch.compression.encoder_layers + sum(
@@ -92,7 +92,7 @@ def _estimated(
         parts * weights / _speed(where, fsdp * tensor * context, tensor)
         + parts * sums / _speed(where, tensor * context, context)
         + parts * exchanged / _speed(where, context, 1)
-        + replicas / _speed(where, len(where.devices), fsdp * tensor * context)
+        + parts * replicas / _speed(where, len(where.devices), fsdp * tensor * context)
     )
     return Candidate(config, needed.total, max(work / len(where.devices) / where.chip.flops, sent))
 

@@ -73,7 +73,7 @@ def prepare(task: Task, title: str, run: Run, output: Path, console: Console) ->
     plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
     batches = loader.training_batches(
         plan, config.compression.rates, settings.seed,
-        own=sharding.own_contexts(mesh, plan.contexts), put=functools.partial(sharding.put_batch, mesh=mesh),
+        own=sharding.own_contexts(mesh, plan.contexts_at_once), put=functools.partial(sharding.put_batch, mesh=mesh),
     )  # fmt: skip
     progress = Progress(0, batches.get_state(), examples=examples.about.fingerprint)
     if begun(checkpoints.folder):

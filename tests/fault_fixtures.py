@@ -69,7 +69,10 @@ class Driver:
         return self.start(arguments=self.command(output, *more), **order)
 
     def command(self, output, *more):
-        often = (f"train.steps={STEPS}", "train.log_every=1", f"train.checkpoint_every={SAVE_EVERY}")
+        often = (
+            f"train.steps={STEPS}", "train.log_every=1", f"train.checkpoint_every={SAVE_EVERY}",
+            "optimizer.accumulate=2",
+        )  # fmt: skip
         return train_fixtures.command(self.lm, self.data, output, *often, *more)
 
 

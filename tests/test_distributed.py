@@ -205,14 +205,15 @@ def pids_of(process):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """A run of a tiny Qwen2, weights and contexts split over all processes, evaluated on the way."""
+    """A run of a tiny Qwen2, weights and contexts of two micro-batches split over all processes, evaluated on the
+    way."""
     folder = tmp_path_factory.mktemp("data")
     model = train_fixtures.language_model(folder / "lm")
     data = train_fixtures.write(folder / "train.jsonl", train_fixtures.records(24))
     dev = train_fixtures.write(folder / "dev.jsonl", train_fixtures.records(5, seed=1))
     return train_fixtures.command(
         model, data, "", f"data.eval={dev}", "train.log_every=1", "train.steps=12", "train.checkpoint_every=2",
-        "train.eval_every=4", "train.compare_mean_pooling=false",
+        "train.eval_every=4", "train.compare_mean_pooling=false", "optimizer.accumulate=2",
     )  # fmt: skip
 
 

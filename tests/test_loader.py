@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import combinations, count, islice
+from itertools import chain, combinations, count, islice
 
 import jax
 import numpy as np
@@ -127,7 +127,8 @@ def shapes_of(lengths, segment_size=1024, buckets=(), query=3, answer=2):
         ([80], {"segment_size": 40}, (32, 40, 80)),
         ([100], {"buckets": (64, 128, 256)}, (64, 128)),
         ([300], {"buckets": (64, 128)}, (64, 128, 300)),
-        ([300], {"buckets": (64, 128), "segment_size": 128}, (64, 128, 384)),
+        ([300], {"buckets": (64, 128), "segment_size": 128}, (64, 128, 256, 384)),
+        ([300], {"buckets": (64, 300), "segment_size": 128}, (64, 300)),
         ([300], {"buckets": (64, 144, 400), "segment_size": 128}, (64, 144, 400)),
         ([0], {}, (32,)),  # closed book
     ],
@@ -359,7 +360,7 @@ def test_micro_batches_split_a_batch_by_size_and_change_nothing_else(share):
     """The same examples at the same rates, however many the parts; each part in a shape of its own."""
     whole = loader.Plan.of([e for e in MIXED for _ in range(share)], FITTED, 120 * share, seed=3, share=share)
     split = dataclasses.replace(whole, parts=6)
-    assert (whole.contexts, split.contexts) == (120, 20)
+    assert (whole.contexts_at_once, split.contexts_at_once) == (120, 20)
     batches_of = [islice(loader.training_batches(plan, RATES, 3), 10) for plan in (whole, split)]
     for (one,), many in zip(*batches_of, strict=True):
         assert len(many) == 6 and {len(rows.context) for rows in many} == {20}
@@ -385,15 +386,17 @@ def test_any_number_of_batches_has_every_example_as_often_as_it_should(sizes, ba
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("share", [1, 4])
-def test_the_rows_of_all_processes_are_the_batch_of_one(processes, share):
-    """Lengths are known to each, tokens to those whose rows they are."""
-    plan = plan_of([e for e in MIXED[:90] for _ in range(share)], 12 * share, 1, share, FITTED)
+@pytest.mark.parametrize("share, micro", [(1, 1), (4, 1), (1, 2)])
+def test_the_rows_of_all_processes_are_the_batch_of_one(processes, share, micro):
+    """Lengths are known to each, tokens to those whose rows they are; of every micro-batch."""
+    plan = plan_of([e for e in MIXED[:90] for _ in range(share)], 12 * micro * share, 1, share, FITTED)
+    plan = dataclasses.replace(plan, parts=micro)
     whole = loader.training_batches(plan, RATES, 1)
     own = [range(12 * i // processes, 12 * (i + 1) // processes) for i in range(processes)]
     parts = [loader.training_batches(plan, RATES, 1, own=part) for part in own]
-    for _ in range(9):
-        batch, *pieces = (dataclasses.asdict(*next(iterator)) for iterator in (whole, *parts))
+    every = (zip(*batch, strict=True) for batch in zip(*(islice(i, 9) for i in (whole, *parts)), strict=True))
+    for rows_of_all in chain.from_iterable(every):
+        batch, *pieces = map(dataclasses.asdict, rows_of_all)
         for name, array in batch.items():
             if name not in ("context", "query", "answer"):
                 assert all(np.array_equal(piece[name], array) for piece in pieces), name

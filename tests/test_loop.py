@@ -178,16 +178,18 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_told(files, quick_st
 
 
 @pytest.mark.fault
-def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step, tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step, tmp_path, parts):
     quick_step(bad=(4, 5, 6, 7))
-    said = refusal(files, tmp_path / "run", "train.max_skipped=3")
+    said = refusal(files, tmp_path / "run", "train.max_skipped=3", f"optimizer.accumulate={parts}")
     path = tmp_path / "run" / "bad_batches" / "step_6.npz"
     assert "of 3 steps in a row, up to step 6, is not finite" in said and str(path) in said
     batch = np.load(path)
     assert batch["context"].shape == (8, 32) and batch["query_text"][0].startswith("what does the")
     (step,) = store.steps_in(tmp_path / "run" / "checkpoints")
     assert step == 7 and [row["skipped"] for row in lines(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4]
-    said = run(files, tmp_path / "run", "train.max_skipped=3")  # behind them, it goes on
+    # Behind them, it goes on.
+    said = run(files, tmp_path / "run", "train.max_skipped=3", f"optimizer.accumulate={parts}")
     assert f"going on from step 7 of {STEPS}" in said and lines(tmp_path / "run")[-1]["skipped"] == 4
 
 

@@ -14,7 +14,7 @@ import train_fixtures
 
 from comi_jax import chips, comi, flops, hlo_text, optim, plan, published, sharding, state, topology
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train, load
-from comi_jax.step import CompiledStep
+from comi_jax.step import CompiledStep, gradients_of
 
 CHIP = chips.Chip("test", flops=1e12, memory=1e9, bandwidth=1e11, link=1e10, network=1e9)
 
@@ -56,6 +56,29 @@ def test_the_plan_of_a_step(four, model, tmp_path, capsys):
     assert step["memory"]["optimizer"] == pytest.approx(2 * step["memory"]["trained parameters"], rel=0.01)
     assert 1.0 < step["waste"] < 2.0 and step["sent"]["all-gather"] > 0
     assert step["bound"] in step["seconds"] and step["seconds"]["compute"] == step["flops"] / CHIP.flops
+
+
+def test_the_plan_of_micro_batches_is_theirs_and_the_updates(four, model, tmp_path):
+    """Two of half the rows: the same work on twice the weights that are gathered, and gradients that lie between."""
+    one, two = (
+        run(model, tmp_path, "mesh.data=1", "mesh.fsdp=4", f"optimizer.accumulate={n}")["programs"][0] for n in (1, 2)
+    )
+    assert two["own_flops"] == one["own_flops"] and two["flops"] == pytest.approx(one["flops"], rel=0.01)
+    assert two["sent"]["all-gather"] == pytest.approx(2 * one["sent"]["all-gather"], rel=0.05)
+    assert two["memory"]["gradients"] == two["memory"]["trained parameters"] and "gradients" not in one["memory"]
+    assert two["memory"]["temporaries"] < one["memory"]["temporaries"]
+
+
+def test_programs_in_turn_need_what_the_largest_needs_and_do_what_all_do():
+    seconds, sent = {"compute": 1.0, "memory": 2.0}, {"all-gather": 3.0}
+    small = plan.Program("step", "", True, 10, 100, {"program": 1}, 2.0, 1.0, sent, seconds, ("a",))
+    other = {"sent": {"all-reduce": 5.0}, "seconds": {"compute": 4.0}, "kernels": ("b",)}
+    large = dataclasses.replace(small, bytes_needed=20, **other)
+    both = plan.in_turn([(3, small), (1, large)])
+    assert (both.bytes_needed, both.flops, both.own_flops, both.kernels) == (20, 8.0, 4.0, ("a", "b"))
+    assert both.sent == {"all-gather": 9.0, "all-reduce": 5.0} and both.seconds == {"compute": 7.0, "memory": 6.0}
+    refused = dataclasses.replace(small, fits=False, refusal="Used 2G of 1G hbm", flops=0.0, seconds={})
+    assert plan.in_turn([(3, refused), (1, large)]) == dataclasses.replace(refused, own_flops=4.0)
 
 
 def test_what_does_not_fit_is_said(capsys):
@@ -118,7 +141,12 @@ def compiled_step(mesh, batch_size):
     held, frozen = state.abstract(arch, update, mesh)
     batch = plan.abstract_batch(config, batch_size, 1, sharding.rows(mesh))
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jax.numpy.int32(0)))
-    compiled = CompiledStep(arch, update).lower_gradients(None, held, frozen, batch, key, number).compile()
+    step, total = CompiledStep(arch, update), gradients_of(held)
+    compiled = step.lower_gradients(total, held, frozen, batch, key, number).compile()
+    # Neither what is added to nor the state is held twice.
+    gradients = sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(total))
+    assert compiled.memory_analysis().alias_size_in_bytes >= gradients
+    assert step.lower_update(held).compile().memory_analysis().alias_size_in_bytes >= 2.99 * gradients
     return compiled.as_text(), arch
 
 

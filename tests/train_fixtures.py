@@ -91,20 +91,22 @@ def command(model, data, output, *more):
 
 @dataclasses.dataclass
 class Outcome:
-    """What a command left: all it printed, and for how many shapes of batches the step was compiled."""
+    """What a command left: all it printed, for how many shapes of micro-batches gradients were compiled, and how often
+    the update was."""
 
     printed: str
     compiled: int
+    updates: int
 
 
 def run(arguments):
     """``python -m comi_jax.train`` with ``arguments``, in this process."""
-    compiled = []
+    compiled = {"add_gradients": 0, "apply_gradients": 0}
 
     class Count(logging.Handler):
         def emit(self, record):
-            if "Compiling jit(add_gradients)" in record.getMessage():
-                compiled.append(record)
+            for name in compiled:
+                compiled[name] += f"Compiling jit({name})" in record.getMessage()
 
     handler, printed = Count(), io.StringIO()
     logging.getLogger("jax").addHandler(handler)
@@ -113,7 +115,7 @@ def run(arguments):
             train.main(arguments)
     finally:
         logging.getLogger("jax").removeHandler(handler)
-    return Outcome(printed.getvalue(), len(compiled))
+    return Outcome(printed.getvalue(), *compiled.values())
 
 
 @dataclasses.dataclass
@@ -135,7 +137,7 @@ class World:
 def make_world(folder):
     lm = language_model(folder / "lm")
     data, dev = write(folder / "train.jsonl", records(16)), write(folder / "dev.jsonl", records(6, seed=1))
-    made = World(lm, data, dev, folder / "run", Outcome("", 0))
+    made = World(lm, data, dev, folder / "run", Outcome("", 0, 0))
     made.outcome = run(made.command(made.run))
     return made
 

@@ -151,13 +151,16 @@ class Shapes:
 
     @classmethod
     def of(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
-        """Buckets from ``data`` or, if it has none, powers of two and their halves, and beyond one segment whole ones;
-        queries and answers are padded to the longest of ``examples``."""
-        longest, segment = max(len(example.context) for example in examples), compression.segment_size
-        whole = range(segment, max(longest, 1) + segment, segment)
-        halving = (base * 2**k for k in range(40) for base in (32, 48))
-        steps = data.buckets or (*(b for b in halving if b < segment), *whole)
-        last = min((b for b in steps if b >= longest), default=longest if longest <= segment else whole[-1])
+        """Buckets from ``data`` or, if it has none, powers of two and their halves, and whole segments beyond; queries
+        and answers are padded to the longest of ``examples``."""
+        longest, segment = max(1, *(len(example.context) for example in examples)), compression.segment_size
+        steps = data.buckets or [base * 2**k for k in range(40) for base in (32, 48) if base * 2**k < segment]
+        largest = max(steps, default=0)
+        if data.buckets and largest < longest <= segment:
+            steps = (*steps, longest)
+        elif largest < longest:
+            steps = (*steps, *range(largest // segment * segment + segment, longest + segment, segment))
+        last = min(b for b in steps if b >= longest)
         query, answer = (max(len(getattr(e, name)) for e in examples) for name in ("query", "answer"))
         return cls(tuple(sorted({*(b for b in steps if b < longest), last})), query, max(answer, 1))
 
@@ -251,7 +254,7 @@ class Plan:
         return cls(groups, shapes, order, share, parts)
 
     @property
-    def contexts(self) -> int:
+    def contexts_at_once(self) -> int:
         """How many contexts a micro-batch has."""
         return self.order.batch // self.parts
 
@@ -261,9 +264,11 @@ class Plan:
 
     def batch(self, number: int, rates: Sequence[int] | np.ndarray, own: range | None = None) -> tuple[Batch, ...]:
         """The micro-batches of batch ``number``, its examples at ``rates``; ``own`` of each as in ``collate``."""
-        drawn = iter(rates)
-        every = [[dataclasses.replace(e, rate=int(next(drawn))) for e in part] for part in self.examples(number)]
-        return tuple(collate(part, self.shapes, self.share, own=own) for part in every)
+        made = []
+        for part, drawn in zip(self.examples(number), np.reshape(rates, (self.parts, -1)), strict=True):
+            examples = [dataclasses.replace(e, rate=int(rate)) for e, rate in zip(part, drawn, strict=True)]
+            made.append(collate(examples, self.shapes, self.share, own=own))
+        return tuple(made)
 
     def forecast(self) -> tuple[float, dict[tuple[int, int, int], int]]:
         """Share of padding over the first epoch, and how many micro-batches have each size: every one is compiled
@@ -273,7 +278,7 @@ class Plan:
             context, query, answer = self.shapes.size(examples)
             real += sum(len(e.context) for e in examples[:: self.share])
             real += sum(len(e.query) + len(e.answer) for e in examples)
-            padded += self.contexts * context + len(examples) * (query + answer)
+            padded += self.contexts_at_once * context + len(examples) * (query + answer)
             sizes[context, query, answer] += 1
         return 1.0 - real / padded, dict(sizes)
 

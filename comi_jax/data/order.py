@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 STEP, STEP_WIDTH = 32, 8  # fitted context lengths, query and answer widths are multiples of these
+MOST_STEPS = 2048  # lengths that are considered; where contexts are longer, multiples of a larger step
 ENOUGH = 0.05  # share of padding among context tokens below which no further bucket is added
 
 
@@ -41,8 +42,9 @@ class Order:
 def fit_lengths(lengths: np.ndarray, most: int, segment: int) -> tuple[int, ...]:
     """The up to ``most`` lengths, whole segments and a multiple of STEP, that ``lengths`` are padded to at the least
     cost in all; fewer where padding is ENOUGH already. Exact, by dynamic programming."""
+    step = STEP * max(1, -(-int(lengths.max()) // (STEP * MOST_STEPS)))
     whole = np.maximum(lengths - 1, 0) // segment * segment
-    steps = whole + np.clip(-(-(lengths - whole) // STEP) * STEP, min(STEP, segment), segment)
+    steps = whole + np.clip(-(-(lengths - whole) // step) * step, min(step, segment), segment)
     values, counts = np.unique(steps, return_counts=True)
     counts = counts.cumsum()
     before = np.concatenate([[0], counts])
