@@ -130,8 +130,8 @@ class CompiledStep:
         self, total: Any, state: Any, frozen: Any, rows: Any, key: Any, number: Any
     ) -> jax.stages.Lowered:
         """``add_gradients`` before its compilation, of arrays or of their abstract shapes with places."""
-        # The optimizer state has no part in it, but is on the device: the compiler is to know.
         places = _places(gradients_of(state))
+        # The optimizer state has no part in it, but is on the device: the compiler is to know.
         function = jax.jit(self._add, donate_argnums=0, out_shardings=places, keep_unused=True)
         return function.lower(total, state, frozen, rows, key, number)
 

@@ -153,7 +153,7 @@ class Shapes:
     def of(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
         """Buckets from ``data`` or, if it has none, powers of two and their halves, and whole segments beyond; queries
         and answers are padded to the longest of ``examples``."""
-        longest, segment = max(1, *(len(example.context) for example in examples)), compression.segment_size
+        longest, segment = max(1, max(len(example.context) for example in examples)), compression.segment_size
         steps = data.buckets or [base * 2**k for k in range(40) for base in (32, 48) if base * 2**k < segment]
         largest = max(steps, default=0)
         if data.buckets and largest < longest <= segment:
