@@ -177,8 +177,7 @@ def test_when_one_is_gone_the_others_say_so_and_end(tmp_path, by):
         text += line
         if "step 2/" in line:
             break
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    pids = [int(line.split()[0]) for line in children.stdout.splitlines() if "comi_jax.train" in line]
+    pids = pids_of(process)
     os.kill(pids[1], by)
     gone = time.monotonic()
     rest = process.communicate(timeout=300)[0]
@@ -198,9 +197,16 @@ def said_until(process, words):
 
 
 def pids_of(process):
-    """The processes of a launcher, in their order."""
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in children.stdout.splitlines() if "comi_jax.train" in line]
+    """The two processes of a launcher, in their order. Looked for again where the list comes short, as it can."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        children = subprocess.run(
+            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+        )
+        pids = [int(line.split()[0]) for line in children.stdout.splitlines() if "comi_jax.train" in line]
+        if len(pids) == 2:
+            return pids
+    pytest.fail(f"the launcher has not two processes: {children}")
 
 
 @pytest.fixture(scope="module")
