@@ -18,6 +18,15 @@ from tensorboardX import SummaryWriter
 from comi_jax import jsonl
 
 
+class RunConsole(Console):
+    """What a run says goes here. A run whose output nobody reads any more (a pipe is closed at its other end) goes on
+    without a word; its files tell."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # for what is buffered, and what others print
+
+
 class RunLog:
     """Metrics of one run, written into its folder as they come and shown on the way."""
 

@@ -31,6 +31,7 @@ from comi_jax.checkpoint import (
 from comi_jax.config import Config, ConfigError, load
 from comi_jax.data import loader, tokens
 from comi_jax.data.records import DataError, Record
+from comi_jax.logs import RunConsole
 from comi_jax.reading import check_held_out, read_examples, read_held_out
 from comi_jax.start import backbone_folder, initial_params, starting_point
 from comi_jax.state import abstract, create
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         distributed.start()
         # Paths and data may hold brackets; what all processes know is said once.
-        console = Console(soft_wrap=True, markup=False, quiet=not distributed.is_first())
+        console = RunConsole(soft_wrap=True, markup=False, quiet=not distributed.is_first())
         config = load(options.config, overrides)
         run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
     except jax.errors.JaxRuntimeError as error:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ from train_fixtures import SAVE_EVERY, STEPS
 
 from comi_jax import checkpoint, comi, store
 from comi_jax.config import MEASURES
+from comi_jax.logs import RunConsole
 from comi_jax.metrics import MEASURES as MEASURED
 from comi_jax.step import Gradients
 
@@ -163,6 +165,18 @@ def test_an_imported_model_is_no_place_for_a_run(files, quick_step, tmp_path):
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_a_run_goes_on_when_nobody_reads_what_it_says(files, quick_step, tmp_path, monkeypatch):
+    """As behind ``| head``: every step is made, and its numbers are in the files."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr("comi_jax.train.RunConsole", lambda **named: RunConsole(file=pipe, **named))
+        assert run(files, tmp_path / "run", "train.steps=4") == ""
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
 
 
 @pytest.mark.fault
