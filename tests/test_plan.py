@@ -1,7 +1,9 @@
 """A plan, with this machine's four devices in the place of chips that are not there."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
@@ -19,12 +21,9 @@ from comi_jax.step import CompiledStep, gradients_of
 CHIP = chips.Chip("test", flops=1e12, memory=1e9, bandwidth=1e11, link=1e10, network=1e9)
 
 
-@pytest.fixture
-def four(monkeypatch):
-    """Four devices of a chip with 1 GB, under every name."""
-    place = topology.Topology("four", CHIP, tuple(jax.devices()), None)
-    monkeypatch.setattr(topology, "find", lambda name: place)
-    return place
+def four(chip=CHIP):
+    """This machine's devices as a topology of ``chip``."""
+    return topology.Topology("four", chip, tuple(jax.devices()), None)
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +32,26 @@ def model(tmp_path_factory):
 
 
 def run(model, tmp_path, *words):
+    """What a plan for four devices of a chip with 1 GB prints, and its programs."""
     command = train_fixtures.command(
         model, "none.jsonl", tmp_path / "out", "data.max_query=16", "data.max_answer=8", *words
     )
-    plan.main([*command, "--topology=four", f"--json={tmp_path / 'plan.json'}"])
-    return json.loads((tmp_path / "plan.json").read_text())
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(topology, "find", lambda name: four())
+        plan.main([*command, "--topology=four", f"--json={tmp_path / 'plan.json'}"])
+    return printed.getvalue(), json.loads((tmp_path / "plan.json").read_text())["programs"]
 
 
-def test_the_plan_of_a_step(four, model, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """The plan of a step of one micro-batch."""
+    return run(model, tmp_path_factory.mktemp("whole"), "mesh.data=1", "mesh.fsdp=4", "optimizer.accumulate=1")
+
+
+def test_the_plan_of_a_step(whole, model, tmp_path):
     """Parameters from their shardings; operations a little above the model's own; the verdict in words."""
-    found = run(model, tmp_path, "mesh.data=1", "mesh.fsdp=4")
-    (step,) = found["programs"]
-    assert step["fits"] and "fits" in capsys.readouterr().out
+    printed, (step,) = whole
+    assert step["fits"] and "fits" in printed
     run_of = load("qwen2", train_fixtures.command(model, "none.jsonl", tmp_path)[1:])
     specs = plan.comi.specs(comi.Architecture.of(plan.backbone_of(run_of), run_of))
     trained = sum(
@@ -58,11 +65,10 @@ def test_the_plan_of_a_step(four, model, tmp_path, capsys):
     assert step["bound"] in step["seconds"] and step["seconds"]["compute"] == step["flops"] / CHIP.flops
 
 
-def test_the_plan_of_micro_batches_is_theirs_and_the_updates(four, model, tmp_path):
+def test_the_plan_of_micro_batches_is_theirs_and_the_updates(whole, model, tmp_path):
     """Two of half the rows: the same work on twice the weights that are gathered, and gradients that lie between."""
-    one, two = (
-        run(model, tmp_path, "mesh.data=1", "mesh.fsdp=4", f"optimizer.accumulate={n}")["programs"][0] for n in (1, 2)
-    )
+    (one,) = whole[1]
+    (two,) = run(model, tmp_path, "mesh.data=1", "mesh.fsdp=4", "optimizer.accumulate=2")[1]
     assert two["own_flops"] == one["own_flops"] and two["flops"] == pytest.approx(one["flops"], rel=0.01)
     assert two["sent"]["all-gather"] == pytest.approx(2 * one["sent"]["all-gather"], rel=0.05)
     assert two["memory"]["gradients"] == two["memory"]["trained parameters"] and "gradients" not in one["memory"]
@@ -85,15 +91,15 @@ def test_what_does_not_fit_is_said(capsys):
     """A product of 12 KB, beside a chip with more and one with less."""
     x = jax.ShapeDtypeStruct((32, 32), "float32")
     for memory, words in ((1e5, "fits"), (1e4, "DOES NOT FIT")):
-        where = topology.Topology("four", dataclasses.replace(CHIP, memory=memory), tuple(jax.devices()), None)
+        where = four(dataclasses.replace(CHIP, memory=memory))
         found = plan.measure("product", "one device", jax.jit(lambda x, y: x @ y).lower(x, x), where, {}, 65536.0)
         assert found.fits == (memory == 1e5) and found.bytes_needed >= 3 * 4096 and found.waste == 1.0
         plan.show([found], where, Config(), plan.Console())
         assert f"): {words}, 0.00 GB" in capsys.readouterr().out
 
 
-def test_the_plan_of_serving(four, model, tmp_path):
-    compress, answer = run(model, tmp_path, "--serve", "--batch-size=2")["programs"]
+def test_the_plan_of_serving(model, tmp_path):
+    _, (compress, answer) = run(model, tmp_path, "--serve", "--batch-size=2")
     assert compress["fits"] and answer["fits"] and compress["waste"] > 1 and not compress["sent"]
 
 

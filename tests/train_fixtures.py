@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import logging
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_models
+from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -133,12 +134,17 @@ class World:
         return command(self.lm, self.data, output, f"data.eval={self.dev}", "train.compare_mean_pooling=true", *more)
 
 
-@functools.cache
 def make_world(folder):
-    lm = language_model(folder / "lm")
-    data, dev = write(folder / "train.jsonl", records(16)), write(folder / "dev.jsonl", records(6, seed=1))
-    made = World(lm, data, dev, folder / "run", Outcome("", 0, 0))
-    made.outcome = run(made.command(made.run))
+    """What is in ``folder``; the first process that asks makes it, and others wait."""
+    made = World(folder / "lm", folder / "train.jsonl", folder / "dev.jsonl", folder / "run", Outcome("", 0, 0))
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "outcome.json").exists():
+            language_model(made.lm)
+            write(made.data, records(16))
+            write(made.dev, records(6, seed=1))
+            outcome = run(made.command(made.run))
+            (folder / "outcome.json").write_text(json.dumps(dataclasses.asdict(outcome)))
+    made.outcome = Outcome(**json.loads((folder / "outcome.json").read_text()))
     return made
 
 
@@ -162,5 +168,6 @@ def quick_compilation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(quick_compilation, tmp_path_factory):
-    """Made once, whichever test module asks first."""
-    return make_world(tmp_path_factory.getbasetemp() / "world")
+    """Made once, whichever test module of whichever of pytest-xdist's processes asks first."""
+    base = tmp_path_factory.getbasetemp()
+    return make_world((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world")
