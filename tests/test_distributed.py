@@ -267,7 +267,7 @@ def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(setti
 
 
 def until_there(path):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not path.exists():
         assert time.monotonic() < end, f"{path} never came"
         time.sleep(0.01)
