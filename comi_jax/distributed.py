@@ -235,23 +235,40 @@ def failed(error: Exception) -> tuple[str, int]:
     that another process may be the cause. Raises ``error`` where there is no other."""
     if jax.process_count() == 1:
         raise error
-    time.sleep(_number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + NEWS)
+    listen()
     reason = str(error).splitlines()[0]
     status = 1 if reason.startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")) else AGAIN  # the same would come again
     return f"a step failed in process {jax.process_index()} of {jax.process_count()}: {reason}", status
 
 
+def listen() -> None:
+    """Wait as long as the watch needs to hear that another process is gone. If one is, it ends this one: it looks
+    every second and lets the others hear of it first."""
+    time.sleep(_number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + 3 * NEWS)
+
+
 def of_all(error: Exception) -> bool:
-    """Whether ``error`` comes from what several processes do together: the cause may be that another is gone."""
-    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+    """Whether ``error`` comes from what several processes do together: the cause may be that another is gone.
+
+    A JaxRuntimeError does. A program that fails as it is started raises a ValueError, as TensorStore does for a full
+    disk: what is no OSError is this process's own only after the watch has heard of no other that is gone.
+    """
+    if jax.process_count() == 1:
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    if not isinstance(error, OSError):
+        listen()
+    return False
 
 
 def unexpected(error: Exception) -> str:
     """What to say of an ``error`` that nobody foresaw, whose traceback is printed: the others would wait for this
-    process. Raises ``error`` where there are none."""
+    process. It too may come of another that is gone. Raises ``error`` where there are none."""
     if jax.process_count() == 1:
         raise error
     traceback.print_exception(error)
+    listen()
     return f"process {jax.process_index()} of {jax.process_count()} failed: {error!r}"
 
 

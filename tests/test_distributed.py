@@ -320,15 +320,23 @@ def test_the_coordinator_is_killed(settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.parametrize("victim, by", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_the_launcher_starts_a_run_again_and_nothing_is_lost(settings, tmp_path, victim, by):
+@pytest.mark.parametrize(
+    "victim, by, words",
+    [
+        (0, signal.SIGKILL, "step 7/"),
+        (1, signal.SIGKILL, "step 7/"),
+        (1, signal.SIGKILL, "step 8/"),  # as both save
+        (1, signal.SIGSTOP, "step 7/"),
+    ],
+)
+def test_the_launcher_starts_a_run_again_and_nothing_is_lost(settings, tmp_path, victim, by, words):
     """One of two is killed or stopped: the same launcher goes on by itself, to the bits of a run that never was."""
     whole = launch(2, tmp_path / "whole", settings=settings)
     said = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, said
     run = tmp_path / "run"
     process = launch(2, run, settings=settings, heartbeat=6, restarts=1)
-    said = said_until(process, "step 7/")
+    said = said_until(process, words)
     first = pids_of(process)
     os.kill(first[victim], by)
     gone = time.monotonic()

@@ -253,3 +253,18 @@ def test_what_fails_because_another_process_is_gone_is_no_damage_and_no_full_dis
         raise gone
     with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"):
         store.Checkpoints(tmp_path)._missed(3, 100, gone)
+
+
+@pytest.mark.parametrize(
+    "error, waits",
+    [(ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True), (OSError("disk full"), False)],
+)
+def test_what_may_come_of_a_process_that_is_gone_is_told_when_none_is(tmp_path, monkeypatch, error, waits):
+    """The watch, which would end this process, has its time before the error is called a save that failed."""
+    waited = []
+    monkeypatch.setattr(store.distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(store.distributed.time, "sleep", waited.append)
+    monkeypatch.setenv("COMI_HEARTBEAT", "6")
+    with pytest.raises(store.CheckpointError, match="cannot be saved"):
+        store.Checkpoints(tmp_path)._missed(3, 100, error)
+    assert bool(waited) == waits and sum(waited) >= 6 * waits
