@@ -32,7 +32,7 @@ class ConfigError(ValueError):
     """A setting that does not exist or cannot work; the message says which and what would."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
@@ -46,8 +46,8 @@ def shown(value: Any) -> str:
     return _SHOWN.repr(value)
 
 
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    _require(value in choices, f"{name} is {shown(value)}; it can be {', '.join(map(repr, choices))}")
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    require(value in choices, f"{name} is {shown(value)}; it can be {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Llama3Rope:
     original_max_position_embeddings: int
 
     def __post_init__(self):
-        _require(
+        require(
             self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor,
             f"the backbone's rope_scaling has factor {self.factor} and frequency factors {self.low_freq_factor} and "
             f"{self.high_freq_factor}; they must be positive, and the high one above the low one",
@@ -100,13 +100,13 @@ class Backbone:
             "rope_theta",
             "rms_norm_eps",
         ):
-            _require(getattr(self, name) > 0, f"the backbone's {name} is {getattr(self, name)}; it must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"the backbone's {name} is {getattr(self, name)}; it must be positive")
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"the backbone has {self.num_attention_heads} attention heads over {self.num_key_value_heads} key/value "
             "heads; the first must be a multiple of the second",
         )
-        _require(self.head_dim % 2 == 0, f"the backbone's head_dim is {self.head_dim}; rotary embeddings need it even")
+        require(self.head_dim % 2 == 0, f"the backbone's head_dim is {self.head_dim}; rotary embeddings need it even")
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ class Compression:
     learn_mig: bool = False  # train the four scalars above (the coarse two have no gradient: sizes are integers)
 
     def __post_init__(self):
-        _require(bool(self.rates), "compression.rates is empty; give at least one rate, e.g. 16,32")
+        require(bool(self.rates), "compression.rates is empty; give at least one rate, e.g. 16,32")
         for rate in self.rates:
-            _require(rate >= 1, f"compression.rates holds {rate}; a rate is a whole number of at least 1")
-        _require(self.encoder_layers >= 1, f"compression.encoder_layers is {self.encoder_layers}; at least 1 is needed")
-        _require(
+            require(rate >= 1, f"compression.rates holds {rate}; a rate is a whole number of at least 1")
+        require(self.encoder_layers >= 1, f"compression.encoder_layers is {self.encoder_layers}; at least 1 is needed")
+        require(
             self.lsa_layers >= 1, f"compression.lsa_layers is {self.lsa_layers}; at least 1 (or compression.lsa=false)"
         )
-        _require(
+        require(
             self.segment_size >= max(self.rates),
             f"compression.segment_size is {self.segment_size}, below the largest rate {max(self.rates)}: "
             "a segment would be less than one group",
@@ -145,7 +145,7 @@ class Compression:
     def check(self, backbone: Backbone) -> None:
         """Refuse layer counts that ``backbone`` does not have."""
         for name in ("encoder_layers", "lsa_layers"):
-            _require(
+            require(
                 getattr(self, name) <= backbone.num_hidden_layers,
                 f"compression.{name} is {getattr(self, name)}; the backbone has {backbone.num_hidden_layers} layers",
             )
@@ -162,13 +162,13 @@ class Lora:
     targets: tuple[str, ...] = ("q", "k", "v", "o")
 
     def __post_init__(self):
-        _require(self.rank >= 0, f"lora.rank is {self.rank}; it is 0 (off) or positive")
-        _require(math.isfinite(self.alpha), f"lora.alpha is {self.alpha}; it must be finite")
-        _require(
+        require(self.rank >= 0, f"lora.rank is {self.rank}; it is 0 (off) or positive")
+        require(math.isfinite(self.alpha), f"lora.alpha is {self.alpha}; it must be finite")
+        require(
             bool(self.targets) and set(self.targets) <= set("qkvo") and len(set(self.targets)) == len(self.targets),
             f"lora.targets is {','.join(self.targets)!r}; give some of q,k,v,o, each once",
         )
-        _require(0.0 <= self.dropout < 1.0, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        require(0.0 <= self.dropout < 1.0, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
 
     @property
     def scale(self) -> float:
@@ -188,14 +188,14 @@ class Model:
     remat: str = "attention"
 
     def __post_init__(self):
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("model.attention", self.attention, ("", "dense", "blocked", "cudnn", "splash"))
-        _one_of("model.kernels", self.kernels, ("", "xla", "tpu", "gpu", "interpret"))
-        _require(
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.attention", self.attention, ("", "dense", "blocked", "cudnn", "splash"))
+        one_of("model.kernels", self.kernels, ("", "xla", "tpu", "gpu", "interpret"))
+        require(
             self.dtype == "bfloat16" or self.attention not in ("cudnn", "splash"),
             f"model.attention={self.attention} computes in bfloat16, but model.dtype is {self.dtype}; change one",
         )
-        _one_of("model.remat", self.remat, ("off", "projections", "attention", "full", "offload"))
+        one_of("model.remat", self.remat, ("off", "projections", "attention", "full", "offload"))
 
     @staticmethod
     def upgraded(values: dict[str, Any]) -> dict[str, Any]:
@@ -229,12 +229,12 @@ class Data:
     max_buckets: int = 12  # at most so many, fitted to the data, in answering powers of two and halves up to a segment
 
     def __post_init__(self):
-        _one_of("data.on_long", self.on_long, ("refuse", "truncate"))
+        one_of("data.on_long", self.on_long, ("refuse", "truncate"))
         for name in ("max_context", "max_query", "max_answer", "max_buckets"):
-            _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("examples_per_source", "eval_examples", "synthetic_examples"):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
-        _require(
+            require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
+        require(
             tuple(sorted(set(self.buckets))) == self.buckets and all(b > 0 for b in self.buckets),
             f"data.buckets is {self.buckets}; give rising positive lengths",
         )
@@ -252,16 +252,16 @@ class Optimizer:
     accumulate: int = 1  # micro-batches per update; 0: so many that a device has one context at a time
 
     def __post_init__(self):
-        _one_of("optimizer.schedule", self.schedule, ("linear", "cosine", "constant"))
-        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        _require(0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
+        one_of("optimizer.schedule", self.schedule, ("linear", "cosine", "constant"))
+        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        require(0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
         for name in ("weight_decay", "clip_norm"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("beta1", "beta2"):
-            _require(
+            require(
                 0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)"
             )
-        _require(self.accumulate >= 0, f"optimizer.accumulate is {self.accumulate}; it must be at least 1, or 0")
+        require(self.accumulate >= 0, f"optimizer.accumulate is {self.accumulate}; it must be at least 1, or 0")
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Mesh:
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        _require(min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, one of them may be 0: {self}")
+        require(min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, one of them may be 0: {self}")
 
 
 MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")  # of comi_jax.metrics
@@ -300,11 +300,11 @@ class Train:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "share_context", "log_every", "keep_checkpoints", "max_skipped"):
-            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("eval_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it is 0 (at the end) or more")
-        _require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; it is a whole number from 0 to 2**32 - 1")
-        _one_of("train.best_by", self.best_by, MEASURES)
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it is 0 (at the end) or more")
+        require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; it is a whole number from 0 to 2**32 - 1")
+        one_of("train.best_by", self.best_by, MEASURES)
 
 
 @dataclass(frozen=True)
@@ -316,8 +316,8 @@ class Generation:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        _require(self.max_new_tokens >= 1, f"generation.max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
-        _require(
+        require(self.max_new_tokens >= 1, f"generation.max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
+        require(
             self.repetition_penalty > 0, f"generation.repetition_penalty is {self.repetition_penalty}; 1 means none"
         )
 
@@ -335,7 +335,7 @@ class Config:
     generation: Generation = field(default_factory=Generation)
 
     def __post_init__(self):
-        _require(
+        require(
             self.train.batch_size % (max(self.optimizer.accumulate, 1) * self.train.share_context) == 0,
             f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate "
             f"{self.optimizer.accumulate or 1} x train.share_context {self.train.share_context}",
@@ -351,10 +351,10 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     """The inverse of ``to_dict``; unknown or wrongly typed entries are refused by name."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"{where} has unknown entries {shown(unknown)}; known are {sorted(hints)}")
+    require(not unknown, f"{where} has unknown entries {shown(unknown)}; known are {sorted(hints)}")
     needed = [f.name for f in dataclasses.fields(cls) if {f.default, f.default_factory} == {dataclasses.MISSING}]
     missing = [name for name in needed if name not in values]
-    _require(not missing, f"{where} lacks {', '.join(missing)}")
+    require(not missing, f"{where} lacks {', '.join(missing)}")
     values = Model.upgraded(values) if cls is Model else values
     return cls(**{name: _coerce(value, hints[name], f"{where}.{name}") for name, value in values.items()})
 
@@ -368,7 +368,7 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     import comi_jax.configs
 
     names = sorted(module.name for module in pkgutil.iter_modules(comi_jax.configs.__path__))
-    _require(name in names, f"there is no config {shown(name)}{_nearest(name, names)}; there are: {', '.join(names)}")
+    require(name in names, f"there is no config {shown(name)}{_nearest(name, names)}; there are: {', '.join(names)}")
     config = importlib.import_module(f"comi_jax.configs.{name}").get_config()
     return override(dataclasses.replace(config, name=name), overrides)
 
@@ -379,10 +379,10 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     values = to_dict(config)
     for word in overrides:
         path, equals, text = word.partition("=")
-        _require(bool(equals), f"{shown(word)} is not an override; write path=value, e.g. train.steps=100")
+        require(bool(equals), f"{shown(word)} is not an override; write path=value, e.g. train.steps=100")
         section, _, leaf = path.partition(".")
         valid = [f"{s}.{leaf}" for s, entry in values.items() if isinstance(entry, dict) for leaf in entry]
-        _require(path in valid, f"there is no setting {shown(path)}{_nearest(path, valid)}")
+        require(path in valid, f"there is no setting {shown(path)}{_nearest(path, valid)}")
         hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[leaf]
         values[section][leaf] = _parse(text, hint, path)
     return from_dict(Config, values)
@@ -400,7 +400,7 @@ def _parse(text: str, hint: Any, path: str) -> Any:
     if hint is str:
         return text
     if hint is bool:
-        _one_of(path, text.lower(), ("true", "false"))
+        one_of(path, text.lower(), ("true", "false"))
         return text.lower() == "true"
     if typing.get_origin(hint) is tuple:
         return [_parse(part, typing.get_args(hint)[0], path) for part in text.split(",") if part]
@@ -413,22 +413,22 @@ def _parse(text: str, hint: Any, path: str) -> Any:
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, dict), f"{where} is {shown(value)}; an object is expected")
+        require(isinstance(value, dict), f"{where} is {shown(value)}; an object is expected")
         return from_dict(hint, value, where)
     if isinstance(hint, types.UnionType):
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return None if value is None else _coerce(value, inner[0], where)
     if typing.get_origin(hint) is tuple:
-        _require(isinstance(value, list | tuple), f"{where} is {shown(value)}; a list is expected")
+        require(isinstance(value, list | tuple), f"{where} is {shown(value)}; a list is expected")
         return tuple(_coerce(v, typing.get_args(hint)[0], where) for v in value)
     if type(value) is int:  # before it is shown or converted, neither of which Python does with any size
-        _require(abs(value) < 2**63, f"{where} is a whole number beyond 64 bits")
+        require(abs(value) < 2**63, f"{where} is a whole number beyond 64 bits")
     if hint is float and type(value) is int:
         return float(value)
-    _require(type(value) is hint, f"{where} is {shown(value)}, not {_type_name(hint)}")
-    _require(hint is not float or math.isfinite(value), f"{where} is {value}; it must be finite")
+    require(type(value) is hint, f"{where} is {shown(value)}, not {_type_name(hint)}")
+    require(hint is not float or math.isfinite(value), f"{where} is {value}; it must be finite")
     if hint is str:
-        _require(
+        require(
             "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value),
             f"{where} is {shown(value)}; a NUL character or half a surrogate pair is no text",
         )

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from comi_jax.kernels import dispatch
 from comi_jax.kernels.merge import merge
 from comi_jax.kernels.redundancy import max_cosine

@@ -11,8 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from comi_jax.kernels import dispatch
 from jaxtyping import Array, Float, Int
+
+from comi_jax.kernels import dispatch
 
 PRECISION = jax.lax.Precision.HIGHEST
 

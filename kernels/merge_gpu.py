@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from comi_jax.kernels import dispatch
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+from comi_jax.kernels import dispatch
 
 TOKENS = 32  # of a step
 PART = 256  # of the width

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from comi_jax.kernels import dispatch
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
+
+from comi_jax.kernels import dispatch
 
 TOKENS = 128  # of a tile
 SLOTS = 128

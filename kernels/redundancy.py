@@ -12,8 +12,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from comi_jax.kernels import dispatch
 from jaxtyping import Array, Float, Int
+
+from comi_jax.kernels import dispatch
 
 TILE = 32  # of the loop over pairs of tiles; CPU caches like it, and groups are not much longer
 PRECISION = jax.lax.Precision.HIGHEST  # float32 means float32: the default is TF32 on a GPU, bfloat16 on a TPU

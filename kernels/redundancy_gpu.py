@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from comi_jax.kernels import dispatch
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+from comi_jax.kernels import dispatch
 
 TILE = 64  # tokens, of rows as of columns
 DEPTH = 64  # of the width, multiplied at a time

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from comi_jax.kernels import dispatch
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
+
+from comi_jax.kernels import dispatch
 
 COLUMNS = 128  # tokens of a column tile
 ROWS = 256  # tokens of a row tile, where VMEM holds them

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from comi_jax.kernels.merge import merge
 
 from comi_jax import backbone as lm
 from comi_jax import comi, hf, official
@@ -15,6 +14,7 @@ from comi_jax import generate as generation
 from comi_jax.compress import compress as compress_batch
 from comi_jax.compress import max_groups
 from comi_jax.config import Compression, Generation
+from comi_jax.kernels.merge import merge
 from comi_jax.params import combine, partition
 
 SWITCHES = {

@@ -6,10 +6,10 @@ import pkgutil
 import sys
 import types
 
-import comi_jax.configs
 import pytest
 import tiny_models
 
+import comi_jax.configs
 from comi_jax import config as c
 
 # class, settings, what the message must name

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comi_jax.kernels import dispatch, merge_gpu, merge_tpu
-from comi_jax.kernels.merge import merge, merge_reference, weights
-from comi_jax.kernels.redundancy import max_cosine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
+
+from comi_jax.kernels import dispatch, merge_gpu, merge_tpu
+from comi_jax.kernels.merge import merge, merge_reference, weights
+from comi_jax.kernels.redundancy import max_cosine
 
 LENGTH, WIDTH, SLOTS = 300, 5, 310
 IMPLEMENTATIONS = {

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comi_jax.kernels import redundancy, redundancy_gpu, redundancy_tpu
-from comi_jax.kernels.redundancy import max_cosine, max_cosine_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+
+from comi_jax.kernels import redundancy, redundancy_gpu, redundancy_tpu
+from comi_jax.kernels.redundancy import max_cosine, max_cosine_reference
 
 LENGTH = 300  # no multiple of any tile
 WIDTH = 4
