@@ -22,6 +22,7 @@ from rich.table import Table
 
 from comi_jax import backbone as lm
 from comi_jax import comi, generate, optim
+from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Compression, Generation, Optimizer
 from comi_jax.params import initialize, partition
 from comi_jax.step import CompiledStep, TrainState
@@ -107,17 +108,6 @@ def peak_memory() -> float:
     had.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of command-line numbers."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 TASKS = ("compress", "train step", "compress + 20 tokens")

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import optim, reading, sharding
-from comi_jax.bench import at_least
 from comi_jax.checkpoint import CheckpointError, Run
-from comi_jax.config import Config, ConfigError, load
+from comi_jax.cli import at_least
+from comi_jax.config import Config, ConfigError
 from comi_jax.data import loader, order, tokens
 from comi_jax.data.records import DataError
 from comi_jax.meter import Tally
+from comi_jax.overrides import load
 from comi_jax.start import backbone_folder, initial_params, starting_point, starting_tokenizer
 from comi_jax.state import create
 from comi_jax.step import CompiledStep

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import jsonl
-from comi_jax.bench import at_least
+from comi_jax.cli import at_least
 from comi_jax.store import steps_in
 
 WAIT = 0.02  # seconds between two looks at the run's files

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import integrity
-from comi_jax.bench import at_least, peak_memory
+from comi_jax.bench import peak_memory
+from comi_jax.cli import at_least
 from comi_jax.step import TrainState
 from comi_jax.store import Checkpoints, Progress
 

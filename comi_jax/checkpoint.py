@@ -30,11 +30,11 @@ import orbax.checkpoint as ocp
 
 from comi_jax import integrity, jsonl, lock, sharding, store
 from comi_jax.comi import Architecture, is_trained, specs
-from comi_jax.config import Backbone, Config, ConfigError, from_dict, override, to_dict
+from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.integrity import CheckpointError, DamageError
-from comi_jax.params import flatten, partition, unflatten
+from comi_jax.overrides import from_dict, override, to_dict
+from comi_jax.params import Placement, as_stored, flatten, partition, unflatten
 from comi_jax.store import restore_arrays, stored
-from comi_jax.weights import Placement, as_stored
 
 FORMAT = 1
 # Settings that a trained model can be used with in another way than it was trained with.

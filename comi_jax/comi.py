@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from comi_jax import backbone as lm
 from comi_jax import lora as lora_module
 from comi_jax.attention import platform
-from comi_jax.compress import Aux, compress, max_groups
-from comi_jax.config import Backbone, Compression, Config, Lora
+from comi_jax.compress import Aux, compress
+from comi_jax.config import Backbone, Compression, Config, Lora, max_groups
 from comi_jax.kernels import dispatch
 from comi_jax.params import ParamSpec, Tree, flatten, initialize
 

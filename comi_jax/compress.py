@@ -49,11 +49,6 @@ class Compressed:
     aux: Aux
 
 
-def max_groups(length: int, rate: int) -> int:
-    """The static number of memory slots that ``length`` tokens need at ``rate`` or any higher rate."""
-    return -(-length // rate)
-
-
 def compress(
     states: Float[Array, "B S D"],
     query: Float[Array, "B D"],

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from comi_jax import comi, export_hf, hf, inspection, official, weights
 from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run, save_import
-from comi_jax.config import Config, ConfigError, override
+from comi_jax.config import Config, ConfigError
+from comi_jax.overrides import override
 from comi_jax.params import flatten, unflatten
 
 UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads

@@ -8,8 +8,7 @@ rotations, softmax and the embedding lookup are left out: together they are belo
 import dataclasses
 
 from comi_jax.comi import Architecture
-from comi_jax.compress import max_groups
-from comi_jax.config import Backbone
+from comi_jax.config import Backbone, max_groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 
 from comi_jax import weights
 from comi_jax.backbone import specs as lm_specs
-from comi_jax.config import Backbone, ConfigError, Llama3Rope, from_dict, shown
-from comi_jax.params import Tree, flatten, unflatten
+from comi_jax.config import Backbone, ConfigError, Llama3Rope, shown
+from comi_jax.overrides import from_dict
+from comi_jax.params import Placement, Tree, as_stored, flatten, unflatten
 from comi_jax.weights import Layout, Source, Tensors
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def load_parts(
     folder: str | Path,
     backbone: Backbone,
     parts: Mapping[str, Tree],
-    place: weights.Placement = weights.as_stored,
+    place: Placement = as_stored,
 ) -> dict[str, Any]:
     """Parameters for the spec trees in ``parts``, each from the causal LM in ``folder``, by flat path ("encoder/norm").
 

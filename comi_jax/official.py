@@ -20,7 +20,7 @@ import numpy as np
 
 from comi_jax import comi, hf, weights
 from comi_jax.config import Backbone, Compression, ConfigError, Lora
-from comi_jax.params import flatten, unflatten
+from comi_jax.params import Placement, as_stored, flatten, unflatten
 from comi_jax.weights import Layout, Shape, Source, Tensors, WeightsError
 
 SCALARS = {
@@ -106,7 +106,7 @@ def load(
     backbone: Backbone,
     compression: Compression,
     lora_alpha: float | None = None,
-    place: weights.Placement = weights.as_stored,
+    place: Placement = as_stored,
 ) -> tuple[dict[str, Any], comi.Architecture]:
     """An official checkpoint as parameters and the architecture they belong to.
 

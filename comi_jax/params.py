@@ -13,6 +13,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import Sharding
+
+Placement = Callable[[str], tuple[Any, Sharding | None]]
 
 Tree = Mapping[str, Any]
 
@@ -76,3 +79,8 @@ def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[dict[str, Any], 
 def combine(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """One nested tree from flat dicts with disjoint paths."""
     return unflatten({path: leaf for part in parts for path, leaf in part.items()})
+
+
+def as_stored(_: str) -> tuple[None, None]:
+    """The placement that keeps the dtype of the file, on the first device."""
+    return None, None

@@ -29,11 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import answer, comi, estimate, flops, hlo, optim, sharding, state, sweep, topology
-from comi_jax.bench import at_least
 from comi_jax.checkpoint import CheckpointError
 from comi_jax.chips import Chip
-from comi_jax.config import Backbone, Config, ConfigError, load
+from comi_jax.cli import at_least
+from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import loader
+from comi_jax.overrides import load
 from comi_jax.published import BACKBONES
 from comi_jax.start import backbone_folder, starting_backbone
 from comi_jax.step import CompiledStep, gradients_of

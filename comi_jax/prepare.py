@@ -24,9 +24,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.config import Config, ConfigError, load, to_dict
+from comi_jax.config import Config, ConfigError
 from comi_jax.data import loader, sources
 from comi_jax.data.records import DataError, Record, Skipped
+from comi_jax.overrides import load, to_dict
 from comi_jax.params import flatten
 from comi_jax.start import starting_tokenizer
 

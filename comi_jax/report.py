@@ -18,7 +18,7 @@ import numpy as np
 
 from comi_jax import jsonl
 from comi_jax.checkpoint import CheckpointError, Run, best_of, evaluations, is_run, read_run
-from comi_jax.config import to_dict
+from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
 from comi_jax.version import __version__
 

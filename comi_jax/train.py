@@ -28,10 +28,11 @@ from comi_jax.checkpoint import (
     save_frozen,
     weights_of,
 )
-from comi_jax.config import Config, ConfigError, load
+from comi_jax.config import Config, ConfigError
 from comi_jax.data import loader, tokens
 from comi_jax.data.records import DataError, Record
 from comi_jax.logs import RunConsole
+from comi_jax.overrides import load
 from comi_jax.reading import check_held_out, read_examples, read_held_out
 from comi_jax.start import backbone_folder, initial_params, starting_point
 from comi_jax.state import abstract, create

@@ -28,6 +28,8 @@ import numpy as np
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
+from comi_jax.params import Placement, as_stored
+
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5_000_000_000  # of a written file, as the hub has it
 PIECE_BYTES = 64_000_000  # of a tensor that is read at a time
@@ -281,13 +283,6 @@ def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors) -> Non
 
 
 # --- from files to devices --------------------------------------------------------------------------------------------
-
-Placement = Callable[[str], tuple[Any, Sharding | None]]
-
-
-def as_stored(_: str) -> tuple[None, None]:
-    """The placement that keeps the dtype of the file, on the first device."""
-    return None, None
 
 
 def load(tensors: Tensors, sources: Sources, place: Placement = as_stored) -> dict[str, jax.Array]:

@@ -12,8 +12,7 @@ from comi_jax import backbone as lm
 from comi_jax import comi, hf, official
 from comi_jax import generate as generation
 from comi_jax.compress import compress as compress_batch
-from comi_jax.compress import max_groups
-from comi_jax.config import Compression, Generation
+from comi_jax.config import Compression, Generation, max_groups
 from comi_jax.kernels.merge import merge
 from comi_jax.params import combine, partition
 

@@ -8,9 +8,9 @@ import pytest
 import train_fixtures
 
 from comi_jax import bench_data, bench_restart
-from comi_jax.config import load
 from comi_jax.data import loader, tokens
 from comi_jax.meter import Tally
+from comi_jax.overrides import load
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comi_jax import compress as c
+from comi_jax import config
 from comi_jax.comi import SCALARS
 from comi_jax.config import Compression
 
 LENGTH, WIDTH, LOWEST_RATE = 48, 6, 2
-SLOTS = c.max_groups(LENGTH, LOWEST_RATE)
+SLOTS = config.max_groups(LENGTH, LOWEST_RATE)
 # Rows: nothing, one token, less than a group, one group, multiples of a rate and neighbours, a high rate, a full row.
 LENGTHS = np.array([0, 1, 3, 4, 5, 15, 16, 17, 31, 48, 47, 48], np.int32)
 RATES = np.array([4, 4, 4, 4, 4, 8, 8, 8, 32, 2, 3, 16], np.int32)
@@ -229,7 +230,7 @@ def test_a_mixed_rate_padded_batch_is_its_examples_one_by_one(row):
     states, query, batch = result()
     n, rate = int(LENGTHS[row]), int(RATES[row])
     one = slice(row, row + 1)
-    slots = c.max_groups(n, rate)
+    slots = config.max_groups(n, rate)
     alone = run(states[one, :n], query[one], LENGTHS[one], RATES[one], scalars_of(), options_of("all on"), slots)
     scale = np.abs(alone.memory).max()
     np.testing.assert_allclose(batch.memory[one, :slots] / scale, alone.memory / scale, atol=1e-6)
@@ -334,7 +335,7 @@ def test_near_equal_groups_for_every_length_and_rate():
 def test_every_rate_of_a_length_fits_the_slots():
     for n in range(1, 200):
         for r in range(1, 50):
-            assert c.max_groups(n, r) == math.ceil(n / r) >= max(1, round(n / r))
+            assert config.max_groups(n, r) == math.ceil(n / r) >= max(1, round(n / r))
 
 
 def test_no_matrix_of_tokens_by_tokens_or_groups_is_ever_held():

@@ -11,6 +11,7 @@ import tiny_models
 
 import comi_jax.configs
 from comi_jax import config as c
+from comi_jax import overrides
 
 # class, settings, what the message must name
 REFUSED = [
@@ -92,12 +93,15 @@ CHANGED = c.Config(
 
 
 def test_dict_and_back_is_the_identity():
-    assert c.from_dict(c.Config, json.loads(json.dumps(c.to_dict(CHANGED)))) == CHANGED
+    assert overrides.from_dict(c.Config, json.loads(json.dumps(overrides.to_dict(CHANGED)))) == CHANGED
     assert CHANGED != c.Config()
     backbone = tiny_models.BACKBONES["llama3"]  # a nested dataclass that may be None
     assert backbone.rope_scaling is not None
-    assert c.from_dict(c.Backbone, c.to_dict(backbone)) == backbone
-    assert c.from_dict(c.Backbone, c.to_dict(tiny_models.BACKBONES["qwen2"])) == tiny_models.BACKBONES["qwen2"]
+    assert overrides.from_dict(c.Backbone, overrides.to_dict(backbone)) == backbone
+    assert (
+        overrides.from_dict(c.Backbone, overrides.to_dict(tiny_models.BACKBONES["qwen2"]))
+        == tiny_models.BACKBONES["qwen2"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_dict_and_back_is_the_identity():
 )
 def test_wrong_entries_of_a_file_are_refused_with_their_place(change, message):
     with pytest.raises(c.ConfigError, match=message):
-        c.from_dict(c.Config, c.to_dict(c.Config()) | change)
+        overrides.from_dict(c.Config, overrides.to_dict(c.Config()) | change)
 
 
 def test_overrides_are_typed_by_the_setting():
@@ -124,7 +128,7 @@ def test_overrides_are_typed_by_the_setting():
         "train.steps=1_000", "optimizer.learning_rate=2e-3", "compression.fine=False", "compression.rates=4,8,",
         "data.train=a=b.jsonl,c.jsonl", "model.path=/x y", "lora.alpha=3", "train.output=",
     ]  # fmt: skip
-    config = c.override(c.Config(), words)
+    config = overrides.override(c.Config(), words)
     assert config.train.steps == 1000
     assert config.optimizer.learning_rate == 2e-3
     assert config.compression.fine is False
@@ -133,12 +137,12 @@ def test_overrides_are_typed_by_the_setting():
     assert config.model.path == "/x y"
     assert config.lora.alpha == 3.0 and isinstance(config.lora.alpha, float)
     assert dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)).train.output == ""
-    assert c.override(CHANGED, []) == CHANGED
+    assert overrides.override(CHANGED, []) == CHANGED
 
 
 def test_overrides_that_need_each_other_go_together():
     # Each alone would be refused: 6 is no multiple of 4, and 64 none of 5.
-    config = c.override(
+    config = overrides.override(
         c.Config(optimizer=c.Optimizer(accumulate=4)), ["train.batch_size=10", "optimizer.accumulate=5"]
     )
     assert (config.train.batch_size, config.optimizer.accumulate) == (10, 5)
@@ -165,7 +169,7 @@ def test_overrides_that_need_each_other_go_together():
 )
 def test_wrong_overrides_are_refused_with_what_would_do(word, message):
     with pytest.raises(c.ConfigError, match=message):
-        c.override(c.Config(), [word])
+        overrides.override(c.Config(), [word])
 
 
 @pytest.fixture
@@ -182,20 +186,20 @@ def toy_configs(tmp_path, monkeypatch):
 
 
 def test_load_names_the_config_and_applies_overrides(toy_configs):
-    config = c.load("toy", ["train.batch_size=8"])
+    config = overrides.load("toy", ["train.batch_size=8"])
     assert (config.name, config.train.steps, config.train.batch_size) == ("toy", 3, 8)
     sys.modules.pop("comi_jax.configs.toy")
 
 
 def test_an_unknown_config_is_refused_with_the_nearest_and_all(toy_configs):
     with pytest.raises(c.ConfigError, match="there is no config 'toyy'; the nearest are toy; there are: toy"):
-        c.load("toyy")
+        overrides.load("toyy")
 
 
 def test_every_config_that_is_shipped_loads_and_survives_its_file():
     names = [module.name for module in pkgutil.iter_modules(comi_jax.configs.__path__)]
     assert names
     for name in names:
-        config = c.load(name)
+        config = overrides.load(name)
         assert config.name == name
-        assert c.from_dict(c.Config, c.to_dict(config)) == config
+        assert overrides.from_dict(c.Config, overrides.to_dict(config)) == config

@@ -7,7 +7,7 @@ import train_fixtures
 
 from comi_jax import evaluate, metrics
 from comi_jax.checkpoint import read_run
-from comi_jax.config import to_dict
+from comi_jax.overrides import to_dict
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comi_jax import config, hf
+from comi_jax import hf, overrides
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import adapters, sources
 from comi_jax.data.records import DataError, Record, Skipped, numbered_records, read_records, record_of
@@ -224,7 +224,9 @@ def test_more_bad_lines_than_any_report_holds_are_the_end(tmp_path, monkeypatch)
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-SETTINGS = [f"{s}.{leaf}" for s, entry in config.to_dict(Config()).items() if isinstance(entry, dict) for leaf in entry]
+SETTINGS = [
+    f"{s}.{leaf}" for s, entry in overrides.to_dict(Config()).items() if isinstance(entry, dict) for leaf in entry
+]
 HOSTILE_TEXT = (
     TEXTS | JSON | st.sampled_from([*NUMBERS, "inf", "1_0", "0x10", "٣", "1,,2", "=", "true", " 1 ", "a," * 2000])
 )
@@ -237,12 +239,12 @@ def test_overrides_of_anything_give_a_config_or_one_sentence(trials):
     @given(st.sampled_from(["tiny", "qwen2"]) | TEXTS, st.lists(OVERRIDES, max_size=3))
     def run(name, words):
         try:
-            loaded = config.load(name, words)
+            loaded = overrides.load(name, words)
         except ConfigError as error:
             assert one_sentence(error)
         else:
-            assert config.from_dict(Config, config.to_dict(loaded)) == loaded
-            json.dumps(config.to_dict(loaded), ensure_ascii=False).encode()  # it can be saved
+            assert overrides.from_dict(Config, overrides.to_dict(loaded)) == loaded
+            json.dumps(overrides.to_dict(loaded), ensure_ascii=False).encode()  # it can be saved
 
     run()
 
@@ -258,7 +260,7 @@ def test_sources_of_any_name_are_refused_in_one_sentence(trials, tmp_path, monke
         if word.partition(":")[2].startswith(sources.HUB) or word.startswith(sources.HUB):
             return
         try:
-            config.override(Config(), [f"data.train={word}"])
+            overrides.override(Config(), [f"data.train={word}"])
             sources.read([word], "train")
         except (ConfigError, DataError) as error:
             assert one_sentence(error) or len(word) > 1_000
@@ -291,16 +293,16 @@ def test_saved_settings_of_anything_give_a_config_or_one_sentence(trials):
     backbone = {name: 8 for name in Backbone.__dataclass_fields__} | {"model_type": "llama"}
 
     @settings(max_examples=trials, deadline=None, derandomize=True, database=None)
-    @given(damaged(config.to_dict(Config())), damaged(backbone))
+    @given(damaged(overrides.to_dict(Config())), damaged(backbone))
     def run(values, shape):
         for cls, given_values in ((Config, values), (Backbone, shape)):
             try:
-                read = config.from_dict(cls, given_values)
+                read = overrides.from_dict(cls, given_values)
             except ConfigError as error:
                 assert one_sentence(error)
             else:
                 again = json.loads(json.dumps(dataclasses.asdict(read), allow_nan=False))
-                assert config.from_dict(cls, again) == read
+                assert overrides.from_dict(cls, again) == read
 
     run()
 
@@ -375,7 +377,7 @@ def test_a_models_config_with_wrong_numbers_names_them(change, named):
 )
 def test_settings_with_wrong_values_are_named(cls, section, change, named):
     with pytest.raises(ConfigError, match=named) as refused:
-        config.from_dict(cls, {section: change} if section else change)
+        overrides.from_dict(cls, {section: change} if section else change)
     assert one_sentence(refused.value)
 
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from comi_jax import params
-from comi_jax.params import ParamSpec
+from comi_jax.params import ParamSpec, abstract, combine, count, flatten, initialize, partition, unflatten
 
 SPECS = {
     "layers": {"q": ParamSpec((64, 4, 100), ("embed", "heads", "head"), "normal", fan_in=64)},
@@ -21,7 +20,7 @@ def test_shape_and_axes_must_agree():
 
 
 def test_initialisation_follows_the_specs():
-    tree = params.initialize(SPECS, jax.random.key(0))
+    tree = initialize(SPECS, jax.random.key(0))
     np.testing.assert_array_equal(tree["norm"], np.ones(7))
     assert tree["scalar"] == -2.5
     q = np.asarray(tree["layers"]["q"])
@@ -30,26 +29,26 @@ def test_initialisation_follows_the_specs():
 
 
 def test_a_parameter_depends_on_the_key_and_its_own_path_only():
-    tree = params.initialize(SPECS, jax.random.key(0))
-    alone = params.initialize({"layers": SPECS["layers"]}, jax.random.key(0))
+    tree = initialize(SPECS, jax.random.key(0))
+    alone = initialize({"layers": SPECS["layers"]}, jax.random.key(0))
     np.testing.assert_array_equal(tree["layers"]["q"], alone["layers"]["q"])
-    other = params.initialize({"layers": {"k": SPECS["layers"]["q"]}}, jax.random.key(0))["layers"]["k"]
-    again = params.initialize(SPECS, jax.random.key(1))["layers"]["q"]
+    other = initialize({"layers": {"k": SPECS["layers"]["q"]}}, jax.random.key(0))["layers"]["k"]
+    again = initialize(SPECS, jax.random.key(1))["layers"]["q"]
     for different in (other, again):
         assert np.abs(np.corrcoef(np.ravel(different), np.ravel(tree["layers"]["q"]))[0, 1]) < 0.03
 
 
 def test_every_view_of_the_specs_agrees_with_what_is_drawn():
-    tree = params.initialize(SPECS, jax.random.key(0), jnp.bfloat16)
-    shapes = params.abstract(SPECS, jnp.bfloat16)
+    tree = initialize(SPECS, jax.random.key(0), jnp.bfloat16)
+    shapes = abstract(SPECS, jnp.bfloat16)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
-    assert params.count(SPECS) == params.count(tree) == 64 * 4 * 100 + 7 + 1
+    assert count(SPECS) == count(tree) == 64 * 4 * 100 + 7 + 1
 
 
 def test_flattening_and_partition_lose_nothing():
-    flat = params.flatten(SPECS)
+    flat = flatten(SPECS)
     assert list(flat) == ["layers/q", "norm", "scalar"]
-    assert params.unflatten(flat) == SPECS
-    kept, rest = params.partition(SPECS, lambda path: path.startswith("layers/"))
+    assert unflatten(flat) == SPECS
+    kept, rest = partition(SPECS, lambda path: path.startswith("layers/"))
     assert set(kept) == {"layers/q"} and set(rest) == {"norm", "scalar"}
-    assert params.combine(rest, kept) == SPECS
+    assert combine(rest, kept) == SPECS

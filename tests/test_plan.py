@@ -15,7 +15,8 @@ import pytest
 import train_fixtures
 
 from comi_jax import chips, comi, flops, hlo_text, optim, plan, published, sharding, state, topology
-from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train, load
+from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train
+from comi_jax.overrides import load
 from comi_jax.step import CompiledStep, gradients_of
 
 CHIP = chips.Chip("test", flops=1e12, memory=1e9, bandwidth=1e11, link=1e10, network=1e9)

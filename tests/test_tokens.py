@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from comi_jax import checkpoint, reading
-from comi_jax.config import load
 from comi_jax.data import loader, tokens
 from comi_jax.integrity import CheckpointError
+from comi_jax.overrides import load
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=9)
 EXAMPLE = st.builds(

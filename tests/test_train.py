@@ -13,7 +13,7 @@ import train_fixtures
 from rich.console import Console
 from train_fixtures import LOG_EVERY, SAVE_EVERY, STEPS
 
-from comi_jax import checkpoint, comi, config, convert, hf, reading, sharding, start, train
+from comi_jax import checkpoint, comi, convert, hf, overrides, reading, sharding, start, train
 from comi_jax.params import flatten
 from comi_jax.step import Gradients
 
@@ -212,7 +212,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(world, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2", "llama2", "qwen3"])
 def test_missing_weights_say_what_to_download_and_which_option_names_it(name, path):
     said = refusal([f"--config={name}", f"model.path={path}", "data.train=x.jsonl"])
-    hub = config.load(name).model.hub
+    hub = overrides.load(name).model.hub
     assert hub.count("/") == 1
     assert f"download {hub}: hf download {hub} --local-dir=DIR, then pass model.path=DIR" in said
     assert (f"{path} is not one" if path else "model.path is not set") in said
@@ -241,7 +241,7 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
     said = refusal(world.command(tmp_path / "run", f"data.train={data}"))
     assert f"{data}, line 2: " in said and "a number (7)" in said
     assert not (tmp_path / "run").exists()
-    settings = config.load("qwen2", [f"data.train={data}", "data.skip_bad_records=true"])
+    settings = overrides.load("qwen2", [f"data.train={data}", "data.skip_bad_records=true"])
     printed = io.StringIO()
     console = Console(file=printed, soft_wrap=True)
     kept = reading.read_examples(settings, train_fixtures.tokenizer(), tmp_path / "examples", console)
@@ -253,4 +253,4 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
 def test_only_the_first_records_are_evaluated_if_asked(world):
     quiet, dev = Console(file=io.StringIO()), f"data.eval={world.dev}"
     for words, count in (([dev, "data.eval_examples=2"], 2), ([dev], 6), ([], 0)):
-        assert len(reading.read_held_out(config.load("qwen2", words), quiet)) == count
+        assert len(reading.read_held_out(overrides.load("qwen2", words), quiet)) == count

@@ -19,8 +19,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from comi_jax.comi import Batch
-from comi_jax.compress import max_groups
-from comi_jax.config import Backbone, Compression, Data
+from comi_jax.config import Backbone, Compression, Data, max_groups
 from comi_jax.data.order import Order, fit_lengths, fit_widths
 from comi_jax.data.records import Record
 
