@@ -19,11 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from comi_jax import comi, generate, hf, sharding
+from comi_jax import hf
 from comi_jax.checkpoint import CheckpointError, Run, choose_step, load_params
 from comi_jax.config import ConfigError, Generation
 from comi_jax.data import loader
 from comi_jax.data.records import Record
+from comi_jax.devices import sharding
+from comi_jax.model import comi, generate
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import backbone as lm
-from comi_jax import comi, generate, optim
+from comi_jax import optim
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Compression, Generation, Optimizer
+from comi_jax.model import backbone as lm
+from comi_jax.model import comi, generate
 from comi_jax.params import initialize, partition
 from comi_jax.step import CompiledStep, TrainState
 

@@ -29,9 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from comi_jax import comi, convert, hf, sharding, weights
+from comi_jax import convert, hf, weights
 from comi_jax.bench import peak_memory
 from comi_jax.config import Backbone, Compression, Config, Mesh
+from comi_jax.devices import sharding
+from comi_jax.model import comi
 from comi_jax.params import count
 from comi_jax.published import BACKBONES
 

@@ -21,12 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import optim, reading, sharding
+from comi_jax import optim, reading
 from comi_jax.checkpoint import CheckpointError, Run
 from comi_jax.cli import at_least
 from comi_jax.config import Config, ConfigError
 from comi_jax.data import loader, order, tokens
 from comi_jax.data.records import DataError
+from comi_jax.devices import sharding
 from comi_jax.meter import Tally
 from comi_jax.overrides import load
 from comi_jax.start import backbone_folder, initial_params, starting_point, starting_tokenizer

@@ -28,10 +28,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from comi_jax import integrity, jsonl, lock, sharding, store
-from comi_jax.comi import Architecture, is_trained, specs
+from comi_jax import integrity, jsonl, lock, store
 from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.devices import sharding
 from comi_jax.integrity import CheckpointError, DamageError
+from comi_jax.model.comi import Architecture, is_trained, specs
 from comi_jax.overrides import from_dict, override, to_dict
 from comi_jax.params import Placement, as_stored, flatten, partition, unflatten
 from comi_jax.store import restore_arrays, stored

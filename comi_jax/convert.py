@@ -21,9 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import comi, export_hf, hf, inspection, official, weights
+from comi_jax import export_hf, hf, inspection, official, weights
 from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run, save_import
 from comi_jax.config import Config, ConfigError
+from comi_jax.model import comi
 from comi_jax.overrides import override
 from comi_jax.params import flatten, unflatten
 

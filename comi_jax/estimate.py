@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from comi_jax import comi, flops
 from comi_jax.config import Config
+from comi_jax.model import comi, flops
 from comi_jax.step import TrainState
 
 

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from comi_jax import distributed, metrics, sharding
+from comi_jax import metrics
 from comi_jax.answer import Answer, Comi
 from comi_jax.checkpoint import CheckpointError, choose_step, weights_of
 from comi_jax.config import ConfigError, Generation, Mesh
 from comi_jax.data import loader
 from comi_jax.data.records import DataError, Record, read_records
+from comi_jax.devices import distributed, sharding
 from comi_jax.weights import WeightsError
 
 

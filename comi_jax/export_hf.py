@@ -16,10 +16,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from comi_jax import comi, hf, weights
-from comi_jax import lora as lora_module
+from comi_jax import hf, weights
 from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run
 from comi_jax.config import Lora
+from comi_jax.model import comi
+from comi_jax.model import lora as lora_module
 from comi_jax.params import flatten, unflatten
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from comi_jax import weights
-from comi_jax.backbone import specs as lm_specs
 from comi_jax.config import Backbone, ConfigError, Llama3Rope, shown
+from comi_jax.model.backbone import specs as lm_specs
 from comi_jax.overrides import from_dict
 from comi_jax.params import Placement, Tree, as_stored, flatten, unflatten
 from comi_jax.weights import Layout, Source, Tensors

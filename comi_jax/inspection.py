@@ -9,9 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from comi_jax import comi, hf, official
+from comi_jax import hf, official
 from comi_jax.checkpoint import CheckpointError, is_run, newest, read_run, stored_arrays
 from comi_jax.config import Backbone
+from comi_jax.model import comi
 from comi_jax.params import flatten
 from comi_jax.weights import Shape, Tensors
 

@@ -13,13 +13,15 @@ import optax
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import checkpoint, comi, distributed, evaluate, jsonl, optim, sharding
+from comi_jax import checkpoint, evaluate, jsonl, optim
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import CheckpointError, Run, frozen_dtype
 from comi_jax.data import loader
 from comi_jax.data.records import Record
+from comi_jax.devices import distributed, sharding
 from comi_jax.logs import RunLog, SilentLog
 from comi_jax.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
+from comi_jax.model import comi
 from comi_jax.params import combine, count
 from comi_jax.step import CompiledStep, TrainState
 from comi_jax.stop import Stop

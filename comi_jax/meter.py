@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from comi_jax import chips, comi, flops
+from comi_jax.devices import chips
+from comi_jax.model import comi, flops
 
 
 class TooManySkipped(RuntimeError):

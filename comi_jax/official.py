@@ -18,8 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax import comi, hf, weights
+from comi_jax import hf, weights
 from comi_jax.config import Backbone, Compression, ConfigError, Lora
+from comi_jax.model import comi
 from comi_jax.params import Placement, as_stored, flatten, unflatten
 from comi_jax.weights import Layout, Shape, Source, Tensors, WeightsError
 

@@ -28,12 +28,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import answer, comi, estimate, flops, hlo, optim, sharding, state, sweep, topology
+from comi_jax import answer, estimate, hlo, optim, state, sweep
 from comi_jax.checkpoint import CheckpointError
-from comi_jax.chips import Chip
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import loader
+from comi_jax.devices import sharding, topology
+from comi_jax.devices.chips import Chip
+from comi_jax.model import comi, flops
 from comi_jax.overrides import load
 from comi_jax.published import BACKBONES
 from comi_jax.start import backbone_folder, starting_backbone

@@ -23,10 +23,10 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
-from comi_jax import backbone as lm
 from comi_jax import hf
 from comi_jax.config import Backbone
 from comi_jax.data import synthetic
+from comi_jax.model import backbone as lm
 from comi_jax.params import Tree, count, initialize
 
 TEXT_WEIGHT = 0.1  # most words of a fact cannot be foreseen; answers can

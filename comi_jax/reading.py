@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from comi_jax import distributed
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import loader, sources, synthetic, tokens
 from comi_jax.data.records import DataError, Record
+from comi_jax.devices import distributed
 
 
 def read_examples(

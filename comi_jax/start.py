@@ -6,9 +6,11 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from comi_jax import comi, hf, sharding
+from comi_jax import hf
 from comi_jax.checkpoint import Run, frozen_dtype, is_run, load_flat, read_run
 from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.devices import sharding
+from comi_jax.model import comi
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
 from comi_jax.state import own_parameters

@@ -9,8 +9,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from comi_jax import comi, sharding
 from comi_jax.checkpoint import frozen_dtype
+from comi_jax.devices import sharding
+from comi_jax.model import comi
 from comi_jax.params import flatten
 from comi_jax.step import TrainState
 

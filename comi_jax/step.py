@@ -21,7 +21,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from comi_jax import comi
+from comi_jax.model import comi
 from comi_jax.params import combine
 
 

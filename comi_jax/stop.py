@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from comi_jax.distributed import Peers
+from comi_jax.devices.distributed import Peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SECOND = 130  # exit status after a second request, a shell's for Ctrl-C

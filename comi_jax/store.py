@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from comi_jax import distributed, integrity
+from comi_jax import integrity
+from comi_jax.devices import distributed
 from comi_jax.integrity import CheckpointError, DamageError
 
 WRITING = ".orbax-checkpoint-tmp"  # as Orbax names what is not complete

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from comi_jax import distributed, evaluate, lock, loop, optim, sharding, weights
+from comi_jax import evaluate, lock, loop, optim, weights
 from comi_jax.answer import Comi
 from comi_jax.checkpoint import (
     CheckpointError,
@@ -31,6 +31,7 @@ from comi_jax.checkpoint import (
 from comi_jax.config import Config, ConfigError
 from comi_jax.data import loader, tokens
 from comi_jax.data.records import DataError, Record
+from comi_jax.devices import distributed, sharding
 from comi_jax.logs import RunConsole
 from comi_jax.overrides import load
 from comi_jax.reading import check_held_out, read_examples, read_held_out

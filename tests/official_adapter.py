@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax import backbone as lm
-from comi_jax import comi, hf, official
-from comi_jax import generate as generation
-from comi_jax.compress import compress as compress_batch
+from comi_jax import hf, official
 from comi_jax.config import Compression, Generation, max_groups
 from comi_jax.kernels.merge import merge
+from comi_jax.model import backbone as lm
+from comi_jax.model import comi
+from comi_jax.model import generate as generation
+from comi_jax.model.compress import compress as compress_batch
 from comi_jax.params import combine, partition
 
 SWITCHES = {

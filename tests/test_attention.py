@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
-from comi_jax import attention as module
-from comi_jax import attention_blocked
-from comi_jax.attention import attention
+from comi_jax.model import attention as module
+from comi_jax.model import attention_blocked
+from comi_jax.model.attention import attention
 
 # name: B, T, S, N, K, H, start, lengths, causal. Blocks are cut to 24 rows and 16 keys below.
 CASES = {
@@ -274,7 +274,7 @@ def test_choice(backend, dtype, T, S, cached, name):
 def test_a_choice_is_logged_once(caplog):
     module._log_choice.cache_clear()
     q, k, v, _ = map(jnp.asarray, inputs(1, 3, 3, 2, 1, 8))
-    with caplog.at_level(logging.INFO, logger="comi_jax.attention"):
+    with caplog.at_level(logging.INFO, logger="comi_jax.model.attention"):
         for _ in range(2):
             attention(q, k, v)
     assert [record.getMessage() for record in caplog.records] == ["attention: dense for float32 on cpu"]

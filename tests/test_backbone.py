@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax import backbone as lm
 from comi_jax import hf
+from comi_jax.model import backbone as lm
 
 KINDS = list(tiny_models.BACKBONES)
 BATCH, LENGTH = 2, 24

@@ -12,8 +12,10 @@ import tiny_models
 import train_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax import checkpoint, comi, hf, sharding, store
+from comi_jax import checkpoint, hf, store
 from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
+from comi_jax.devices import sharding
+from comi_jax.model import comi
 from comi_jax.params import flatten, partition
 from comi_jax.step import TrainState
 from comi_jax.store import Progress

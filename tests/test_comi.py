@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax import comi
+from comi_jax.model import comi
 from comi_jax.params import flatten
 
 SEGMENT, REST, QUERY, ANSWER, MIN_RATE = 12, 7, 5, 4, 2

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comi_jax import compress as c
 from comi_jax import config
-from comi_jax.comi import SCALARS
 from comi_jax.config import Compression
+from comi_jax.model import compress as c
+from comi_jax.model.comi import SCALARS
 
 LENGTH, WIDTH, LOWEST_RATE = 48, 6, 2
 SLOTS = config.max_groups(LENGTH, LOWEST_RATE)

@@ -15,8 +15,9 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import Comi, checkpoint, comi, convert, generate, hf, inspection, official, start, train, weights
+from comi_jax import Comi, checkpoint, convert, hf, inspection, official, start, train, weights
 from comi_jax.config import Compression, Generation, Lora
+from comi_jax.model import comi, generate
 from comi_jax.params import flatten, unflatten
 
 torch = pytest.importorskip("torch")

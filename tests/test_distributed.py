@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import train_fixtures
 
-from comi_jax import checkpoint, distributed
+from comi_jax import checkpoint
 from comi_jax.config import ConfigError
+from comi_jax.devices import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--config=tiny", "train.compare_mean_pooling=false", "data.synthetic_examples=400", "data.eval_examples=8",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax import backbone as lm
-from comi_jax import comi, generate, hf, lora
+from comi_jax import hf
 from comi_jax.config import Compression, Generation
+from comi_jax.model import backbone as lm
+from comi_jax.model import comi, generate, lora
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 ARCH = tiny_models.architecture("qwen3", lora=2)

@@ -11,9 +11,10 @@ import pytest
 import tiny_models
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import backbone as lm
-from comi_jax import comi, hf, weights
+from comi_jax import hf, weights
 from comi_jax.config import ConfigError, Llama3Rope
+from comi_jax.model import backbone as lm
+from comi_jax.model import comi
 from comi_jax.params import flatten
 
 KINDS = list(tiny_models.BACKBONES)

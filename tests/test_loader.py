@@ -15,10 +15,10 @@ import train_fixtures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comi_jax import sharding
 from comi_jax.config import Compression, Data, Mesh
 from comi_jax.data import loader, order
 from comi_jax.data.records import Record
+from comi_jax.devices import sharding
 from comi_jax.meter import Tally
 
 TOKENIZER = train_fixtures.tokenizer()

@@ -12,10 +12,11 @@ import pytest
 import train_fixtures
 from train_fixtures import SAVE_EVERY, STEPS
 
-from comi_jax import checkpoint, comi, store
+from comi_jax import checkpoint, store
 from comi_jax.config import MEASURES
 from comi_jax.logs import RunConsole
 from comi_jax.metrics import MEASURES as MEASURED
+from comi_jax.model import comi
 from comi_jax.step import Gradients
 
 quick_compilation = train_fixtures.quick_compilation

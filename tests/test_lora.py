@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax import backbone as lm
-from comi_jax import lora
 from comi_jax.config import Lora
+from comi_jax.model import backbone as lm
+from comi_jax.model import lora
 from comi_jax.params import initialize
 
 BACKBONE = tiny_models.BACKBONES["qwen2"]

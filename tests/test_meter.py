@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from tiny_models import architecture
 
-from comi_jax import chips, comi, flops, meter
+from comi_jax import meter
+from comi_jax.devices import chips
+from comi_jax.model import comi, flops
 
 ARCH = architecture()
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from comi_jax import mig
+from comi_jax.model import mig
 
 
 def unit(x):

@@ -9,8 +9,9 @@ import pytest
 import tiny_models
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import comi, hf, official, weights
+from comi_jax import hf, official, weights
 from comi_jax.config import Compression, ConfigError
+from comi_jax.model import comi
 from comi_jax.params import flatten
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -7,8 +7,9 @@ import pytest
 import tiny_models
 from jax import numpy_dtype_promotion
 
-from comi_jax import comi, optim
+from comi_jax import optim
 from comi_jax.config import Optimizer
+from comi_jax.model import comi
 from comi_jax.params import flatten
 
 

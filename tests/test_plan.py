@@ -14,8 +14,10 @@ import jax
 import pytest
 import train_fixtures
 
-from comi_jax import chips, comi, flops, hlo_text, optim, plan, published, sharding, state, topology
+from comi_jax import hlo_text, optim, plan, published, state
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train
+from comi_jax.devices import chips, sharding, topology
+from comi_jax.model import comi, flops
 from comi_jax.overrides import load
 from comi_jax.step import CompiledStep, gradients_of
 

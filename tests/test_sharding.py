@@ -13,11 +13,12 @@ import pytest
 import train_fixtures
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from comi_jax import backbone as lm
-from comi_jax import comi, sharding
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Optimizer, Train
 from comi_jax.data import loader
 from comi_jax.data.records import Record
+from comi_jax.devices import sharding
+from comi_jax.model import backbone as lm
+from comi_jax.model import comi
 from comi_jax.params import ParamSpec, partition
 from comi_jax.step import CompiledStep, TrainState
 

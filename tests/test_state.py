@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax import comi, optim, sharding, state
+from comi_jax import optim, state
 from comi_jax.config import Compression, Lora, Mesh, Optimizer
+from comi_jax.devices import sharding
+from comi_jax.model import comi
 from comi_jax.params import flatten, initialize
 
 ARCH = comi.Architecture(

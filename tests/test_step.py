@@ -7,10 +7,11 @@ import pytest
 import train_fixtures
 from tiny_models import architecture, shaken
 
-from comi_jax import comi, optim
+from comi_jax import optim
 from comi_jax.config import Data, Optimizer
 from comi_jax.data import loader
 from comi_jax.data.records import Record
+from comi_jax.model import comi
 from comi_jax.params import partition
 from comi_jax.step import CompiledStep, TrainState, add_gradients, apply_gradients
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from comi_jax import stop as stop_module
-from comi_jax.distributed import Peers
+from comi_jax.devices.distributed import Peers
 from comi_jax.stop import SECOND, Stop
 
 

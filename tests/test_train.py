@@ -13,7 +13,9 @@ import train_fixtures
 from rich.console import Console
 from train_fixtures import LOG_EVERY, SAVE_EVERY, STEPS
 
-from comi_jax import checkpoint, comi, convert, hf, overrides, reading, sharding, start, train
+from comi_jax import checkpoint, convert, hf, overrides, reading, start, train
+from comi_jax.devices import sharding
+from comi_jax.model import comi
 from comi_jax.params import flatten
 from comi_jax.step import Gradients
 

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax import comi
 from comi_jax.config import Backbone, Compression, Llama3Rope, Lora
+from comi_jax.model import comi
 from comi_jax.params import flatten, unflatten
 
 _SHARED = {

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from comi_jax import compress as c
 from comi_jax.config import Compression
-from comi_jax.sequence import Split
+from comi_jax.model import compress as c
+from comi_jax.model.context_parallel import Split
 
 LENGTH, WIDTH, SLOTS = 64, 6, 32
 LENGTHS, RATES = np.array([64, 37, 5, 0], np.int32), np.array([8, 2, 32, 8], np.int32)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from comi_jax.attention_blocked import blocked
+from comi_jax.model.attention_blocked import blocked
 
 MASKED = -1e30
 SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens, of queries as of keys

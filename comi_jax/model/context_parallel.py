@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from comi_jax import mig
 from comi_jax.kernels import dispatch
 from comi_jax.kernels.merge import merge
 from comi_jax.kernels.redundancy import max_cosine
+from comi_jax.model import mig
 
 
 class Whole:

@@ -19,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from comi_jax import lora as lora_module
-from comi_jax import sharding
-from comi_jax.attention import TAKE_START, attention, platform
 from comi_jax.config import Backbone
+from comi_jax.devices import sharding
+from comi_jax.model import lora as lora_module
+from comi_jax.model.attention import TAKE_START, attention, platform
 from comi_jax.params import ParamSpec, Tree
 
 # What of a block is kept for the backward pass beside its input; the rest is computed again.

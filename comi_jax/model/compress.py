@@ -15,11 +15,11 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from comi_jax import mig
 from comi_jax.config import Compression
 from comi_jax.kernels.merge import weights
+from comi_jax.model import mig
+from comi_jax.model.context_parallel import Split, Whole
 from comi_jax.params import Tree
-from comi_jax.sequence import Split, Whole
 
 WHOLE = Whole()  # rows that are not split over devices
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from comi_jax import chips
 from comi_jax.config import ConfigError
+from comi_jax.devices import chips
 
 GPUS_PER_NODE = 8
 # Streaming multiprocessors, bytes of second-level cache and GHz of the GPUs that are described: all of compute

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from comi_jax import backbone as lm
-from comi_jax.comi import Architecture, adapters
 from comi_jax.config import Generation
+from comi_jax.model import backbone as lm
+from comi_jax.model.comi import Architecture, adapters
 from comi_jax.params import Tree
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from comi_jax import backbone as lm
-from comi_jax import lora as lora_module
-from comi_jax.attention import platform
-from comi_jax.compress import Aux, compress
 from comi_jax.config import Backbone, Compression, Config, Lora, max_groups
 from comi_jax.kernels import dispatch
+from comi_jax.model import backbone as lm
+from comi_jax.model import lora as lora_module
+from comi_jax.model.attention import platform
+from comi_jax.model.compress import Aux, compress
 from comi_jax.params import ParamSpec, Tree, flatten, initialize
 
 SCALARS = ("alpha_coarse", "beta_coarse", "alpha_fine", "beta_fine")

@@ -1,0 +1,1 @@
+"""Machines: chips, meshes of devices, and processes that work together."""

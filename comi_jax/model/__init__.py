@@ -1,0 +1,1 @@
+"""The paper: from token ids to memory and answers."""
