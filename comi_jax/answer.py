@@ -26,6 +26,8 @@ from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
 from comi_jax.model import comi, generate
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))
-def remember(params: Any, batch: comi.Batch, arch: comi.Architecture, rate: int) -> comi.Memory:
+def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.Memory:
     return comi.remember(params, arch, batch, rate)
 
 
@@ -191,8 +193,8 @@ def remember(params: Any, batch: comi.Batch, arch: comi.Architecture, rate: int)
 def reply(
     params: Any,
     memory: comi.Memory,
-    batch: comi.Batch,
-    arch: comi.Architecture,
+    batch: Batch,
+    arch: Architecture,
     options: Generation,
     stop: tuple[int, ...],
 ) -> generate.Generated:

@@ -23,8 +23,10 @@ from rich.table import Table
 from comi_jax import optim
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Compression, Generation, Optimizer
+from comi_jax.model import architecture, comi, generate
 from comi_jax.model import backbone as lm
-from comi_jax.model import comi, generate
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
 from comi_jax.params import initialize, partition
 from comi_jax.step import CompiledStep, TrainState
 
@@ -36,7 +38,7 @@ BACKBONE = Backbone(
 )  # fmt: skip
 
 
-def example(tokens: int) -> comi.Batch:
+def example(tokens: int) -> Batch:
     """One context of random tokens with a query and an answer."""
     rng = np.random.default_rng(0)
 
@@ -46,7 +48,7 @@ def example(tokens: int) -> comi.Batch:
     def number(value: int) -> jax.Array:
         return jnp.full((1,), value, jnp.int32)
 
-    return comi.Batch(
+    return Batch(
         ids(1, tokens),
         number(tokens),
         ids(1, QUERY),
@@ -60,8 +62,8 @@ def example(tokens: int) -> comi.Batch:
 def prepare(task: str, tokens: int, remat: bool) -> Callable[[], object]:
     """The work of ``task`` as a function without arguments, weights and example ready."""
     compression = Compression(rates=(RATE,), encoder_layers=4, segment_size=tokens)
-    arch = comi.Architecture(BACKBONE, compression, runtime=lm.Runtime(remat="attention" if remat else "off"))
-    params = initialize(comi.specs(arch), jax.random.key(0))
+    arch = Architecture(BACKBONE, compression, runtime=lm.Runtime(remat="attention" if remat else "off"))
+    params = initialize(architecture.specs(arch), jax.random.key(0))
     batch = example(tokens)
     if task == "train step":
         return _training(params, arch, batch)
@@ -81,8 +83,8 @@ def prepare(task: str, tokens: int, remat: bool) -> Callable[[], object]:
     return lambda: answer(params, compress(params, batch), batch)  # two calls, as in Comi.answer
 
 
-def _training(params: dict, arch: comi.Architecture, batch: comi.Batch) -> Callable[[], object]:
-    trained, frozen = partition(params, lambda path: comi.is_trained(path, arch))
+def _training(params: dict, arch: Architecture, batch: Batch) -> Callable[[], object]:
+    trained, frozen = partition(params, lambda path: architecture.is_trained(path, arch))
     update = optim.optimizer(Optimizer(), steps=1000)
     held = [TrainState(jnp.int32(0), trained, update.init(trained))]
     step = CompiledStep(arch, update)

@@ -33,7 +33,7 @@ from comi_jax import convert, hf, weights
 from comi_jax.bench import peak_memory
 from comi_jax.config import Backbone, Compression, Config, Mesh
 from comi_jax.devices import sharding
-from comi_jax.model import comi
+from comi_jax.model import architecture
 from comi_jax.params import count
 from comi_jax.published import BACKBONES
 
@@ -102,7 +102,7 @@ def import_hf(folder: Path, devices: int) -> dict[str, float]:
     config = Config(compression=Compression(encoder_layers=2))
     run = convert.import_hf(folder, output, config)
     seconds = time.perf_counter() - since
-    size = 2 * count(comi.specs(run.architecture)) / GB
+    size = 2 * count(architecture.specs(run.architecture)) / GB
     shutil.rmtree(output)
     largest = max(weights.Tensors(folder).sizes().values()) / GB
     return {"seconds": seconds, "read": size, "result": size, "largest": largest}

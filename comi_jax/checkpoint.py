@@ -32,7 +32,7 @@ from comi_jax import integrity, jsonl, lock, store
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.devices import sharding
 from comi_jax.integrity import CheckpointError, DamageError
-from comi_jax.model.comi import Architecture, is_trained, specs
+from comi_jax.model.architecture import Architecture, frozen_dtype, is_trained, specs
 from comi_jax.overrides import from_dict, override, to_dict
 from comi_jax.params import Placement, as_stored, flatten, partition, unflatten
 from comi_jax.store import restore_arrays, stored
@@ -349,8 +349,3 @@ def stored_arrays(folder: str | Path, step: int) -> tuple[Mapping[str, Any], Map
     place, frozen = Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen"
     with store.reading(place, BEFORE):
         return stored(place / "trained"), stored(frozen)
-
-
-def frozen_dtype(path: str, arch: Architecture) -> str:
-    """Frozen weights are kept in the model's dtype, COMI's scalars in float32."""
-    return "float32" if path.startswith("mig/") else arch.dtype

@@ -24,7 +24,8 @@ from rich.table import Table
 from comi_jax import export_hf, hf, inspection, official, weights
 from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run, save_import
 from comi_jax.config import Config, ConfigError
-from comi_jax.model import comi
+from comi_jax.model import architecture
+from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.overrides import override
 from comi_jax.params import flatten, unflatten
 
@@ -41,9 +42,9 @@ def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: s
     check_new(output)
     shape, tokenizer = hf.read_config(backbone), hf.load_tokenizer(backbone)
     hf.check_tokenizer(tokenizer, shape)
-    arch = comi.Architecture(shape, config.compression, config.lora)
-    params = hf.load_parts(backbone, shape, comi.parts_of_backbone(arch))
-    params |= comi.own_parameters(arch, config.train.seed)
+    arch = Architecture(shape, config.compression, config.lora)
+    params = hf.load_parts(backbone, shape, architecture.parts_of_backbone(arch))
+    params |= architecture.own_parameters(arch, config.train.seed)
     run = _run_of(config, arch, params, backbone, tokenizer, dtype)
     save_import(output, run, params, tokenizer)
     return run
@@ -64,7 +65,7 @@ def import_official(
     hf.check_tokenizer(tokenizer, shape)
     params, arch = official.load(checkpoint, shape, config.compression, lora_alpha)
     flat = flatten(params)
-    scalars = {name: float(flat[f"mig/{name}"]) for name in comi.SCALARS}
+    scalars = {name: float(flat[f"mig/{name}"]) for name in SCALARS}
     arch = dataclasses.replace(arch, compression=dataclasses.replace(arch.compression, **scalars))
     run = _run_of(config, arch, flat, backbone, tokenizer, dtype)
     kept = _unused(official.OfficialTensors(checkpoint), arch, flat)
@@ -74,7 +75,7 @@ def import_official(
     return run
 
 
-def _unused(held: weights.Tensors, arch: comi.Architecture, flat: Mapping[str, Any]) -> list[weights.Writable]:
+def _unused(held: weights.Tensors, arch: Architecture, flat: Mapping[str, Any]) -> list[weights.Writable]:
     """The tensors of an official file that nothing reads, where the way back would not make them up the same."""
     kept, bad = [], []
     for name in official.unused(arch):
@@ -95,7 +96,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _run_of(
-    config: Config, arch: comi.Architecture, params: Mapping[str, Any], backbone: str | Path, tokenizer: Any, dtype: str
+    config: Config, arch: Architecture, params: Mapping[str, Any], backbone: str | Path, tokenizer: Any, dtype: str
 ) -> Run:
     """The description of an imported model."""
     dtype = dtype or ("float32" if params["decoder/embed"].dtype == jnp.float32 else "bfloat16")

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from comi_jax.config import Config
-from comi_jax.model import comi, flops
+from comi_jax.model import flops
+from comi_jax.model.architecture import Architecture
 from comi_jax.step import TrainState
 
 
@@ -44,7 +45,7 @@ def on_one_device(tree: Any) -> int:
 
 
 def held(
-    arch: comi.Architecture,
+    arch: Architecture,
     state: TrainState,
     frozen: Any,
     lengths: flops.Lengths,

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from comi_jax import hf, weights
 from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run
 from comi_jax.config import Lora
-from comi_jax.model import comi
 from comi_jax.model import lora as lora_module
+from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten, unflatten
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -76,7 +76,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
-def merged(arch: comi.Architecture, flat: Mapping[str, Any]) -> tuple[comi.Architecture, dict[str, Any]]:
+def merged(arch: Architecture, flat: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
     """The same model with its adapters merged into the decoder's projections."""
     if not arch.lora.rank:
         return arch, dict(flat)
@@ -93,14 +93,14 @@ def dtype_of(run: Run, dtype: str) -> str | None:
     return dtype or (None if run.imported else run.config.model.dtype)
 
 
-def protocol(run: Run, arch: comi.Architecture, scalars: Mapping[str, Any]) -> dict[str, Any]:
+def protocol(run: Run, arch: Architecture, scalars: Mapping[str, Any]) -> dict[str, Any]:
     """comi.json: everything about the computation that the weights do not say."""
     compression = arch.compression
     return {
         "format": 1,
         "rates": list(compression.rates),
         "segment_size": compression.segment_size,
-        "scalars": {name: float(jnp.asarray(scalars[name])) for name in comi.SCALARS},
+        "scalars": {name: float(jnp.asarray(scalars[name])) for name in SCALARS},
         "switches": {name: getattr(compression, name) for name in SWITCHES},
         "compression_dtype": "float32",
         "tokens": {
@@ -129,7 +129,7 @@ def results_of(checkpoint: str | Path) -> dict[str, Any]:
     return {}
 
 
-def card(run: Run, arch: comi.Architecture, results: Mapping[str, Any]) -> str:
+def card(run: Run, arch: Architecture, results: Mapping[str, Any]) -> str:
     """README.md of an exported model."""
     backbone, compression = run.backbone, arch.compression
     lines = [

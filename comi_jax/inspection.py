@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from comi_jax import hf, official
 from comi_jax.checkpoint import CheckpointError, is_run, newest, read_run, stored_arrays
 from comi_jax.config import Backbone
-from comi_jax.model import comi
+from comi_jax.model import architecture
 from comi_jax.params import flatten
 from comi_jax.weights import Shape, Tensors
 
@@ -101,7 +101,7 @@ def _run(path: Path) -> Inspection:
     if step is not None:
         for stored in stored_arrays(path, step):
             arrays |= {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in stored.items()}
-        wanted = {name: tuple(spec.shape) for name, spec in flatten(comi.specs(arch)).items()}
+        wanted = {name: tuple(spec.shape) for name, spec in flatten(architecture.specs(arch)).items()}
         missing += [f"{name} {shape}" for name, shape in wanted.items() if name not in arrays]
         wrong = [name for name, shape in wanted.items() if name in arrays and arrays[name][0] != shape]
         missing += [f"{name} {wanted[name]} (it is {arrays[name][0]})" for name in wrong]

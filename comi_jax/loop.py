@@ -15,13 +15,14 @@ from rich.console import Console
 
 from comi_jax import checkpoint, evaluate, jsonl, optim
 from comi_jax.answer import Comi
-from comi_jax.checkpoint import CheckpointError, Run, frozen_dtype
+from comi_jax.checkpoint import CheckpointError, Run
 from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.logs import RunLog, SilentLog
 from comi_jax.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
-from comi_jax.model import comi
+from comi_jax.model.architecture import frozen_dtype
+from comi_jax.model.batch import Batch
 from comi_jax.params import combine, count
 from comi_jax.step import CompiledStep, TrainState
 from comi_jax.stop import Stop
@@ -43,7 +44,7 @@ class Job:
     frozen: dict[str, Array]
     plan: loader.Plan
     batches: Any  # endless (micro-batches, the same on the devices), with get_state, set_state and close
-    largest: comi.Batch  # in the largest shape that a micro-batch can have
+    largest: Batch  # in the largest shape that a micro-batch can have
     held_out: list[Record]
     tokenizer: Any
     checkpoints: Checkpoints

@@ -15,13 +15,15 @@ import numpy as np
 from jaxtyping import Array
 
 from comi_jax.devices import chips
-from comi_jax.model import comi, flops
+from comi_jax.model import flops
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
 
 
 class TooManySkipped(RuntimeError):
     """A run of steps that were not finite has become too long; ``batch`` is that of the last."""
 
-    def __init__(self, step: int, count: int, batch: Sequence[comi.Batch]):
+    def __init__(self, step: int, count: int, batch: Sequence[Batch]):
         super().__init__(f"the loss or a gradient of {count} steps in a row, up to step {step}, is not finite")
         self.step, self.batch = step, batch
 
@@ -35,7 +37,7 @@ class Tally:
     asked_context: int
 
     @classmethod
-    def of(cls, batch: Sequence[comi.Batch]) -> "Tally":
+    def of(cls, batch: Sequence[Batch]) -> "Tally":
         tokens = positions = asked = 0
         for rows in batch:
             tokens += sum(int(x.sum()) for x in (rows.context_length, rows.query_length, rows.answer_length))
@@ -50,7 +52,7 @@ class Tally:
         return 1 - self.tokens / self.positions
 
 
-def batch_flops(arch: comi.Architecture, batch: Sequence[comi.Batch]) -> float:
+def batch_flops(arch: Architecture, batch: Sequence[Batch]) -> float:
     """FLOP of the loss and gradients of the micro-batches of ``batch``: padding left out, a context that several ask
     about encoded once."""
     total = 0.0
@@ -63,7 +65,7 @@ def batch_flops(arch: comi.Architecture, batch: Sequence[comi.Batch]) -> float:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _example_flops(arch: comi.Architecture, context: int, query: int, answer: int, rate: int, encoded: bool) -> float:
+def _example_flops(arch: Architecture, context: int, query: int, answer: int, rate: int, encoded: bool) -> float:
     if not answer:
         return 0.0
     whole = flops.train_step(arch, flops.Lengths(context, query, answer, rate))
@@ -82,7 +84,7 @@ class Meter:
 
     def __init__(
         self,
-        arch: comi.Architecture,
+        arch: Architecture,
         is_logged: Callable[[int], bool],
         max_skipped: int,
         rate: Callable[[int], Array],
@@ -93,13 +95,13 @@ class Meter:
         self._arch, self._is_logged, self._max_skipped = arch, is_logged, max_skipped
         self._rate, self._write = rate, write
         self.skipped, self.in_a_row = skipped, in_a_row
-        self._pending: tuple[int, dict[str, Array], Sequence[comi.Batch]] | None = None
+        self._pending: tuple[int, dict[str, Array], Sequence[Batch]] | None = None
         chip = chips.find(jax.devices()[0].device_kind)
         self._peak = chip.flops * jax.device_count() if chip else 0.0
         self._since: float | None = None
         self._tokens, self._flops = 0, 0.0
 
-    def add(self, step: int, metrics: dict[str, Array], batch: Sequence[comi.Batch]) -> None:
+    def add(self, step: int, metrics: dict[str, Array], batch: Sequence[Batch]) -> None:
         """Take in a dispatched step, and read the one before it. Raises TooManySkipped."""
         before, self._pending = self._pending, (step, metrics, batch)
         if before:
@@ -115,7 +117,7 @@ class Meter:
         """What happens from now to the end of the next step is not counted as its time: compiling, evaluating."""
         self._since = None
 
-    def _read(self, step: int, metrics: dict[str, Array], batch: Sequence[comi.Batch]) -> None:
+    def _read(self, step: int, metrics: dict[str, Array], batch: Sequence[Batch]) -> None:
         skipped = int(metrics["skipped"])
         updates = step - 1 - self.skipped
         self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped

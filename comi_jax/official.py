@@ -20,7 +20,8 @@ import numpy as np
 
 from comi_jax import hf, weights
 from comi_jax.config import Backbone, Compression, ConfigError, Lora
-from comi_jax.model import comi
+from comi_jax.model import architecture
+from comi_jax.model.architecture import Architecture
 from comi_jax.params import Placement, as_stored, flatten, unflatten
 from comi_jax.weights import Layout, Shape, Source, Tensors, WeightsError
 
@@ -35,9 +36,9 @@ PEFT = "decoder.base_model.model."
 ADAPTER = PEFT + "model.layers.{layer}.self_attn.{target}_proj.lora_{part}.default.weight"
 
 
-def sources(arch: comi.Architecture) -> dict[str, Source]:
+def sources(arch: Architecture) -> dict[str, Source]:
     """The official tensors that make up each parameter of ``arch``, by flat path."""
-    specs, found = comi.specs(arch), {}
+    specs, found = architecture.specs(arch), {}
     adapted = rf"(self_attn\.[{''.join(arch.lora.targets)}]_proj)\."
 
     def named(part: str, name: str) -> str:
@@ -56,7 +57,7 @@ def sources(arch: comi.Architecture) -> dict[str, Source]:
     return found
 
 
-def unused(arch: comi.Architecture) -> dict[str, Shape]:
+def unused(arch: Architecture) -> dict[str, Shape]:
     """Names and shapes of the tensors in an official file that nothing computes with."""
     table, width = (arch.backbone.vocab_size, arch.backbone.hidden_size), arch.backbone.hidden_size
     decoder = PEFT if arch.lora.rank else PREFIX["decoder"]
@@ -70,7 +71,7 @@ def unused(arch: comi.Architecture) -> dict[str, Shape]:
     }
 
 
-def filled(name: str, arch: comi.Architecture, arrays: Mapping[str, Any]) -> np.ndarray:
+def filled(name: str, arch: Architecture, arrays: Mapping[str, Any]) -> np.ndarray:
     """What an unused tensor holds when nothing else is known: the tables of the language model that encoder and LSA
     were cut from, which the frozen decoder still has; for the alignment layer, the identity."""
     dtype = arrays["decoder/embed"].dtype
@@ -108,7 +109,7 @@ def load(
     compression: Compression,
     lora_alpha: float | None = None,
     place: Placement = as_stored,
-) -> tuple[dict[str, Any], comi.Architecture]:
+) -> tuple[dict[str, Any], Architecture]:
     """An official checkpoint as parameters and the architecture they belong to.
 
     Layer counts, the rank and the targets of LoRA are read off the tensors; what no tensor holds (``backbone``, the
@@ -128,7 +129,7 @@ def read_architecture(
     compression: Compression,
     lora_alpha: float | None,
     where: str,
-) -> comi.Architecture:
+) -> Architecture:
     """The layer counts and adapters that the tensors show, in ``compression`` and a Lora."""
 
     def layers(prefix: str) -> int:
@@ -141,7 +142,7 @@ def read_architecture(
             raise WeightsError(f"{where} is not an official COMI checkpoint: it has no tensors for {field}")
     adapters = {name: shape for name, shape in shapes.items() if name.endswith(".lora_A.default.weight")}
     if not adapters:
-        return comi.Architecture(backbone, dataclasses.replace(compression, **counts))
+        return Architecture(backbone, dataclasses.replace(compression, **counts))
     ranks = sorted({shape[0] for shape in adapters.values()})
     if len(ranks) > 1:
         raise WeightsError(f"{where} has adapters of several ranks {ranks}; one rank for all is implemented")
@@ -154,14 +155,14 @@ def read_architecture(
     if not targets:
         raise WeightsError(f"{where} has adapters, but none on q_proj, k_proj, v_proj or o_proj: {sorted(adapters)[0]}")
     lora = Lora(rank=ranks[0], alpha=float(lora_alpha), targets=targets)
-    return comi.Architecture(backbone, dataclasses.replace(compression, **counts), lora)
+    return Architecture(backbone, dataclasses.replace(compression, **counts), lora)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def writables(
-    params: Mapping[str, Any], arch: comi.Architecture, kept: Tensors | None = None, dtype: Any = None
+    params: Mapping[str, Any], arch: Architecture, kept: Tensors | None = None, dtype: Any = None
 ) -> Iterator[weights.Writable]:
     """Every tensor of the official state dict of ``params``, so that the release loads it with strict=True. ``kept``
     has unused tensors of the file that the model came from; the others are ``filled``."""
@@ -179,6 +180,6 @@ def writables(
         yield weights.Writable(name, shape, width, make)
 
 
-def tensors(params: Mapping[str, Any], arch: comi.Architecture) -> dict[str, np.ndarray]:
+def tensors(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
     """``params``, whole or in part (gradients of what is trained, say), under their official names and layouts."""
     return {one.name: one.make() for one in weights.writables(sources(arch), flatten(params))}

@@ -35,7 +35,9 @@ from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import loader
 from comi_jax.devices import sharding, topology
 from comi_jax.devices.chips import Chip
-from comi_jax.model import comi, flops
+from comi_jax.model import architecture, comi, flops
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
 from comi_jax.overrides import load
 from comi_jax.published import BACKBONES
 from comi_jax.start import backbone_folder, starting_backbone
@@ -80,7 +82,7 @@ def backbone_of(config: Config) -> Backbone:
     return starting_backbone(backbone_folder(config))
 
 
-def abstract_batch(config: Config, examples: int, share: int, home: Any) -> comi.Batch:
+def abstract_batch(config: Config, examples: int, share: int, home: Any) -> Batch:
     """``examples`` of the largest lengths, as the loader makes them, without their contents."""
     lengths = estimate.longest(config)
     parts = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
@@ -94,7 +96,7 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     mesh = sharding.make_mesh(config.mesh, where.devices)
     sharding.check_heads(backbone, mesh)
     parts = sharding.micro_batches(config, mesh)
-    arch = comi.Architecture.of(backbone, config).on(mesh)
+    arch = Architecture.of(backbone, config).on(mesh)
     update = optim.optimizer(config.optimizer, config.train.steps)
     held, frozen = state.abstract(arch, update, mesh)
     share, examples = config.train.share_context, config.train.batch_size // parts
@@ -120,11 +122,11 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     """Compressing and answering ``batch_size`` examples on one device, as ``comi_jax.answer`` does."""
     one = dataclasses.replace(where, devices=where.devices[:1])
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), one.devices)
-    arch = comi.Architecture.of(backbone, config).on(mesh)
+    arch = Architecture.of(backbone, config).on(mesh)
     arch = dataclasses.replace(arch, runtime=arch.runtime.replace(remat="off"))
     home = NamedSharding(mesh, PartitionSpec())
     params = jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=home), comi.specs(arch)
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=home), architecture.specs(arch)
     )
     params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=home), params["mig"])
     lengths, options = estimate.longest(config), config.generation

@@ -7,10 +7,11 @@ import jax
 from jaxtyping import Array
 
 from comi_jax import hf
-from comi_jax.checkpoint import Run, frozen_dtype, is_run, load_flat, read_run
+from comi_jax.checkpoint import Run, is_run, load_flat, read_run
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.devices import sharding
-from comi_jax.model import comi
+from comi_jax.model import architecture
+from comi_jax.model.architecture import SCALARS, frozen_dtype
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
 from comi_jax.state import own_parameters
@@ -61,7 +62,7 @@ def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[i
 def check_same_parts(start: Run, config: Config, folder: Path) -> None:
     """Refuse to start from a COMI checkpoint whose parts or scalars are not those that ``config`` asks for."""
     names = ["compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets"]
-    names += [f"compression.{name}" for name in comi.SCALARS]  # the checkpoint's are the ones that are used
+    names += [f"compression.{name}" for name in SCALARS]  # the checkpoint's are the ones that are used
     there, here = (flatten(to_dict(c)) for c in (start.config, config))
     other = [name for name in names if there[name.replace(".", "/")] != here[name.replace(".", "/")]]
     if not start.config.lora.rank and not config.lora.rank:
@@ -77,12 +78,12 @@ def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str,
     """A model to start from, by flat path and on its devices: from the COMI checkpoint in ``folder``, or fresh around
     the language model in it, with adapters, if any, at random."""
     arch = run.architecture
-    placed = sharding.parameters(comi.specs(arch), mesh)
+    placed = sharding.parameters(architecture.specs(arch), mesh)
 
     def place(path: str) -> tuple[str, Any]:
-        return ("float32" if comi.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
+        return ("float32" if architecture.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
 
     if is_run(folder):
         return load_flat(folder, arch, place)
-    params = hf.load_parts(folder, run.backbone, comi.parts_of_backbone(arch), place)
+    params = hf.load_parts(folder, run.backbone, architecture.parts_of_backbone(arch), place)
     return params | own_parameters(arch, run.config.train.seed, mesh)

@@ -9,26 +9,26 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from comi_jax.checkpoint import frozen_dtype
 from comi_jax.devices import sharding
-from comi_jax.model import comi
+from comi_jax.model import architecture
+from comi_jax.model.architecture import Architecture, frozen_dtype
 from comi_jax.params import flatten
 from comi_jax.step import TrainState
 
 
 def abstract(
-    arch: comi.Architecture, update: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    arch: Architecture, update: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """State and frozen weights as jax.ShapeDtypeStruct with their places: what is trained in float32 with an optimizer
     state that lies as it does, the rest as ``frozen_dtype`` says."""
-    specs = comi.specs(arch)
+    specs = architecture.specs(arch)
     placed = sharding.parameters(specs, mesh)
 
     def one(path: str, dtype: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(flat[path].shape, dtype, sharding=placed[path])
 
     flat = flatten(specs)
-    trained = {path: one(path, "float32") for path in flat if comi.is_trained(path, arch)}
+    trained = {path: one(path, "float32") for path in flat if architecture.is_trained(path, arch)}
     frozen = {path: one(path, frozen_dtype(path, arch)) for path in flat if path not in trained}
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -43,7 +43,7 @@ def abstract(
 
 
 def create(
-    params: dict[str, Array], arch: comi.Architecture, update: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    params: dict[str, Array], arch: Architecture, update: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state before the first step, and the frozen weights, from ``params`` by flat path, which it takes over.
 
@@ -57,10 +57,10 @@ def create(
     return TrainState(step, trained, optimizer), {path: _at_home(params[path], like) for path, like in frozen.items()}
 
 
-def own_parameters(arch: comi.Architecture, seed: int, mesh: jax.sharding.Mesh) -> dict[str, Array]:
+def own_parameters(arch: Architecture, seed: int, mesh: jax.sharding.Mesh) -> dict[str, Array]:
     """``comi.own_parameters``, each device making its own part of them."""
-    make = functools.partial(comi.own_parameters, arch, seed)
-    placed = sharding.parameters(comi.specs(arch), mesh)
+    make = functools.partial(architecture.own_parameters, arch, seed)
+    placed = sharding.parameters(architecture.specs(arch), mesh)
     return jax.jit(make, out_shardings={path: placed[path] for path in jax.eval_shape(make)})()
 
 

@@ -22,6 +22,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from comi_jax.model import comi
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
 from comi_jax.params import combine
 
 
@@ -49,11 +51,11 @@ def add_gradients(
     total: Gradients | None,
     state: TrainState,
     frozen: dict[str, Array],
-    rows: comi.Batch,
+    rows: Batch,
     key: Array,
     number: Int[Array, ""],
     *,
-    arch: comi.Architecture,
+    arch: Architecture,
 ) -> Gradients:
     """The gradients of ``rows``, micro-batch ``number`` of the step, added to ``total`` if there is one."""
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
@@ -97,7 +99,7 @@ class CompiledStep:
     """An update, in programs compiled when needed: ``add_gradients`` for each shape of micro-batch, ``apply_gradients``
     for all."""
 
-    def __init__(self, arch: comi.Architecture, update: optax.GradientTransformation):
+    def __init__(self, arch: Architecture, update: optax.GradientTransformation):
         self._add = functools.partial(add_gradients, arch=arch)
         self._apply = functools.partial(apply_gradients, update=update)
         self._compiled: dict[Any, Any] = {}
@@ -108,7 +110,7 @@ class CompiledStep:
         return len(self._compiled)
 
     def __call__(
-        self, state: TrainState, frozen: dict[str, Array], batch: Sequence[comi.Batch], key: Array
+        self, state: TrainState, frozen: dict[str, Array], batch: Sequence[Batch], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state after an update from the micro-batches of ``batch``, equal to one from all their rows at once, and
         its metrics. The state that it is given is used up."""
@@ -118,7 +120,7 @@ class CompiledStep:
             total = self._gradients(*arguments)(*arguments)
         return self._update(state)(state, total)
 
-    def prepare(self, state: TrainState, frozen: dict[str, Array], batch: Sequence[comi.Batch], key: Array) -> int:
+    def prepare(self, state: TrainState, frozen: dict[str, Array], batch: Sequence[Batch], key: Array) -> int:
         """Compile for micro-batches of these shapes; the bytes that a device needs for the largest program beside its
         arguments and results, 0 where XLA does not tell."""
         total = gradients_of(state) if len(batch) > 1 else None

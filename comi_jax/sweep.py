@@ -19,7 +19,8 @@ from comi_jax import estimate, optim, state
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.devices import sharding
 from comi_jax.devices.topology import Topology
-from comi_jax.model import comi, flops
+from comi_jax.model import flops
+from comi_jax.model.architecture import Architecture
 
 RECOMPUTED = {"off": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}  # of the forward pass
 
@@ -69,7 +70,7 @@ def _estimated(
         optimizer=dataclasses.replace(config.optimizer, accumulate=parts),
     )
     mesh = sharding.make_mesh(config.mesh, where.devices)
-    arch = comi.Architecture.of(backbone, config).on(mesh)
+    arch = Architecture.of(backbone, config).on(mesh)
     held, frozen = state.abstract(arch, optim.optimizer(config.optimizer, config.train.steps), mesh)
     data, fsdp, tensor, context = sizes
     rows = config.train.batch_size // config.train.share_context // parts // (data * fsdp)

@@ -11,9 +11,11 @@ import numpy as np
 from comi_jax import hf, official
 from comi_jax.config import Compression, Generation, max_groups
 from comi_jax.kernels.merge import merge
+from comi_jax.model import architecture, comi
 from comi_jax.model import backbone as lm
-from comi_jax.model import comi
 from comi_jax.model import generate as generation
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
 from comi_jax.model.compress import compress as compress_batch
 from comi_jax.params import combine, partition
 
@@ -38,7 +40,7 @@ SCALARS = {
 @dataclass
 class Model:
     params: dict
-    arch: comi.Architecture
+    arch: Architecture
     rate: int
     stop: tuple[int, ...]
 
@@ -67,7 +69,7 @@ def compress_vjp(context, query, cotangent, rate, alpha_coarse, beta_coarse, alp
 
 def _compress(context, query, rate, scalars):
     context, query = (jnp.asarray(x, jnp.float32) for x in (context, query))
-    named = {name: jnp.float32(value) for name, value in zip(comi.SCALARS, scalars, strict=True)}
+    named = {name: jnp.float32(value) for name, value in zip(architecture.SCALARS, scalars, strict=True)}
     lengths, rates = jnp.array([len(context)], jnp.int32), jnp.array([rate], jnp.int32)
     settings = Compression(rates=(rate,))
     return compress_batch(context[None], query[None], lengths, rates, named, settings, max_groups(len(context), rate))
@@ -88,7 +90,7 @@ def load(checkpoint, backbone, options):
 
 def _batch(model, input_ids, query_ids, labels):
     """The example as a batch of one."""
-    return comi.Batch(
+    return Batch(
         context=jnp.asarray(input_ids, jnp.int32)[None],
         context_length=jnp.array([len(input_ids)], jnp.int32),
         query=jnp.asarray(query_ids, jnp.int32)[None],
@@ -153,7 +155,7 @@ def forward(model, input_ids, query_ids, labels):
 
 def grad_norms(model, input_ids, query_ids, labels):
     batch = _batch(model, input_ids, query_ids, labels)
-    trained, frozen = partition(model.params, lambda path: comi.is_trained(path, model.arch))
+    trained, frozen = partition(model.params, lambda path: architecture.is_trained(path, model.arch))
 
     def mean_loss(trained, frozen, batch):
         sums = comi.loss(combine(trained, frozen), model.arch, batch, model.rate)

@@ -12,6 +12,7 @@ import tiny_models
 
 from comi_jax import hf
 from comi_jax.model import backbone as lm
+from comi_jax.model.cache import KVCache, empty_cache, write
 
 KINDS = list(tiny_models.BACKBONES)
 BATCH, LENGTH = 2, 24
@@ -190,7 +191,7 @@ def test_a_cache_gives_what_recomputing_gives(model):
 
     @jax.jit
     def cached(x):
-        cache = lm.empty_cache(backbone, 3, BATCH, LENGTH, x.dtype)
+        cache = empty_cache(backbone, 3, BATCH, LENGTH, x.dtype)
         prefix, cache = lm.forward(params, x[:, :16], backbone, cache=cache)  # beyond start: padding, to be overwritten
         return prefix, lm.forward(params, x[rows, at], backbone, cache=cache, start=start)[0]
 
@@ -203,9 +204,9 @@ def test_a_cache_gives_what_recomputing_gives(model):
 def test_what_does_not_fit_a_cache_is_dropped_without_harm(model):
     """A token written past the end of the cache changes no key that stands in it."""
     params, backbone = model
-    cache = lm.KVCache(*(jnp.asarray(random_states(7)[:, :6, :24].reshape(1, BATCH, 6, 2, 12)) for _ in range(2)))
+    cache = KVCache(*(jnp.asarray(random_states(7)[:, :6, :24].reshape(1, BATCH, 6, 2, 12)) for _ in range(2)))
     new = jnp.ones((BATCH, 1, 2, 12))
-    written = lm._write(cache, jnp.int32(0), jnp.array([6, 2], jnp.int32), new, new)
+    written = write(cache, jnp.int32(0), jnp.array([6, 2], jnp.int32), new, new)
     np.testing.assert_array_equal(written.k[0, 0], cache.k[0, 0])
     np.testing.assert_array_equal(written.k[0, 1, 2], 1.0)
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from comi_jax import checkpoint, hf, store
 from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
 from comi_jax.devices import sharding
-from comi_jax.model import comi
+from comi_jax.model import architecture
 from comi_jax.params import flatten, partition
 from comi_jax.step import TrainState
 from comi_jax.store import Progress
@@ -45,8 +45,8 @@ def contents(folder):
 def saved(folder, run, steps=(1,), keep=2):
     """``folder`` as a training run would leave it; returns its weights."""
     checkpoint.open_run(folder, run, TOKENIZER)
-    params = tiny_models.shaken(comi.specs(run.architecture), seed=3)
-    trained, frozen = partition(params, lambda path: comi.is_trained(path, run.architecture))
+    params = tiny_models.shaken(architecture.specs(run.architecture), seed=3)
+    trained, frozen = partition(params, lambda path: architecture.is_trained(path, run.architecture))
     checkpoint.save_frozen(folder, frozen)
     checkpoints = store.Checkpoints(folder, keep)
     for step in steps:
@@ -194,7 +194,7 @@ def test_the_weights_of_the_newest_checkpoint_are_loaded_and_nothing_is_written(
     assert set(loaded) == set(params)
     for path, expected in params.items():
         kept = jnp.float32 if path.startswith("mig/") else dtype
-        expected = (expected + 2 * comi.is_trained(path, run.architecture)).astype(kept)
+        expected = (expected + 2 * architecture.is_trained(path, run.architecture)).astype(kept)
         assert loaded[path].dtype == kept
         np.testing.assert_array_equal(loaded[path], expected, err_msg=path)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax.model import comi
+from comi_jax.model import architecture, comi
+from comi_jax.model.batch import Batch
 from comi_jax.params import flatten
 
 SEGMENT, REST, QUERY, ANSWER, MIN_RATE = 12, 7, 5, 4, 2
@@ -18,14 +19,14 @@ ARCH = tiny_models.architecture("qwen2", lora=2, learn_mig=True, segment_size=SE
 
 @pytest.fixture(scope="module")
 def params():
-    return tiny_models.shaken(comi.specs(ARCH))
+    return tiny_models.shaken(architecture.specs(ARCH))
 
 
 @pytest.fixture(scope="module")
 def batch():
     """Contexts of three segments, all full; of two, one short; of a short one alone; of none."""
     rng = np.random.default_rng(0)
-    return comi.Batch(
+    return Batch(
         context=rng.integers(0, 61, (4, 2 * SEGMENT + REST), np.int32),
         context_length=np.array([31, 15, 7, 0], np.int32),
         query=rng.integers(0, 61, (4, QUERY), np.int32),
@@ -257,7 +258,7 @@ def test_adapters_and_scalars_learn_but_for_the_coarse_ones(params, batch):
         assert (np.abs(grad).max() == 0) == (path in ("mig/alpha_coarse", "mig/beta_coarse")), path
 
 
-ENCODER_AND_LSA = {p for p in flatten(comi.specs(ARCH)) if p.split("/")[0] in ("encoder", "lsa")}
+ENCODER_AND_LSA = {p for p in flatten(architecture.specs(ARCH)) if p.split("/")[0] in ("encoder", "lsa")}
 LSA = {p for p in ENCODER_AND_LSA if p.startswith("lsa/")}
 DECODER = {f"decoder/layers/{name}" for name in ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias")}
 ADAPTERS = {f"lora/{target}/{part}" for target in "qkvo" for part in "ab"}
@@ -275,12 +276,14 @@ SCALARS = {f"mig/{name}" for name in ("alpha_coarse", "beta_coarse", "alpha_fine
 )
 def test_what_is_trained(kind, lora, options, want):
     arch = tiny_models.architecture(kind, lora=lora, **options)
-    assert {path for path in flatten(comi.specs(arch)) if comi.is_trained(path, arch)} == want
+    assert {path for path in flatten(architecture.specs(arch)) if architecture.is_trained(path, arch)} == want
 
 
 def test_per_head_norms_and_tied_embeddings_of_the_decoder_stay_frozen():
     arch = tiny_models.architecture("qwen3")
-    trained = {p for p in flatten(comi.specs(arch)) if p.startswith("decoder/") and comi.is_trained(p, arch)}
+    trained = {
+        p for p in flatten(architecture.specs(arch)) if p.startswith("decoder/") and architecture.is_trained(p, arch)
+    }
     assert trained == {f"decoder/layers/{name}" for name in "qkvo"}
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from comi_jax import config
 from comi_jax.config import Compression
 from comi_jax.model import compress as c
-from comi_jax.model.comi import SCALARS
+from comi_jax.model.architecture import SCALARS
 
 LENGTH, WIDTH, LOWEST_RATE = 48, 6, 2
 SLOTS = config.max_groups(LENGTH, LOWEST_RATE)

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from comi_jax import Comi, checkpoint, convert, hf, inspection, official, start, train, weights
 from comi_jax.config import Compression, Generation, Lora
-from comi_jax.model import comi, generate
+from comi_jax.model import architecture, comi, generate
+from comi_jax.model.architecture import SCALARS
+from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
 
 torch = pytest.importorskip("torch")
@@ -114,7 +116,7 @@ def official_file(folder, kind, rank, dtype="float32", targets="qkvo"):
     arch = tiny_models.architecture(kind, lora=rank)
     if rank:
         arch = dataclasses.replace(arch, lora=dataclasses.replace(arch.lora, targets=tuple(targets)))
-    params = tiny_models.shaken(comi.specs(arch))
+    params = tiny_models.shaken(architecture.specs(arch))
     tensors = {name: tensor.astype(dtype) for name, tensor in official.tensors(params, arch).items()}
     rng = np.random.default_rng(1)
     tensors |= {
@@ -197,7 +199,7 @@ def test_merged_adapters_compute_what_they_did_apart(tmp_path):
 
 def batch_of(context, query):
     """One example without answer."""
-    return comi.Batch(
+    return Batch(
         context=jnp.asarray(context, jnp.int32)[None],
         context_length=jnp.asarray([len(context)], jnp.int32),
         query=jnp.asarray(query, jnp.int32)[None],
@@ -309,7 +311,7 @@ def test_the_card_has_what_evaluation_measured(tmp_path):
     assert "| model | 4 | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | - | 7.9 | method greedy |" in card
     said = json.loads((tmp_path / "after" / "comi.json").read_text())
     assert said["rates"] == [2, 4] and said["segment_size"] == 16 and said["switches"]["lsa"] is True
-    assert said["scalars"] == dict.fromkeys(comi.SCALARS, 1.0) and said["tokens"]["stop"] == [2]
+    assert said["scalars"] == dict.fromkeys(SCALARS, 1.0) and said["tokens"]["stop"] == [2]
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from comi_jax.config import Backbone, Compression, Lora
 from comi_jax.devices import chips
 from comi_jax.model import backbone as lm
 from comi_jax.model import flops
-from comi_jax.model.comi import Architecture
+from comi_jax.model.architecture import Architecture
 from comi_jax.params import initialize
 
 QWEN2_7B = Backbone(

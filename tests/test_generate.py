@@ -11,8 +11,9 @@ import tiny_models
 
 from comi_jax import hf
 from comi_jax.config import Compression, Generation
+from comi_jax.model import architecture, generate, lora
 from comi_jax.model import backbone as lm
-from comi_jax.model import comi, generate, lora
+from comi_jax.model.architecture import Architecture
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 ARCH = tiny_models.architecture("qwen3", lora=2)
@@ -22,7 +23,7 @@ LENGTHS = np.array([9, 4, 1], np.int32)
 
 @pytest.fixture(scope="module")
 def params():
-    specs = comi.specs(ARCH)
+    specs = architecture.specs(ARCH)
     return tiny_models.shaken({"decoder": specs["decoder"], "lora": specs["lora"]}, seed=2)
 
 
@@ -112,7 +113,7 @@ def test_a_trained_model_tells_its_own_story():
     """255 greedy tokens from BOS, as an independent implementation produced them from the same weights."""
     ids = json.loads((STORIES / "greedy.json").read_text())["ids"]
     backbone = hf.read_config(STORIES / "hf")
-    arch = comi.Architecture(backbone, Compression(encoder_layers=1))
+    arch = Architecture(backbone, Compression(encoder_layers=1))
     decoder = jax.tree.map(jnp.asarray, hf.load_backbone(STORIES / "hf", backbone))
     prompt = lm.embed_tokens(decoder, jnp.array([[ids[0]]], jnp.int32), jnp.float32)
     tell = jax.jit(

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from comi_jax import hf, weights
 from comi_jax.config import ConfigError, Llama3Rope
+from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
-from comi_jax.model import comi
 from comi_jax.params import flatten
 
 KINDS = list(tiny_models.BACKBONES)
@@ -257,8 +257,8 @@ def copy(folders, tmp_path):
 def test_a_fresh_model_is_cut_from_one_language_model(kind, folders):
     folder, _ = folders(kind)
     arch = tiny_models.architecture(kind)
-    fresh = hf.load_parts(folder, arch.backbone, comi.parts_of_backbone(arch))
-    want = {path: spec.shape for path, spec in flatten(comi.specs(arch)).items() if not path.startswith("mig/")}
+    fresh = hf.load_parts(folder, arch.backbone, architecture.parts_of_backbone(arch))
+    want = {path: spec.shape for path, spec in flatten(architecture.specs(arch)).items() if not path.startswith("mig/")}
     assert {path: x.shape for path, x in fresh.items()} == want
     whole = flatten(hf.load_backbone(folder, arch.backbone))
     for path, array in fresh.items():

@@ -23,7 +23,7 @@ WINGS = (
 # Nobody imports a command; a command imports anything.
 COMMANDS = ("train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report")
 # Of the wings to the left, these see only so much.
-DOORS = {"data": {"model": {"model.batch", "model.comi"}}, "evaluation": {"runs": set(), "weights": set()}}
+DOORS = {"data": {"model": {"model.batch"}}, "evaluation": {"runs": set(), "weights": set()}}
 NOT = {"model": {"overrides", "cli"}}
 
 

@@ -7,7 +7,8 @@ from tiny_models import architecture
 
 from comi_jax import meter
 from comi_jax.devices import chips
-from comi_jax.model import comi, flops
+from comi_jax.model import flops
+from comi_jax.model.batch import Batch
 
 ARCH = architecture()
 
@@ -22,7 +23,7 @@ def batch(share=1):
         np.zeros((2, 32), np.int32), np.array([30, 12], np.int32), np.zeros((rows, 8), np.int32),
         np.full(rows, 5, np.int32), np.zeros((rows, 4), np.int32), answers, np.full(rows, 4, np.int32),
     )  # fmt: skip
-    return (comi.Batch(*arrays),)
+    return (Batch(*arrays),)
 
 
 def test_tokens_padding_and_contexts_are_counted():

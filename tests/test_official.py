@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from comi_jax import hf, official, weights
 from comi_jax.config import Compression, ConfigError
-from comi_jax.model import comi
+from comi_jax.model import architecture
 from comi_jax.params import flatten
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -122,7 +122,7 @@ KINDS = [("qwen2", 0), ("qwen2", 2), ("qwen3", 2)]
 def checkpoint(kind, lora, **extra):
     """Official tensors of a random tiny model, and its architecture."""
     arch = tiny_models.architecture(kind, lora=lora)
-    tensors = official.tensors(tiny_models.shaken(comi.specs(arch)), arch)
+    tensors = official.tensors(tiny_models.shaken(architecture.specs(arch)), arch)
     return {name: np.asarray(x) for name, x in tensors.items()} | extra, arch
 
 
@@ -144,7 +144,7 @@ def test_out_and_in_again_is_byte_identical(kind, lora, tmp_path):
     for name, tensor in tensors.items():
         assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape
         assert again[name].tobytes() == tensor.tobytes(), name
-    shapes = {path: spec.shape for path, spec in flatten(comi.specs(found)).items()}
+    shapes = {path: spec.shape for path, spec in flatten(architecture.specs(found)).items()}
     assert {path: np.shape(x) for path, x in flatten(params).items()} == shapes
 
 
@@ -264,7 +264,7 @@ def test_what_the_file_cannot_say_must_be_given(tmp_path):
 
 def test_a_plain_language_model_is_no_comi_checkpoint(tmp_path):
     arch = tiny_models.architecture("llama2")
-    decoder = comi.specs(arch)["decoder"]
+    decoder = architecture.specs(arch)["decoder"]
     hf.save_backbone(tmp_path, decoder, tiny_models.shaken(decoder), {})
     with pytest.raises(weights.WeightsError, match="is not an official COMI checkpoint"):
         official.load(tmp_path / "model.safetensors", arch.backbone, arch.compression)

@@ -9,7 +9,8 @@ from jax import numpy_dtype_promotion
 
 from comi_jax import optim
 from comi_jax.config import Optimizer
-from comi_jax.model import comi
+from comi_jax.model import architecture
+from comi_jax.model.architecture import SCALARS
 from comi_jax.params import flatten
 
 
@@ -39,12 +40,12 @@ def test_the_shortest_runs_still_learn(name, steps):
 
 
 MATRICES = {"embed", "head", "q", "k", "v", "o", "gate", "up", "down", "a", "b"}
-OTHERS = {"norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", *comi.SCALARS}
+OTHERS = {"norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", *SCALARS}
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_weight_decay_acts_on_matrices_and_on_nothing_else(kind):
-    paths = flatten(comi.specs(tiny_models.architecture(kind, lora=2)))
+    paths = flatten(architecture.specs(tiny_models.architecture(kind, lora=2)))
     decayed = optim.decayed({path: jnp.zeros(()) for path in paths})
     last = {path: path.rpartition("/")[2] for path in paths}
     assert set(last.values()) <= MATRICES | OTHERS

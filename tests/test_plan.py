@@ -17,7 +17,8 @@ import train_fixtures
 from comi_jax import hlo_text, optim, plan, published, state
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train
 from comi_jax.devices import chips, sharding, topology
-from comi_jax.model import comi, flops
+from comi_jax.model import architecture, flops
+from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import load
 from comi_jax.step import CompiledStep, gradients_of
 
@@ -56,11 +57,11 @@ def test_the_plan_of_a_step(whole, model, tmp_path):
     printed, (step,) = whole
     assert step["fits"] and "fits" in printed
     run_of = load("qwen2", train_fixtures.command(model, "none.jsonl", tmp_path)[1:])
-    specs = plan.comi.specs(comi.Architecture.of(plan.backbone_of(run_of), run_of))
+    specs = plan.comi.specs(Architecture.of(plan.backbone_of(run_of), run_of))
     trained = sum(
         math.prod(s.shape)
         for p, s in plan.comi.flatten(specs).items()
-        if comi.is_trained(p, comi.Architecture.of(plan.backbone_of(run_of), run_of))
+        if architecture.is_trained(p, Architecture.of(plan.backbone_of(run_of), run_of))
     )
     assert step["memory"]["trained parameters"] == pytest.approx(trained, rel=0.1)  # 4 bytes over 4 devices
     assert step["memory"]["optimizer"] == pytest.approx(2 * step["memory"]["trained parameters"], rel=0.01)
@@ -145,7 +146,7 @@ def compiled_step(mesh, batch_size):
     )  # fmt: skip
     mesh = sharding.make_mesh(config.mesh)
     backbone = train_fixtures.backbone(vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=False)
-    arch = comi.Architecture.of(backbone, config).on(mesh)
+    arch = Architecture.of(backbone, config).on(mesh)
     update = optim.optimizer(config.optimizer, 10)
     held, frozen = state.abstract(arch, update, mesh)
     batch = plan.abstract_batch(config, batch_size, 1, sharding.rows(mesh))
@@ -169,7 +170,7 @@ def test_no_whole_stack_of_weights_is_gathered(step_text):
     text, arch = step_text
     stacks = {
         spec.shape
-        for path, spec in plan.comi.flatten(comi.specs(arch)).items()
+        for path, spec in plan.comi.flatten(architecture.specs(arch)).items()
         if "/layers/" in path and len(spec.shape) > 2
     }
     computations, _ = hlo_text.parse(text)

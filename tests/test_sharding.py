@@ -17,12 +17,13 @@ from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Optimi
 from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
+from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
-from comi_jax.model import comi
+from comi_jax.model.architecture import Architecture
 from comi_jax.params import ParamSpec, partition
 from comi_jax.step import CompiledStep, TrainState
 
-ARCH = comi.Architecture(
+ARCH = Architecture(
     train_fixtures.backbone(num_hidden_layers=1),
     Compression(rates=(2, 4), encoder_layers=1, segment_size=16),
     runtime=lm.Runtime(attention="dense"),
@@ -124,7 +125,7 @@ def test_a_mesh_axis_is_not_used_twice_in_one_array():
 def start():
     """Parameters with no neutral values, and a plan of eight examples: one or two segments, answers of 2 to 9 tokens,
     so that micro-batches have different shapes."""
-    params = train_fixtures.tiny_models.shaken(comi.specs(ARCH))
+    params = train_fixtures.tiny_models.shaken(architecture.specs(ARCH))
     facts = ("the red box holds a silver coin .",) * 3
     things = ["key", "gold ring", "the old brass lamp holds a key in the box"]
     records = [Record(facts[i % 3 :], "what does it hold ?", (things[i % 3],)) for i in range(8)]
@@ -145,10 +146,10 @@ def step(start, mesh, accumulate):
     """Loss and accuracy of one step, and its gradients."""
     params, plan = start
     batch = dataclasses.replace(plan, parts=accumulate).batch(0, (2, 4) * 4)
-    placed = sharding.parameters(comi.specs(ARCH), mesh)
+    placed = sharding.parameters(architecture.specs(ARCH), mesh)
     trained, frozen = (
         {path: jax.device_put(np.array(x), placed[path]) for path, x in part.items()}  # the step uses them up
-        for part in partition(params, lambda path: comi.is_trained(path, ARCH))
+        for part in partition(params, lambda path: architecture.is_trained(path, ARCH))
     )
     update = optax.trace(1.0)  # whose state is the gradient, and whose update adds it
     number = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))

@@ -11,10 +11,11 @@ import train_fixtures
 from comi_jax import optim, state
 from comi_jax.config import Compression, Lora, Mesh, Optimizer
 from comi_jax.devices import sharding
-from comi_jax.model import comi
+from comi_jax.model import architecture
+from comi_jax.model.architecture import Architecture
 from comi_jax.params import flatten, initialize
 
-ARCH = comi.Architecture(
+ARCH = Architecture(
     train_fixtures.backbone(num_hidden_layers=2),
     Compression(rates=(2,), encoder_layers=1, segment_size=16),
     Lora(rank=2),
@@ -29,7 +30,7 @@ def mesh():
 
 def born(arch, mesh, dtype=jnp.float32):
     """Random parameters, each made by the devices that hold it."""
-    specs = comi.specs(arch)
+    specs = architecture.specs(arch)
     make = jax.jit(
         lambda: flatten(initialize(specs, jax.random.key(0), dtype)), out_shardings=sharding.parameters(specs, mesh)
     )
@@ -59,7 +60,7 @@ def test_no_array_comes_through_this_process(mesh, monkeypatch):
 
 def test_own_parameters_do_not_depend_on_the_devices(mesh):
     """Adapters at random: on four devices as on one."""
-    alone, sharded = comi.own_parameters(ARCH, 3), state.own_parameters(ARCH, 3, mesh)
-    assert sharded["lora/q/a"].sharding == sharding.parameters(comi.specs(ARCH), mesh)["lora/q/a"]
+    alone, sharded = architecture.own_parameters(ARCH, 3), state.own_parameters(ARCH, 3, mesh)
+    assert sharded["lora/q/a"].sharding == sharding.parameters(architecture.specs(ARCH), mesh)["lora/q/a"]
     for path, array in alone.items():
         np.testing.assert_allclose(sharded[path], array, rtol=1e-6, err_msg=path)

@@ -12,6 +12,8 @@ from comi_jax.config import Data, Optimizer
 from comi_jax.data import loader
 from comi_jax.data.records import Record
 from comi_jax.model import comi
+from comi_jax.model.architecture import is_trained, specs
+from comi_jax.model.batch import Batch
 from comi_jax.params import partition
 from comi_jax.step import CompiledStep, TrainState, add_gradients, apply_gradients
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.fault
 @pytest.fixture(scope="module")
 def parts():
     """A state, frozen weights, a batch, and the step, whose gradients a further argument multiplies."""
-    trained, frozen = partition(shaken(comi.specs(ARCH)), lambda path: comi.is_trained(path, ARCH))
+    trained, frozen = partition(shaken(specs(ARCH)), lambda path: is_trained(path, ARCH))
     chain = optim.optimizer(Optimizer(learning_rate=0.01), steps=10)
     facts = ("the red box holds a coin .", "the blue box holds a key .")
     records = [Record(facts, "what does it hold ?", ("key",)), Record(facts[:1], "what ?", ("coin",))]
@@ -90,7 +92,7 @@ def test_gradients_alone_that_are_not_finite_are_enough(parts):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("comi_jax.step.comi.loss", loss)
-        batch = comi.Batch(*(np.zeros(shape, np.int32) for shape in ((2, 4), 2, (2, 3), 2, (2, 2), 2, 2)))
+        batch = Batch(*(np.zeros(shape, np.int32) for shape in ((2, 4), 2, (2, 3), 2, (2, 2), 2, 2)))
         state = jax.tree.map(jnp.copy, state)  # it is used up
         before = bits((state.trained, state.optimizer))
         after, metrics = CompiledStep(ARCH, chain)(state, frozen, (batch,), jax.random.key(0))

@@ -15,7 +15,7 @@ from train_fixtures import LOG_EVERY, SAVE_EVERY, STEPS
 
 from comi_jax import checkpoint, convert, hf, overrides, reading, start, train
 from comi_jax.devices import sharding
-from comi_jax.model import comi
+from comi_jax.model import architecture, comi
 from comi_jax.params import flatten
 from comi_jax.step import Gradients
 
@@ -128,7 +128,7 @@ def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
         assert kept == path.startswith(("decoder/", "mig/")), path
         assert np.isfinite(np.asarray(array, np.float32)).all()
     assert not np.asarray(before["lora/q/b"]).any()  # adapters start without effect
-    saved = {path for path in before if comi.is_trained(path, run.architecture)}
+    saved = {path for path in before if architecture.is_trained(path, run.architecture)}
     assert all(path.startswith(("encoder/", "lsa/", "lora/")) for path in saved)
 
 
@@ -136,7 +136,7 @@ def test_a_trained_run_goes_out_with_its_results(world, tmp_path):
     """Its float32 masters in the model's dtype, and the closing table in the card."""
     convert.main(["export-hf", f"--checkpoint={world.run}", f"--output={tmp_path / 'out'}"])
     run, after = checkpoint.load_params(world.run)
-    decoder = {"decoder": comi.specs(run.architecture)["decoder"]}
+    decoder = {"decoder": architecture.specs(run.architecture)["decoder"]}
     out = hf.load_parts(tmp_path / "out" / "decoder", run.backbone, decoder)
     for path, array in out.items():
         np.testing.assert_array_equal(array, flatten(after)[path].astype(run.config.model.dtype), err_msg=path)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from comi_jax.config import Backbone, Compression, Llama3Rope, Lora
-from comi_jax.model import comi
+from comi_jax.model.architecture import Architecture
 from comi_jax.params import flatten, unflatten
 
 _SHARED = {
@@ -48,7 +48,7 @@ def shaken(specs, seed=0):
 def architecture(kind="qwen2", lora=0, **compression):
     """A COMI architecture on a tiny backbone: 2 encoder layers, 1 LSA layer, rates 2 and 4 unless told otherwise."""
     settings = {"rates": (2, 4), "encoder_layers": 2, "lsa_layers": 1, "segment_size": 64} | compression
-    return comi.Architecture(BACKBONES[kind], Compression(**settings), Lora(rank=lora, alpha=4.0, dropout=0.5))
+    return Architecture(BACKBONES[kind], Compression(**settings), Lora(rank=lora, alpha=4.0, dropout=0.5))
 
 
 def transformers_config(kind):

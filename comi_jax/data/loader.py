@@ -21,7 +21,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 from comi_jax.config import Backbone, Compression, Data, max_groups
 from comi_jax.data.order import Order, fit_lengths, fit_widths
 from comi_jax.data.records import Record
-from comi_jax.model.comi import Batch
+from comi_jax.model.batch import Batch
 
 CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
 

@@ -101,3 +101,8 @@ def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     devices."""
     home = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda index: x[index]), batch)
+
+
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+    """The kind of ``mesh``'s devices, which need not be those of this process: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from comi_jax.devices.sharding import platform
 from comi_jax.model.attention_blocked import blocked
 
 MASKED = -1e30
@@ -54,11 +55,6 @@ def attention(
         run = _on_each_device(run, q, k, mesh, cached=start is not None)
     with jax.named_scope("attention"):
         return run(q, k, v, start, lengths)
-
-
-def platform(mesh: Mesh | None) -> str:
-    """The kind of ``mesh``'s devices, which need not be those of this process: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def _on_one_device(q, k, v, start, lengths, *, causal, implementation, backend):

@@ -8,8 +8,7 @@ axis L.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +20,14 @@ from jaxtyping import Array, Float, Int
 
 from comi_jax.config import Backbone
 from comi_jax.devices import sharding
+from comi_jax.devices.sharding import platform
 from comi_jax.model import lora as lora_module
-from comi_jax.model.attention import TAKE_START, attention, platform
+from comi_jax.model.attention import TAKE_START, attention
+from comi_jax.model.cache import KVCache, write
+from comi_jax.model.remat import remat_policy
 from comi_jax.params import ParamSpec, Tree
 
-# What of a block is kept for the backward pass beside its input; the rest is computed again.
-REMAT = {
-    "off": None,  # everything
-    "projections": ("attention", "projections"),  # all but the feed-forward layer
-    "attention": ("attention",),  # what costs most to compute again; nothing of size T x T is kept with it
-    "full": (),
-    "offload": ("attention", "input"),  # kept in the host's memory
-}
 CPU_SLICE = 512  # tokens of a row that the feed-forward layer takes at a time on CPU
-
-
-@no_type_check
-@struct.dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far; a row's token at position p stands at index p."""
-
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
 
 
 @struct.dataclass
@@ -205,29 +190,6 @@ def forward(
     return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
 
 
-def remat_policy(name: str) -> Callable[..., Any]:
-    """Which intermediate results of a block are kept, for jax.checkpoint, by a name of REMAT.
-
-    cuDNN's results carry no name and are known by their primitive; they stay on the device under "offload" too.
-    """
-    names = list(REMAT[name] or ())
-    policies = jax.checkpoint_policies
-    if name == "offload":
-        named = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=names,
-            offload_src="device", offload_dst="pinned_host",
-        )  # fmt: skip
-    else:
-        named = policies.save_only_these_names(*names)
-
-    def keep(primitive, *arguments, **parameters):
-        if "attention" in names and primitive.name == "dot_product_attention_fwd_wrapper":
-            return True
-        return named(primitive, *arguments, **parameters)
-
-    return keep
-
-
 def layer_shardings(backbone: Backbone, mesh: Mesh) -> dict[str, NamedSharding]:
     """Where the weights of one block lie on ``mesh``."""
     weights = specs(backbone, 1, embed=False, head=False)["layers"]
@@ -273,7 +235,7 @@ def block(
             k = rms_norm(k, w["k_norm"], backbone.rms_norm_eps)
         q, k, v = (checkpoint_name(x, "projections") for x in (rotate(q, rope), rotate(k, rope), v))
         if cache is not None:
-            cache = _write(cache, index, start, k, v)
+            cache = write(cache, index, start, k, v)
             if start is not None:  # a fresh cache holds nothing but k and v
                 k, v = cache.k[index], cache.v[index]
         named = runtime.attention if start is None or runtime.attention in TAKE_START else None
@@ -317,27 +279,3 @@ def _project_out(w: Tree, lora: lora_module.Adapters | None, x: Float[Array, "B 
     if lora is not None and "o" in lora.weights:
         out = out + lora_module.apply(lora, "o", x.reshape(*x.shape[:2], -1))
     return out
-
-
-def _write(cache: KVCache, layer: Int[Array, ""], start: Int[Array, " B"] | None, k: Array, v: Array) -> KVCache:
-    """``cache`` with the keys and values of row b's new tokens at positions start[b], start[b] + 1, ... (None: 0)."""
-    batch, length = k.shape[:2]
-    if start is None:
-        at = (layer, 0, 0, 0, 0)
-        return KVCache(
-            k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
-            v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
-        )
-    rows = jnp.arange(batch)[:, None]
-    positions = start[:, None] + jnp.arange(length, dtype=start.dtype)[None, :]
-    put = {"mode": "drop", "unique_indices": True}
-    return KVCache(
-        k=cache.k.at[layer, rows, positions].set(k.astype(cache.k.dtype), **put),
-        v=cache.v.at[layer, rows, positions].set(v.astype(cache.v.dtype), **put),
-    )
-
-
-def empty_cache(backbone: Backbone, layers: int, batch: int, length: int, dtype: Any) -> KVCache:
-    """A cache for ``length`` positions of ``layers`` blocks."""
-    shape = (layers, batch, length, backbone.num_key_value_heads, backbone.head_dim)
-    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))

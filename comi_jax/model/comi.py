@@ -7,8 +7,7 @@ The tree has the parts "encoder", "lsa", "decoder", "mig" (the four scalars) and
 A context is cut into G segments of at most S tokens, which are encoded, compressed and aligned each on its own.
 """
 
-import dataclasses
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -16,58 +15,16 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from comi_jax.config import Backbone, Compression, Config, Lora, max_groups
+from comi_jax.config import max_groups
+from comi_jax.devices.sharding import platform
 from comi_jax.kernels import dispatch
 from comi_jax.model import backbone as lm
 from comi_jax.model import lora as lora_module
-from comi_jax.model.attention import platform
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
+from comi_jax.model.cache import KVCache, empty_cache
 from comi_jax.model.compress import Aux, compress
-from comi_jax.params import ParamSpec, Tree, flatten, initialize
-
-SCALARS = ("alpha_coarse", "beta_coarse", "alpha_fine", "beta_fine")
-ATTENTION_WEIGHTS = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias")
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """All that is static about a model: its shapes, the switches of COMI and how blocks are run."""
-
-    backbone: Backbone
-    compression: Compression
-    lora: Lora = Lora()
-    dtype: str = "float32"  # of activations
-    runtime: lm.Runtime = lm.Runtime()
-
-    def __post_init__(self):
-        self.compression.check(self.backbone)
-
-    @classmethod
-    def of(cls, backbone: Backbone, config: Config) -> "Architecture":
-        model = config.model
-        runtime = lm.Runtime(attention=model.attention or None, kernels=model.kernels or None, remat=model.remat)
-        return cls(backbone, config.compression, config.lora, config.model.dtype, runtime)
-
-    def on(self, mesh: jax.sharding.Mesh) -> "Architecture":
-        """The same model, computed by the devices of ``mesh``."""
-        return dataclasses.replace(self, runtime=self.runtime.replace(mesh=mesh))
-
-
-@no_type_check
-@struct.dataclass
-class Batch:
-    """Token ids, right-padded, and how many of them are real. ``segments`` cuts the contexts.
-
-    B is a multiple of the number of contexts C: examples i·B/C to (i+1)·B/C - 1 ask about context i. A row that only
-    fills up has an answer of length 0.
-    """
-
-    context: Int[Array, "C X"]
-    context_length: Int[Array, " C"]
-    query: Int[Array, "B Q"]
-    query_length: Int[Array, " B"]
-    answer: Int[Array, "B A"]  # end-of-sequence token included
-    answer_length: Int[Array, " B"]
-    rate: Int[Array, " B"]
+from comi_jax.params import Tree
 
 
 @no_type_check
@@ -93,43 +50,6 @@ class LossSums:
     correct: Float[Array, ""]
     tokens: Float[Array, ""]
     vectors: Float[Array, ""] | float = 0.0  # of memory, for the examples that have an answer
-
-
-def specs(arch: Architecture) -> dict[str, Any]:
-    """The spec tree of the whole model."""
-    tree = {
-        "encoder": lm.specs(arch.backbone, arch.compression.encoder_layers, embed=True, head=False),
-        "lsa": lm.specs(arch.backbone, arch.compression.lsa_layers, embed=False, head=False),
-        "decoder": lm.specs(arch.backbone, arch.backbone.num_hidden_layers, embed=True, head=True),
-        "mig": {name: ParamSpec((), (), getattr(arch.compression, name)) for name in SCALARS},
-    }
-    if arch.lora.rank:
-        tree["lora"] = lora_module.specs(arch.backbone, arch.lora)
-    return tree
-
-
-def parts_of_backbone(arch: Architecture) -> dict[str, Tree]:
-    """The spec trees of what a fresh model takes from one causal LM: encoder its first blocks, LSA its first ones,
-    decoder all. ``own_parameters`` are the rest."""
-    return {part: tree for part, tree in specs(arch).items() if part in ("encoder", "lsa", "decoder")}
-
-
-def own_parameters(arch: Architecture, seed: int) -> dict[str, Array]:
-    """The parameters of a fresh model that no language model has, by flat path: the scalars, and any adapters at
-    random."""
-    own: dict[str, Any] = {"mig": {name: jnp.float32(getattr(arch.compression, name)) for name in SCALARS}}
-    if arch.lora.rank:
-        own["lora"] = initialize(lora_module.specs(arch.backbone, arch.lora), jax.random.key(seed))
-    return flatten(own)
-
-
-def is_trained(path: str, arch: Architecture) -> bool:
-    """Whether the parameter at ``path`` ("encoder/layers/q") is trained: encoder and LSA whole; of the decoder W_Q,
-    W_K, W_V, W_O with their biases, or the adapters in their place; the four scalars if asked for."""
-    part, _, rest = path.partition("/")
-    if part == "decoder":
-        return not arch.lora.rank and rest.removeprefix("layers/") in ATTENTION_WEIGHTS
-    return {"encoder": True, "lsa": arch.compression.lsa, "lora": True, "mig": arch.compression.learn_mig}[part]
 
 
 def join_rows(
@@ -177,13 +97,13 @@ def encode(
 
 def encode_context(
     params: Tree, arch: Architecture, context: Int[Array, "B S"], room: int
-) -> tuple[Float[Array, "B S D"], lm.KVCache]:
+) -> tuple[Float[Array, "B S D"], KVCache]:
     """The context alone: its states, which no query changes, and a cache with ``room`` more positions for queries."""
     encoder = params["encoder"]
     with jax.named_scope("encode"):
         batch, length = context.shape
         layers = arch.compression.encoder_layers
-        cache = lm.empty_cache(arch.backbone, layers, batch, length + room, arch.dtype)
+        cache = empty_cache(arch.backbone, layers, batch, length + room, arch.dtype)
         x = lm.embed_tokens(encoder, context, arch.dtype, arch.runtime)
         states, cache = lm.forward(encoder, x, arch.backbone, cache=cache, runtime=arch.runtime)
         return states, cache
@@ -192,7 +112,7 @@ def encode_context(
 def encode_query(
     params: Tree,
     arch: Architecture,
-    cache: lm.KVCache,
+    cache: KVCache,
     context_length: Int[Array, " B"],
     query: Int[Array, "B Q"],
     query_length: Int[Array, " B"],

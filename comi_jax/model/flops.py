@@ -8,7 +8,7 @@ rotations, softmax and the embedding lookup are left out: together they are belo
 import dataclasses
 
 from comi_jax.config import Backbone, max_groups
-from comi_jax.model.comi import Architecture
+from comi_jax.model.architecture import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

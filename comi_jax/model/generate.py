@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax.config import Generation
 from comi_jax.model import backbone as lm
-from comi_jax.model.comi import Architecture, adapters
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.cache import empty_cache
+from comi_jax.model.comi import adapters
 from comi_jax.params import Tree
 
 
@@ -41,7 +43,7 @@ def greedy(
     decoder, new = params["decoder"], options.max_new_tokens
     batch, length, _ = prompt.shape
     lora = adapters(params, arch)
-    cache = lm.empty_cache(arch.backbone, arch.backbone.num_hidden_layers, batch, length + new, arch.dtype)
+    cache = empty_cache(arch.backbone, arch.backbone.num_hidden_layers, batch, length + new, arch.dtype)
     with jax.named_scope("prefill"):
         states, cache = lm.forward(decoder, prompt, arch.backbone, cache=cache, lora=lora, runtime=arch.runtime)
         last = jnp.take_along_axis(states, (prompt_length - 1)[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,43 @@
+"""Keys and values of tokens that a block has seen."""
+
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from comi_jax.config import Backbone
+
+
+@no_type_check
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far; a row's token at position p stands at index p."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+
+def write(cache: KVCache, layer: Int[Array, ""], start: Int[Array, " B"] | None, k: Array, v: Array) -> KVCache:
+    """``cache`` with the keys and values of row b's new tokens at positions start[b], start[b] + 1, ... (None: 0)."""
+    batch, length = k.shape[:2]
+    if start is None:
+        at = (layer, 0, 0, 0, 0)
+        return KVCache(
+            k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
+            v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
+        )
+    rows = jnp.arange(batch)[:, None]
+    positions = start[:, None] + jnp.arange(length, dtype=start.dtype)[None, :]
+    put = {"mode": "drop", "unique_indices": True}
+    return KVCache(
+        k=cache.k.at[layer, rows, positions].set(k.astype(cache.k.dtype), **put),
+        v=cache.v.at[layer, rows, positions].set(v.astype(cache.v.dtype), **put),
+    )
+
+
+def empty_cache(backbone: Backbone, layers: int, batch: int, length: int, dtype: Any) -> KVCache:
+    """A cache for ``length`` positions of ``layers`` blocks."""
+    shape = (layers, batch, length, backbone.num_key_value_heads, backbone.head_dim)
+    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
