@@ -20,14 +20,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from comi_jax import hf
-from comi_jax.checkpoint import CheckpointError, Run, choose_step, load_params
 from comi_jax.config import ConfigError, Generation
-from comi_jax.data import loader
+from comi_jax.data import batches
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
 from comi_jax.model import comi, generate
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import Run, choose_step, load_params
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Comi:
         results = self.generate(self._examples(context, question), rate, options)
         return results[0] if isinstance(question, str) else results
 
-    def generate(self, examples: Sequence[loader.Example], rate: int | None, options: Generation) -> list[Answer]:
+    def generate(self, examples: Sequence[batches.Example], rate: int | None, options: Generation) -> list[Answer]:
         """Answers to tokenised examples; one with an empty context is answered closed book."""
         results: list[Any] = [None] * len(examples)
         for rows, batch, rate_now in self._batches(examples, rate, options.max_new_tokens):
@@ -135,13 +136,13 @@ class Comi:
                 results[row] = Answer(text, tokens, len(example.context), int(vectors[i]), example.truncated)
         return results
 
-    def check(self, examples: Sequence[loader.Example], rate: int | None, new_tokens: int) -> int:
+    def check(self, examples: Sequence[batches.Example], rate: int | None, new_tokens: int) -> int:
         """The rate, if ``examples`` can be answered at it. Raises ConfigError or LengthError, before any work."""
         compression = self.run.config.compression
         rate = compression.rates[0] if rate is None else rate
         if not isinstance(rate, int) or rate < 1:
             raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
-        loader.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
+        batches.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
         return rate
 
     def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
@@ -149,7 +150,7 @@ class Comi:
         changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self.run.config.generation, **changes)
 
-    def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[loader.Example]:
+    def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[batches.Example]:
         contexts = [context] if isinstance(context, str) else list(context)
         questions = [question] if isinstance(question, str) else list(question)
         if isinstance(context, str) != isinstance(question, str) or len(contexts) != len(questions):
@@ -159,15 +160,15 @@ class Comi:
                 "repeat a context to ask it several questions"
             )
         records = [Record((c,), q, ("",)) for c, q in zip(contexts, questions, strict=True)]
-        return loader.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
+        return batches.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
 
-    def _batches(self, examples: Sequence[loader.Example], rate: int | None, new_tokens: int):
+    def _batches(self, examples: Sequence[batches.Example], rate: int | None, new_tokens: int):
         """Rows, padded batch and rate, contexts of like length together."""
         rate = self.check(examples, rate, new_tokens)
         if not examples:
             return
         compression = self.run.config.compression
-        shapes = loader.Shapes.of(examples, self.run.config.data, compression)
+        shapes = batches.Shapes.of(examples, self.run.config.data, compression)
         # Calls of like length share a compilation.
         shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
@@ -175,7 +176,7 @@ class Comi:
             rows = order[first : first + self.batch_size]
             wanted = min(self.batch_size, -(-len(order) // self.parts) * self.parts)  # one batch shape, one compilation
             full = rows + rows[:1] * (wanted - len(rows))
-            batch = loader.collate([dataclasses.replace(examples[i], rate=rate) for i in full], shapes)
+            batch = batches.collate([dataclasses.replace(examples[i], rate=rate) for i in full], shapes)
             yield rows, sharding.put_batch(batch, self.mesh) if self.mesh else jax.tree.map(jnp.asarray, batch), rate
 
 
@@ -229,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_new_tokens=options.max_new_tokens,
             repetition_penalty=options.repetition_penalty,
         )
-    except (CheckpointError, ConfigError, loader.LengthError) as error:
+    except (CheckpointError, ConfigError, batches.LengthError) as error:
         sys.exit(f"error: {error}")
     print(answer.text)
     print(

@@ -22,14 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import optim, reading
-from comi_jax.checkpoint import CheckpointError, Run
 from comi_jax.cli import at_least
 from comi_jax.config import Config, ConfigError
-from comi_jax.data import loader, order, tokens
+from comi_jax.data import batches, order
 from comi_jax.data.records import DataError
 from comi_jax.devices import sharding
 from comi_jax.meter import Tally
 from comi_jax.overrides import load
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import Run
+from comi_jax.runs.examples import Examples, make
 from comi_jax.start import backbone_folder, initial_params, starting_point, starting_tokenizer
 from comi_jax.state import create
 from comi_jax.step import CompiledStep
@@ -38,20 +40,20 @@ from comi_jax.weights import WeightsError
 WARM = 4  # batches, or steps, before the clock starts: those that were made ahead, and compilation
 
 
-def tokenise(config: Config, folder: Path) -> tuple[tokens.Examples, float]:
+def tokenise(config: Config, folder: Path) -> tuple[Examples, float]:
     """The training examples, in ``folder``, and the tokens a second at which they were made."""
     said: list[str] = []
     tokenizer = starting_tokenizer(config)
     since = time.perf_counter()
-    examples = tokens.make(folder, reading.new_examples(config, tokenizer, said), "", said)
+    examples = make(folder, reading.new_examples(config, tokenizer, said), "", said)
     seconds = time.perf_counter() - since
     total = sum(len(part) for e in examples for part in (e.context, e.query, e.answer))
     return examples, total / seconds
 
 
-def batches_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mesh, count: int) -> float:
+def batches_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Mesh, count: int) -> float:
     """Tokens a second of ``count`` batches, made as for a run on ``mesh`` and taken by nobody else."""
-    made = loader.training_batches(
+    made = batches.training_batches(
         plan, config.compression.rates, config.train.seed, own=sharding.own_contexts(mesh, plan.contexts_at_once),
         put=lambda batch: sharding.put_batch(batch, mesh),
     )  # fmt: skip
@@ -66,7 +68,7 @@ def batches_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mes
         return total / (time.perf_counter() - since)
 
 
-def trained_per_second(config: Config, plan: loader.Plan, mesh: jax.sharding.Mesh, steps: int) -> float:
+def trained_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Mesh, steps: int) -> float:
     """Tokens a second of ``steps`` updates with the first batch of the run, which is on the devices already."""
     folder = backbone_folder(config)
     backbone, _, stop = starting_point(config, folder)
@@ -93,8 +95,8 @@ def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, 
     mesh, settings = sharding.make_mesh(config.mesh), config.train
     parts = sharding.micro_batches(config, mesh)
     examples, tokenised = tokenise(config, folder)
-    shapes = loader.Shapes.fit(examples, config.data, config.compression)
-    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
+    shapes = batches.Shapes.fit(examples, config.data, config.compression)
+    plan = batches.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
     padding, sizes = plan.forecast()
     unsorted = order.Order(np.zeros(len(plan.groups)), plan.order.batch, settings.seed)
     shuffled, _ = dataclasses.replace(plan, order=unsorted).forecast()
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(options.config, options.overrides)
         with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
             title, rows = measure(config, Path(folder), options.batches, options.steps)
-    except (ConfigError, DataError, loader.LengthError, CheckpointError, WeightsError, OSError) as error:
+    except (ConfigError, DataError, batches.LengthError, CheckpointError, WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
     table = Table("", "", "times trained" if options.steps else "", title=title)
     for row in rows:

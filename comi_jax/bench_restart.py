@@ -20,9 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import jsonl
 from comi_jax.cli import at_least
-from comi_jax.store import steps_in
+from comi_jax.runs import journal
+from comi_jax.runs.checkpoints import steps_in
 
 WAIT = 0.02  # seconds between two looks at the run's files
 
@@ -37,7 +37,7 @@ class Run:
 
     def step(self) -> int:
         """The newest step that is logged."""
-        return max((row["step"] for row in jsonl.rows(self.metrics)), default=0)
+        return max((row["step"] for row in journal.rows(self.metrics)), default=0)
 
     def wait_for_step(self, step: int) -> float:
         """The clock when ``step`` is logged."""

@@ -23,11 +23,11 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import integrity
 from comi_jax.bench import peak_memory
 from comi_jax.cli import at_least
+from comi_jax.runs import checksums
+from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.step import TrainState
-from comi_jax.store import Checkpoints, Progress
 
 GB = 1e9
 ARRAY = 1 << 26  # numbers in an array: 268 MB
@@ -60,7 +60,7 @@ def measure(folder: Path, given: TrainState, step: int) -> dict[str, float]:
     checkpoints.close()
     place = checkpoints.folder / str(step)
     since = time.perf_counter()
-    integrity.verify(place)
+    checksums.verify(place)
     since = lap("verified", since)
     reader = Checkpoints(folder, read_only=True)
     reader.restore_newest(given)

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import export_hf, hf, inspection, official, weights
-from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run, save_import
 from comi_jax.config import Config, ConfigError
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.overrides import override
 from comi_jax.params import flatten, unflatten
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import Run, check_new, load_flat, read_run, save_import
 
 UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads
 

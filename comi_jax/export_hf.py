@@ -17,11 +17,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from comi_jax import hf, weights
-from comi_jax.checkpoint import CheckpointError, Run, check_new, load_flat, read_run
 from comi_jax.config import Lora
 from comi_jax.model import lora as lora_module
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten, unflatten
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import Run, check_new, load_flat, read_run
 
 DTYPES = ("float32", "float16", "bfloat16")
 SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy", "lsa")

@@ -10,10 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from comi_jax import hf, official
-from comi_jax.checkpoint import CheckpointError, is_run, newest, read_run, stored_arrays
 from comi_jax.config import Backbone
 from comi_jax.model import architecture
 from comi_jax.params import flatten
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import is_run, newest, read_run, stored_arrays
 from comi_jax.weights import Shape, Tensors
 
 

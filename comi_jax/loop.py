@@ -13,20 +13,22 @@ import optax
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import checkpoint, evaluate, jsonl, optim
+from comi_jax import evaluate, optim
 from comi_jax.answer import Comi
-from comi_jax.checkpoint import CheckpointError, Run
-from comi_jax.data import loader
+from comi_jax.data.batches import Plan
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
-from comi_jax.logs import RunLog, SilentLog
 from comi_jax.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
 from comi_jax.model.architecture import frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import combine, count
+from comi_jax.runs import description, journal
+from comi_jax.runs.checkpoints import Checkpoints, Progress
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import Run
+from comi_jax.runs.logs import RunLog, SilentLog
 from comi_jax.step import CompiledStep, TrainState
 from comi_jax.stop import Stop
-from comi_jax.store import Checkpoints, Progress
 
 PEEKED = 4  # batches that the tokens and FLOP of a step are estimated from
 
@@ -42,7 +44,7 @@ class Job:
     update: optax.GradientTransformation
     state: TrainState
     frozen: dict[str, Array]
-    plan: loader.Plan
+    plan: Plan
     batches: Any  # endless (micro-batches, the same on the devices), with get_state, set_state and close
     largest: Batch  # in the largest shape that a micro-batch can have
     held_out: list[Record]
@@ -78,8 +80,8 @@ class Loop:
         """Train to the last step; whether it came there, or was asked to end before."""
         job, start, settings = self.job, self.job.progress.step, self.settings
         if distributed.is_first():
-            jsonl.keep_until(job.output / "evaluations.jsonl", start)
-        job.checkpoints.best = checkpoint.best_step(job.output, settings.best_by)
+            journal.keep_until(job.output / "evaluations.jsonl", start)
+        job.checkpoints.best = description.best_step(job.output, settings.best_by)
         log_class = RunLog if distributed.is_first() else SilentLog
         with log_class(job.output, job.title, job.steps, start, self.console) as self.log:
             self.meter = Meter(
@@ -170,7 +172,7 @@ class Loop:
         every = self.settings.eval_every
         if not every or not step or step % every or not self.job.held_out:
             return False
-        done = any(row["step"] == step for row in checkpoint.evaluations(self.job.output))
+        done = any(row["step"] == step for row in description.evaluations(self.job.output))
         return not distributed.agreed(np.array(done))
 
     def _evaluate(self, step: int) -> None:
@@ -184,7 +186,7 @@ class Loop:
             model = Comi(job.run, combine(flat, job.frozen), job.tokenizer, mesh=job.mesh)
             output = job.output / "evaluations" / f"step_{step}.jsonl"
             result = evaluate.evaluate(
-                model, job.held_out, output, weights=checkpoint.weights_of(job.output, step), console=self.console
+                model, job.held_out, output, weights=description.weights_of(job.output, step), console=self.console
             )
             if distributed.is_first():
                 with (job.output / "evaluations.jsonl").open("a", encoding="utf-8") as lines:
@@ -196,7 +198,7 @@ class Loop:
             return
         shown = (self.settings.best_by, *(name for name in ("em", "f1_max") if name != self.settings.best_by))
         self.log.measured(step, {name: result["metrics"][name]["mean"] for name in shown})
-        job.checkpoints.best = checkpoint.best_step(job.output, self.settings.best_by)
+        job.checkpoints.best = description.best_step(job.output, self.settings.best_by)
         self.meter.pause()
 
 

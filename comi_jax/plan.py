@@ -29,10 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import answer, estimate, hlo, optim, state, sweep
-from comi_jax.checkpoint import CheckpointError
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Config, ConfigError
-from comi_jax.data import loader
+from comi_jax.data import batches
 from comi_jax.devices import sharding, topology
 from comi_jax.devices.chips import Chip
 from comi_jax.model import architecture, comi, flops
@@ -40,6 +39,7 @@ from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.overrides import load
 from comi_jax.published import BACKBONES
+from comi_jax.runs.checksums import CheckpointError
 from comi_jax.start import backbone_folder, starting_backbone
 from comi_jax.step import CompiledStep, gradients_of
 
@@ -86,8 +86,8 @@ def abstract_batch(config: Config, examples: int, share: int, home: Any) -> Batc
     """``examples`` of the largest lengths, as the loader makes them, without their contents."""
     lengths = estimate.longest(config)
     parts = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
-    example = loader.Example(*parts, rate=lengths.rate)
-    batch = loader.collate([example] * examples, loader.Shapes.of([example], config.data, config.compression), share)
+    example = batches.Example(*parts, rate=lengths.rate)
+    batch = batches.collate([example] * examples, batches.Shapes.of([example], config.data, config.compression), share)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), batch)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax.config import Config, ConfigError
-from comi_jax.data import loader, sources
+from comi_jax.data import batches, sources
 from comi_jax.data.records import DataError, Record, Skipped
 from comi_jax.overrides import load, to_dict
 from comi_jax.params import flatten
@@ -83,7 +83,7 @@ class Mixture:
                 chunk.append((f"{path}, line {line}", record))
                 file.write(sources.to_line(record).encode())
                 self.fingerprint.add(record)
-                if len(chunk) == loader.CHUNK:
+                if len(chunk) == batches.CHUNK:
                     lengths.append(self._count(report, chunk))
                     chunk = []
         if chunk:
@@ -121,13 +121,13 @@ class Mixture:
     def _count(self, report: SourceReport, chunk: list[tuple[str, Record]]) -> np.ndarray:
         """Token counts [n, 3] of examples, their answers with the end-of-sequence token."""
         texts = [(r.context_text(), r.prompt, r.answers[0]) for _, r in chunk]
-        columns = [loader.token_ids(self.tokenizer, list(column)) for column in zip(*texts, strict=True)]
+        columns = [batches.token_ids(self.tokenizer, list(column)) for column in zip(*texts, strict=True)]
         lengths = np.array([[len(ids) for ids in column] for column in columns]).T + (0, 0, 1)
         limits = [getattr(self.data, f"max_{part}") for part in PARTS]
         for (place, record), counts in zip(chunk, lengths.tolist(), strict=True):
             longer = [part for part, count, limit in zip(PARTS, counts, limits, strict=True) if count > limit]
             if longer and self.data.on_long == "refuse":
-                raise loader.LengthError(
+                raise batches.LengthError(
                     f"{place}: {counts[0]}, {counts[1]} and {counts[2]} tokens of context, query and answer are more "
                     f"than data.max_context={limits[0]}, max_query={limits[1]} or max_answer={limits[2]}; raise them, "
                     "or set data.on_long=truncate"
@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(options.config, overrides)
         output = Path(os.path.abspath(options.output))
         print_report(prepare(config, starting_tokenizer(config), output, console), options.output, console)
-    except (ConfigError, DataError, loader.LengthError) as error:
+    except (ConfigError, DataError, batches.LengthError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {options.output} cannot be written: {error.strerror} ({error.filename})")

@@ -9,28 +9,29 @@ import numpy as np
 from rich.console import Console
 
 from comi_jax.config import Backbone, Config, ConfigError
-from comi_jax.data import loader, sources, synthetic, tokens
+from comi_jax.data import batches, sources, synthetic
 from comi_jax.data.records import DataError, Record
 from comi_jax.devices import distributed
+from comi_jax.runs import examples as stored
 
 
 def read_examples(
     config: Config, tokenizer: Any, folder: Path, console: Console, scratch: Path | None = None
-) -> tokens.Examples:
+) -> stored.Examples:
     """The training examples, tokenised: those in ``folder`` if they are of the same data, or else made and put there by
     the first process for all; with ``scratch``, by each process there. Raises DataError, LengthError, ConfigError."""
     if distributed.is_first() or scratch:
-        origin = tokens.origin(config, tokenizer)
-        if found := tokens.find(folder, origin):
+        origin = stored.origin(config, tokenizer)
+        if found := stored.find(folder, origin):
             said = [*found.about.said, f"training data: as it was tokenised before, in {folder}"]
         else:
             said: list[str] = []
-            found = tokens.make(scratch or folder, new_examples(config, tokenizer, said), origin, said)
+            found = stored.make(scratch or folder, new_examples(config, tokenizer, said), origin, said)
         for line in said:
             console.print(line, highlight=False, markup=False)
     distributed.meet("the examples are there")
     if not distributed.is_first() and not scratch:
-        found = tokens.load(folder)
+        found = stored.load(folder)
     own = np.frombuffer(bytes.fromhex(found.about.fingerprint), np.uint8)
     if not np.array_equal(own, distributed.agreed(own)):
         raise DataError(
@@ -40,14 +41,14 @@ def read_examples(
     return found
 
 
-def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[loader.Example]]:
+def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[batches.Example]]:
     """The examples of data.train, a chunk at a time; when they have ended, ``said`` has what to tell of them."""
-    report, data = loader.LengthReport(), config.data
+    report, data = batches.LengthReport(), config.data
     if data.train == ("synthetic",):
-        yield from loader.encoded(synthetic_records("train", config), tokenizer, data, report)
+        yield from batches.encoded(synthetic_records("train", config), tokenizer, data, report)
     else:
         mixture = sources.Mixture(data.train, "train", seed=config.train.seed, skip_bad=data.skip_bad_records)
-        yield from loader.encoded(mixture, tokenizer, data, report)
+        yield from batches.encoded(mixture, tokenizer, data, report)
         said += told("train", mixture.report)
     said.append(f"training data: {report}")
 
@@ -68,11 +69,11 @@ def read_held_out(config: Config, console: Console) -> list[Record]:
 def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:
     """Refuse before the training what the closing table could not answer after it."""
     try:
-        examples, _ = loader.encode(records, tokenizer, config.data, targets=False)
+        examples, _ = batches.encode(records, tokenizer, config.data, targets=False)
         rate, new_tokens = config.compression.rates[0], config.generation.max_new_tokens
-        loader.check_positions(examples, backbone, config.compression, rate, new_tokens)
-    except loader.LengthError as error:
-        raise loader.LengthError(f"data.eval: {error}") from None
+        batches.check_positions(examples, backbone, config.compression, rate, new_tokens)
+    except batches.LengthError as error:
+        raise batches.LengthError(f"data.eval: {error}") from None
 
 
 def synthetic_records(split: str, config: Config) -> list[Record]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax import jsonl
-from comi_jax.checkpoint import CheckpointError, Run, best_of, evaluations, is_run, read_run
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
+from comi_jax.runs import journal
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import Run, best_of, evaluations, is_run, read_run
 from comi_jax.version import __version__
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
@@ -55,16 +56,16 @@ def read(folder: Path) -> list[Course]:
     """The run in ``folder`` and the one beneath it that it was compared with. Raises CheckpointError if there is
     nothing to draw."""
     run = read_run(folder)
-    steps = jsonl.rows(folder / "metrics.jsonl")
+    steps = journal.rows(folder / "metrics.jsonl")
     if not steps:
         raise CheckpointError(f"{folder} has no metrics yet: metrics.jsonl is missing or empty; nothing can be drawn")
     table = folder / "results.json"
     results = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     courses = [Course(folder.resolve().name, run, steps, evaluations(folder), results)]
     below = folder / "mean_pooling"
-    if is_run(below) and jsonl.rows(below / "metrics.jsonl"):
+    if is_run(below) and journal.rows(below / "metrics.jsonl"):
         name = f"{courses[0].name}, mean-pooling"
-        courses.append(Course(name, read_run(below), jsonl.rows(below / "metrics.jsonl"), evaluations(below), {}))
+        courses.append(Course(name, read_run(below), journal.rows(below / "metrics.jsonl"), evaluations(below), {}))
     return courses
 
 

@@ -7,13 +7,13 @@ import jax
 from jaxtyping import Array
 
 from comi_jax import hf
-from comi_jax.checkpoint import Run, is_run, load_flat, read_run
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS, frozen_dtype
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
+from comi_jax.runs.description import Run, is_run, load_flat, read_run
 from comi_jax.state import own_parameters
 
 

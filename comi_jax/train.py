@@ -15,10 +15,18 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from comi_jax import evaluate, lock, loop, optim, weights
+from comi_jax import evaluate, loop, optim, weights
 from comi_jax.answer import Comi
-from comi_jax.checkpoint import (
-    CheckpointError,
+from comi_jax.config import Config, ConfigError
+from comi_jax.data.batches import LengthError, Plan, Shapes, check_positions, collate, training_batches
+from comi_jax.data.records import DataError, Record
+from comi_jax.devices import distributed, sharding
+from comi_jax.overrides import load
+from comi_jax.reading import check_held_out, read_examples, read_held_out
+from comi_jax.runs import lock
+from comi_jax.runs.checkpoints import Checkpoints, Progress, begun
+from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.description import (
     Run,
     check_folder,
     existing,
@@ -28,17 +36,11 @@ from comi_jax.checkpoint import (
     save_frozen,
     weights_of,
 )
-from comi_jax.config import Config, ConfigError
-from comi_jax.data import loader, tokens
-from comi_jax.data.records import DataError, Record
-from comi_jax.devices import distributed, sharding
-from comi_jax.logs import RunConsole
-from comi_jax.overrides import load
-from comi_jax.reading import check_held_out, read_examples, read_held_out
+from comi_jax.runs.examples import Examples
+from comi_jax.runs.logs import RunConsole
 from comi_jax.start import backbone_folder, initial_params, starting_point
 from comi_jax.state import abstract, create
 from comi_jax.stop import Stop
-from comi_jax.store import Checkpoints, Progress, begun
 
 # --- on the devices ---------------------------------------------------------------------------------------------------
 
@@ -57,8 +59,8 @@ class Task:
 
     folder: Path  # of the model to start from
     tokenizer: Any
-    examples: tokens.Examples
-    shapes: loader.Shapes
+    examples: Examples
+    shapes: Shapes
     held_out: list[Record]
     allow_change: bool
     dry_run: bool
@@ -73,8 +75,8 @@ def prepare(task: Task, title: str, run: Run, output: Path, console: Console) ->
     update = optim.optimizer(config.optimizer, settings.steps)
     checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=task.dry_run)
     parts = sharding.micro_batches(config, mesh)
-    plan = loader.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
-    batches = loader.training_batches(
+    plan = Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
+    batches = training_batches(
         plan, config.compression.rates, settings.seed,
         own=sharding.own_contexts(mesh, plan.contexts_at_once), put=functools.partial(sharding.put_batch, mesh=mesh),
     )  # fmt: skip
@@ -95,7 +97,7 @@ def prepare(task: Task, title: str, run: Run, output: Path, console: Console) ->
         state, frozen = create(initial_params(run, task.folder, mesh), run.architecture, update, mesh)
     longest = max(examples, key=lambda example: len(example.context))
     size = (shapes.size([longest])[0], shapes.query, shapes.answer)
-    largest = loader.collate([longest] * (settings.batch_size // parts), shapes, settings.share_context, size=size)
+    largest = collate([longest] * (settings.batch_size // parts), shapes, settings.share_context, size=size)
     return loop.Job(
         title, run, output, mesh, update, state, frozen, plan, batches, largest, task.held_out, task.tokenizer,
         checkpoints, progress,
@@ -186,8 +188,8 @@ def begin(
             until_end.enter_context(lock.held(output, functools.partial(console.print, highlight=False)))
     examples = read_examples(config, tokenizer, output, console, scratch and Path(scratch.name))
     for run in runs.values():
-        loader.check_positions(examples, backbone, run.config.compression, min(config.compression.rates))
-    shapes = loader.Shapes.fit(examples, config.data, config.compression)
+        check_positions(examples, backbone, run.config.compression, min(config.compression.rates))
+    shapes = Shapes.fit(examples, config.data, config.compression)
     return Task(folder, tokenizer, examples, shapes, held_out, allow_change, bool(scratch)), runs, places
 
 
@@ -249,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
         run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
     except jax.errors.JaxRuntimeError as error:
         distributed.leave(*distributed.failed(error))
-    except (ConfigError, DataError, loader.LengthError, CheckpointError, weights.WeightsError, OSError) as error:
+    except (ConfigError, DataError, LengthError, CheckpointError, weights.WeightsError, OSError) as error:
         distributed.leave(str(error))
     except Exception as error:
         distributed.leave(distributed.unexpected(error))

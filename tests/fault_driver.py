@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401, imported here once for all children
 
-from comi_jax import evaluate, integrity, loop, store, train
+from comi_jax import evaluate, loop, train
+from comi_jax.runs import checksums
+from comi_jax.runs.checkpoints import REMOVING, Checkpoints, Progress, SealedWriter
 from comi_jax.step import TrainState
 
 
@@ -64,7 +66,7 @@ def half_removed(passed):
     remove = shutil.rmtree
 
     def removing(path, **kwargs):
-        if not path.name.endswith(store.REMOVING):
+        if not path.name.endswith(REMOVING):
             return remove(path, **kwargs)
         files = sorted(p for p in path.rglob("*") if p.is_file())
         for file in files[::2]:
@@ -76,15 +78,15 @@ def half_removed(passed):
 
 
 POINTS = {
-    "before the folder": lambda n: around(store.SealedWriter, "save", before=after(n)),
-    "mid-data": lambda n: around(store.SealedWriter, "save", behind=after(n)),
-    "before the checksums": lambda n: around(integrity, "seal", before=after(n)),
-    "before the commit": lambda n: around(integrity, "seal", behind=after(n)),
-    "after the commit": lambda n: around(store.SealedWriter, "wait", behind=after(n)),
+    "before the folder": lambda n: around(SealedWriter, "save", before=after(n)),
+    "mid-data": lambda n: around(SealedWriter, "save", behind=after(n)),
+    "before the checksums": lambda n: around(checksums, "seal", before=after(n)),
+    "before the commit": lambda n: around(checksums, "seal", behind=after(n)),
+    "after the commit": lambda n: around(SealedWriter, "wait", behind=after(n)),
     "mid-prune": half_removed,
     "in an evaluation": lambda n: around(evaluate, "_prediction", before=after(n)),
     "after an evaluation": lambda n: around(evaluate, "_finish", behind=after(n)),
-    "slow save": lambda n: around(store.SealedWriter, "wait", before=after(n, lambda: time.sleep(20))),
+    "slow save": lambda n: around(SealedWriter, "wait", before=after(n, lambda: time.sleep(20))),
     "SIGTERM before the first step": lambda n: around(
         loop.Loop, "describe", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
     ),
@@ -120,24 +122,24 @@ def small_state(step):
 
 def save_small_states(folder):
     """Checkpoints 1, 2, 3 ... with the newest two kept, for ever; the newest complete one is printed."""
-    checkpoints = store.Checkpoints(folder, keep=2)
+    checkpoints = Checkpoints(folder, keep=2)
     first = checkpoints.restore_newest(small_state(0))[1].step if checkpoints.steps() else 0
     for step in range(first + 1, 10_000):
-        checkpoints.save(small_state(step), store.Progress(step, {"next": step}))
+        checkpoints.save(small_state(step), Progress(step, {"next": step}))
         print("settled", checkpoints.latest(), flush=True)
 
 
 def save_on_a_full_disk(folder, full):
     """Checkpoints 1 to 5; while those named in ``full`` are written, no file can grow beyond some bytes: the system
     itself refuses, as on a full disk."""
-    checkpoints = store.Checkpoints(folder, keep=9, say=lambda text: print(text, flush=True))
+    checkpoints = Checkpoints(folder, keep=9, say=lambda text: print(text, flush=True))
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     try:
         for step in range(1, 6):
             resource.setrlimit(resource.RLIMIT_FSIZE, (6000 if step in full else hard, hard))
-            checkpoints.save(small_state(step), store.Progress(step, {"next": step}))
+            checkpoints.save(small_state(step), Progress(step, {"next": step}))
             checkpoints.settle()
-    except integrity.CheckpointError as error:
+    except checksums.CheckpointError as error:
         sys.exit(str(error))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -8,9 +8,10 @@ import pytest
 import train_fixtures
 
 from comi_jax import bench_data, bench_restart
-from comi_jax.data import loader, tokens
+from comi_jax.data import batches
 from comi_jax.meter import Tally
 from comi_jax.overrides import load
+from comi_jax.runs import examples as stored
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 
@@ -24,9 +25,9 @@ def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tm
     title, rows = bench_data.measure(config, tmp_path, count=4, steps=1)
     figures = {name: value for name, value, _ in rows}
     assert list(figures) == ["tokenised", "batches", "trained", "padding", "padding, shuffled alone"]
-    examples = tokens.load(tmp_path)
-    shapes = loader.Shapes.fit(examples, config.data, config.compression)
-    drawn = loader.Plan.of(examples, shapes, 8, config.train.seed)
+    examples = stored.load(tmp_path)
+    shapes = batches.Shapes.fit(examples, config.data, config.compression)
+    drawn = batches.Plan.of(examples, shapes, 8, config.train.seed)
     shares = [Tally.of(drawn.batch(i, np.full(8, 2))).padding for i in range(2)]
     assert figures["padding"] == f"{np.mean(shares):.1%}"  # both batches have one shape
     assert title == "16 examples, micro-batches of 8 in 1 shapes, 2 an epoch"

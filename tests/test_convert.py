@@ -15,12 +15,13 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import Comi, checkpoint, convert, hf, inspection, official, start, train, weights
+from comi_jax import Comi, convert, hf, inspection, official, start, train, weights
 from comi_jax.config import Compression, Generation, Lora
 from comi_jax.model import architecture, comi, generate
 from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
+from comi_jax.runs import description
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -156,7 +157,7 @@ def test_an_official_checkpoint_comes_back_byte_for_byte(kind, rank, targets, sh
     lm = language_model(tmp_path / "lm", kind)
     file = in_shards(file) if sharded else file
     ours = import_official(file, lm, tmp_path / "comi")
-    found = checkpoint.read_run(ours)
+    found = description.read_run(ours)
     assert found.architecture.lora.targets == (arch.lora.targets if rank else Lora().targets)
     assert found.config.compression.segment_size == 16 and found.config.compression.rates == (2, 4)
     command("export-official", f"--checkpoint={ours}", f"--output={tmp_path / 'back.safetensors'}")
@@ -277,8 +278,8 @@ def test_training_starts_from_an_imported_model(tmp_path):
     lm = train_fixtures.language_model(tmp_path / "lm")
     ours = tmp_path / "comi"
     command("import-hf", f"--backbone={lm}", f"--output={ours}", "--encoder-layers=1", "--rates=2", "lora.rank=2")
-    run = checkpoint.read_run(ours)
-    before = checkpoint.load_flat(ours, run.architecture)
+    run = description.read_run(ours)
+    before = description.load_flat(ours, run.architecture)
     mesh = train.sharding.make_mesh(run.config.mesh)
     started = start.initial_params(run, ours, mesh)
     assert started.keys() == before.keys()

@@ -6,8 +6,8 @@ import pytest
 import train_fixtures
 
 from comi_jax import evaluate, metrics
-from comi_jax.checkpoint import read_run
 from comi_jax.overrides import to_dict
+from comi_jax.runs.description import read_run
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax import checkpoint, store
+from comi_jax.runs import description
+from comi_jax.runs.checkpoints import Checkpoints, restore_arrays, steps_in, stored
 
 STEPS, SAVE_EVERY = fault_fixtures.STEPS, fault_fixtures.SAVE_EVERY
 POINTS = [
@@ -39,12 +40,12 @@ def result(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     numbers = [{n: v for n, v in row.items() if n not in ("tokens_per_second", "memory_gb")} for row in lines]
     place = folder / "checkpoints" / str(STEPS)
-    parts = {part: store.stored(place / part) for part in ("trained", "optimizer")}
+    parts = {part: stored(place / part) for part in ("trained", "optimizer")}
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = {}
     for part, tree in parts.items():
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
-        for path, x in jax.tree_util.tree_leaves_with_path(store.restore_arrays(place / part, like)):
+        for path, x in jax.tree_util.tree_leaves_with_path(restore_arrays(place / part, like)):
             arrays[part + jax.tree_util.keystr(path)] = np.asarray(x).tobytes()
     return numbers, arrays
 
@@ -104,7 +105,7 @@ def check_kills(driver, undisturbed, name, kills, rng):
             shutil.rmtree(output)
             continue
         assert kills.pop(0) == die and status == -signal.SIGKILL, child.printed()
-        kept = max(store.steps_in(output / "checkpoints"), default=0)
+        kept = max(steps_in(output / "checkpoints"), default=0)
         assert last_step(output) - kept <= 2 * SAVE_EVERY
 
 
@@ -132,7 +133,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_one_that_was_not(driver, 
 
 def check_store(driver, folder, die, rng):
     """A process that saves is killed; what is then restored is the newest that was committed."""
-    before = max(store.steps_in(folder / "checkpoints"), default=0)
+    before = max(steps_in(folder / "checkpoints"), default=0)
     child = driver.start(store=str(folder), die=die)
     if die is None:
         child.wait_for("settled")
@@ -141,10 +142,10 @@ def check_store(driver, folder, die, rng):
     assert child.status() == -signal.SIGKILL, child.printed()
     settled = [line.split()[1] for line in child.printed().splitlines() if line.startswith("settled")]
     settled = max((int(step) for step in settled if step != "None"), default=before)
-    there = max(store.steps_in(folder / "checkpoints"), default=0)
+    there = max(steps_in(folder / "checkpoints"), default=0)
     assert settled <= there <= settled + 2
     said = []
-    checkpoints = store.Checkpoints(folder, say=said.append)
+    checkpoints = Checkpoints(folder, say=said.append)
     if there:
         state, progress = checkpoints.restore_newest(fault_driver.small_state(0))
         assert progress.step == progress.position["next"] == there and not said
@@ -179,7 +180,7 @@ def test_a_signal_saves_and_ends_and_no_step_is_lost(driver, undisturbed, number
     assert time.monotonic() - since < 10
     reached = last_step(output)
     assert f"stopped by {number.name} after step {reached} of {STEPS}" in child.printed()
-    assert reached < STEPS and max(store.steps_in(output / "checkpoints")) == reached
+    assert reached < STEPS and max(steps_in(output / "checkpoints")) == reached
     child = driver.train(output)
     assert child.status() == 0 and f"going on from step {reached} of" in child.printed()
     assert result(output) == undisturbed
@@ -205,7 +206,7 @@ def test_a_signal_before_the_first_step_ends_at_once(driver):
     child = driver.train(output, die=("SIGTERM before the first step", 0))
     assert child.status() == 0 and "there is nothing to save" in child.printed()
     assert "step 1/" not in child.printed() and not (output / "lock").exists()
-    assert not store.steps_in(output / "checkpoints")
+    assert not steps_in(output / "checkpoints")
 
 
 # --- evaluation on the way --------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_has_each_example_once(driver,
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name
     rows = [json.loads(line) for line in (output / "evaluations" / "step_2.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(150))
-    assert [row["step"] for row in checkpoint.evaluations(output)] == [2, 4]
+    assert [row["step"] for row in description.evaluations(output)] == [2, 4]
     assert not list(output.rglob("*.part"))
 
 
@@ -247,7 +248,7 @@ def test_a_run_goes_on_with_another_number_of_devices(driver, undisturbed):
     """The same examples in the same order: the losses are those of the run that stayed where it was."""
     output = driver.folder / "moved"
     assert driver.train(output, die=("after the commit", 1)).status() == -9
-    kept = max(store.steps_in(output / "checkpoints"))
+    kept = max(steps_in(output / "checkpoints"))
     child = driver.train(output, devices=4)
     assert child.status() == 0 and f"going on from step {kept} of {STEPS}" in child.printed()
     losses, expected = ([row["loss"] for row in rows] for rows in (result(output)[0], undisturbed[0]))

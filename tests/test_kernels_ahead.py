@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from comi_jax import topology
+from comi_jax.devices import topology
 from comi_jax.kernels.merge import merge
 from comi_jax.kernels.redundancy import max_cosine
 

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from comi_jax import lock
-from comi_jax.integrity import CheckpointError
+from comi_jax.runs import lock
+from comi_jax.runs.checksums import CheckpointError
 
 pytestmark = pytest.mark.fault
 
@@ -97,7 +97,7 @@ def test_the_lock_is_touched_while_it_is_held(tmp_path, monkeypatch):
 
 def test_a_process_whose_lock_was_taken_over_ends(tmp_path):
     code = (
-        "import json, pathlib, sys, time; from comi_jax import lock\n"
+        "import json, pathlib, sys, time; from comi_jax.runs import lock\n"
         "lock.BEAT, folder = 0.05, pathlib.Path(sys.argv[1])\n"
         "with lock.held(folder):\n"
         "    path = folder / lock.NAME\n"

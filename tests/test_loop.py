@@ -12,11 +12,11 @@ import pytest
 import train_fixtures
 from train_fixtures import SAVE_EVERY, STEPS
 
-from comi_jax import checkpoint, store
 from comi_jax.config import MEASURES
-from comi_jax.logs import RunConsole
 from comi_jax.metrics import MEASURES as MEASURED
 from comi_jax.model import comi
+from comi_jax.runs import checkpoints, description
+from comi_jax.runs.logs import RunConsole
 from comi_jax.step import Gradients
 
 quick_compilation = train_fixtures.quick_compilation
@@ -121,8 +121,8 @@ def test_settings_that_leave_the_weights_as_they_are_may_change(files, quick_ste
     assert "settings changed: mesh.data 1 -> 0; mesh.fsdp 0 -> 2; train.checkpoint_every 15 -> 4; " in said
     assert "; train.keep_checkpoints 2 -> 1" in said
     assert f"going on from step {SAVE_EVERY} of {STEPS}" in said
-    assert checkpoint.read_run(tmp_path / "run").config.train.checkpoint_every == 4
-    assert store.steps_in(tmp_path / "run" / "checkpoints") == [STEPS]
+    assert description.read_run(tmp_path / "run").config.train.checkpoint_every == 4
+    assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [STEPS]
 
 
 def test_other_changes_need_consent_and_are_written_down(files, quick_step, tmp_path):
@@ -201,7 +201,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step
     assert "of 3 steps in a row, up to step 6, is not finite" in said and str(path) in said
     batch = np.load(path)
     assert batch["context"].shape == (8, 32) and batch["query_text"][0].startswith("what does the")
-    (step,) = store.steps_in(tmp_path / "run" / "checkpoints")
+    (step,) = checkpoints.steps_in(tmp_path / "run" / "checkpoints")
     assert step == 7 and [row["skipped"] for row in lines(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4]
     # Behind them, it goes on.
     said = run(files, tmp_path / "run", "train.max_skipped=3", f"optimizer.accumulate={parts}")
@@ -211,7 +211,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step
 @pytest.mark.fault
 @pytest.mark.parametrize("full", [(15,), (30,), (15, 30)], ids=str)
 def test_a_full_disk_costs_a_checkpoint_and_two_the_run(files, quick_step, tmp_path, monkeypatch, full):
-    save, left = store.SealedWriter.save, list(full)
+    save, left = checkpoints.SealedWriter.save, list(full)
 
     def refuse(self, folder, arguments):
         if folder.name in map(str, left):
@@ -219,7 +219,7 @@ def test_a_full_disk_costs_a_checkpoint_and_two_the_run(files, quick_step, tmp_p
             raise OSError(errno.ENOSPC, "No space left on device")
         return save(self, folder, arguments)
 
-    monkeypatch.setattr(store.SealedWriter, "save", refuse)
+    monkeypatch.setattr(checkpoints.SealedWriter, "save", refuse)
     if len(full) == 2:
         said = refusal(files, tmp_path / "run")
         assert "checkpoints/30 (" in said and "No space left on device; it is the second in a row" in said
@@ -227,7 +227,7 @@ def test_a_full_disk_costs_a_checkpoint_and_two_the_run(files, quick_step, tmp_p
         return
     said = run(files, tmp_path / "run")
     assert f"checkpoints/{full[0]} (" in said and "No space left on device; the run goes on until the next one" in said
-    assert 30 in store.steps_in(tmp_path / "run" / "checkpoints") and len(lines(tmp_path / "run")) == STEPS
+    assert 30 in checkpoints.steps_in(tmp_path / "run" / "checkpoints") and len(lines(tmp_path / "run")) == STEPS
 
 
 @pytest.mark.fault

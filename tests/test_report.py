@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 import train_fixtures
 
-from comi_jax import checkpoint, report
+from comi_jax import report
 from comi_jax.config import MEASURES, Config, Train
+from comi_jax.runs import description
 
 TOKENIZER = train_fixtures.tokenizer()
 
@@ -21,7 +22,9 @@ def interval(mean):
 def write(folder, steps=60, evaluated=True, **settings):
     """A run's folder as it is after its last step, without its weights."""
     config = Config(name="<b>", train=Train(steps=steps, **settings))
-    checkpoint.write_run(folder, checkpoint.Run(config, train_fixtures.backbone(num_hidden_layers=8), (2,)), TOKENIZER)
+    description.write_run(
+        folder, description.Run(config, train_fixtures.backbone(num_hidden_layers=8), (2,)), TOKENIZER
+    )
     rows = [
         {
             "step": step, "loss": None if step == 7 else 5 / step, "accuracy": 1 - 1 / step, "gradient_norm": 1 / step,

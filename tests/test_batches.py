@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comi_jax.config import Compression, Data, Mesh
-from comi_jax.data import loader, order
+from comi_jax.data import batches as loader
+from comi_jax.data import order
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
 from comi_jax.meter import Tally
@@ -481,7 +482,7 @@ def test_a_data_worker_that_dies_is_an_error_at_once_and_loses_no_example(where,
 def test_a_killed_process_leaves_no_data_worker_behind():
     code = (
         "import os, signal, sys, numpy as np; from comi_jax.config import Compression, Data; "
-        "from comi_jax.data import loader; e = [loader.Example(*[np.arange(1, 9)] * 3)] * 9; "
+        "from comi_jax.data import batches as loader; e = [loader.Example(*[np.arange(1, 9)] * 3)] * 9; "
         "s = loader.Shapes.of(e, Data(), Compression(rates=(2,))); "
         "b = loader.training_batches(loader.Plan.of(e, s, 4, 0), (2,), 0, put=lambda batch: batch); next(b); "
         "print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"

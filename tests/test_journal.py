@@ -2,7 +2,7 @@
 
 import pytest
 
-from comi_jax import jsonl
+from comi_jax.runs import journal
 
 WHOLE = [{"step": 1}, {"step": 2}, {"step": 4, "text": "é\u2028"}]
 
@@ -18,17 +18,17 @@ def path(tmp_path):
 def test_what_stands_before_a_torn_or_damaged_line_is_read(path, tail):
     with path.open("ab") as file:
         file.write(tail)
-    assert jsonl.rows(path) == WHOLE
-    jsonl.keep_until(path, 9)
-    assert jsonl.rows(path) == WHOLE and path.read_bytes().endswith(b"}\n")
+    assert journal.rows(path) == WHOLE
+    journal.keep_until(path, 9)
+    assert journal.rows(path) == WHOLE and path.read_bytes().endswith(b"}\n")
 
 
 def test_what_comes_after_a_step_is_cut_off(path):
-    jsonl.keep_until(path, 3)
-    assert jsonl.rows(path) == WHOLE[:2]
+    journal.keep_until(path, 3)
+    assert journal.rows(path) == WHOLE[:2]
 
 
 def test_no_file_has_no_rows(tmp_path):
-    assert jsonl.rows(tmp_path / "none") == []
-    jsonl.keep_until(tmp_path / "none", 1)
+    assert journal.rows(tmp_path / "none") == []
+    journal.keep_until(tmp_path / "none", 1)
     assert not list(tmp_path.iterdir())

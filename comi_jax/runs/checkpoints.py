@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from comi_jax import integrity
 from comi_jax.devices import distributed
-from comi_jax.integrity import CheckpointError, DamageError
+from comi_jax.runs import checksums
+from comi_jax.runs.checksums import CheckpointError, DamageError
 
 WRITING = ".orbax-checkpoint-tmp"  # as Orbax names what is not complete
 REMOVING, DAMAGED = ".removing", ".damaged"
@@ -79,14 +79,14 @@ class SealedWriter:
         self._temporary = Path()
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, too
         # Orbax calls this when all files are complete, just before the rename.
-        options = ocp.options.AsyncOptions(post_finalization_callback=lambda: integrity.seal(self._temporary))
+        options = ocp.options.AsyncOptions(post_finalization_callback=lambda: checksums.seal(self._temporary))
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
 
     def save(self, folder: Path, arguments: Any) -> None:
         """Start writing the new ``folder``; its arrays may be donated once this returns."""
         folder = folder.absolute()
         self._temporary = folder.with_name(folder.name + WRITING)
-        self._writer.save(folder, args=arguments, custom_metadata=dict(integrity.SEAL))
+        self._writer.save(folder, args=arguments, custom_metadata=dict(checksums.SEAL))
 
     def wait(self) -> None:
         """Until the folder is complete. Raises what went wrong."""
@@ -260,7 +260,7 @@ class Checkpoints:
         return bool(verdict)
 
     def _start_verifying(self, step: int) -> concurrent.futures.Future[bool]:
-        return self._thread.submit(integrity.verify, self.folder / str(step))
+        return self._thread.submit(checksums.verify, self.folder / str(step))
 
     def _newest_but(self, bad: set[int]) -> int | None:
         """The newest checkpoint that is not in ``bad``, as the first process sees it."""

@@ -23,9 +23,9 @@ import xxhash
 
 from comi_jax.config import Config
 from comi_jax.data import sources
-from comi_jax.data.loader import Example
+from comi_jax.data.batches import Example
 from comi_jax.data.records import DataError
-from comi_jax.integrity import CheckpointError, checksum
+from comi_jax.runs.checksums import CheckpointError, checksum
 
 NAME = "examples"  # of all files; a folder that holds nothing else is free for a run (checkpoint.check_folder)
 FORMAT = 1  # to be raised when other examples are made of the same records

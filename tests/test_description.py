@@ -12,13 +12,14 @@ import tiny_models
 import train_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax import checkpoint, hf, store
+from comi_jax import hf
 from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.params import flatten, partition
+from comi_jax.runs import checksums, description
+from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.step import TrainState
-from comi_jax.store import Progress
 
 TOKENIZER = train_fixtures.tokenizer()
 CONFIG = Config(
@@ -30,7 +31,7 @@ CONFIG = Config(
 
 
 def run_of(config=CONFIG):
-    return checkpoint.Run(config, train_fixtures.backbone(), (2, 5))
+    return description.Run(config, train_fixtures.backbone(), (2, 5))
 
 
 def changed(section, **values):
@@ -44,11 +45,11 @@ def contents(folder):
 
 def saved(folder, run, steps=(1,), keep=2):
     """``folder`` as a training run would leave it; returns its weights."""
-    checkpoint.open_run(folder, run, TOKENIZER)
+    description.open_run(folder, run, TOKENIZER)
     params = tiny_models.shaken(architecture.specs(run.architecture), seed=3)
     trained, frozen = partition(params, lambda path: architecture.is_trained(path, run.architecture))
-    checkpoint.save_frozen(folder, frozen)
-    checkpoints = store.Checkpoints(folder, keep)
+    description.save_frozen(folder, frozen)
+    checkpoints = Checkpoints(folder, keep)
     for step in steps:
         state = TrainState(jnp.int32(step), {p: x + step for p, x in trained.items()}, {"count": jnp.int32(step)})
         checkpoints.save(state, Progress(step, {"next": step}))
@@ -61,8 +62,8 @@ def saved(folder, run, steps=(1,), keep=2):
 
 def test_a_run_is_read_back_as_it_was_written(tmp_path):
     run = run_of(dataclasses.replace(CONFIG, lora=Lora(rank=4)))
-    checkpoint.open_run(tmp_path / "a" / "run", run, TOKENIZER)
-    assert checkpoint.read_run(tmp_path / "a" / "run") == run
+    description.open_run(tmp_path / "a" / "run", run, TOKENIZER)
+    assert description.read_run(tmp_path / "a" / "run") == run
     tokenizer = hf.load_tokenizer(tmp_path / "a" / "run" / "tokenizer")
     text = "the red box holds a silver coin ."
     assert tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
@@ -72,18 +73,18 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path):
 def test_what_is_no_run_is_refused_and_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="is not a COMI run; choose another train.output"):
-        checkpoint.open_run(tmp_path, run_of(), TOKENIZER)
-    with pytest.raises(checkpoint.CheckpointError, match="is not a COMI run"):
-        checkpoint.open_run(tmp_path / "notes.txt", run_of(), TOKENIZER)
+    with pytest.raises(checksums.CheckpointError, match="is not a COMI run; choose another train.output"):
+        description.open_run(tmp_path, run_of(), TOKENIZER)
+    with pytest.raises(checksums.CheckpointError, match="is not a COMI run"):
+        description.open_run(tmp_path / "notes.txt", run_of(), TOKENIZER)
     assert contents(tmp_path) == before
 
 
 def test_a_language_model_is_not_overwritten(tmp_path):
     # It has a config.json as a run has.
     before = contents(train_fixtures.language_model(tmp_path / "lm"))
-    with pytest.raises(checkpoint.CheckpointError, match="config.json is not a COMI checkpoint"):
-        checkpoint.open_run(tmp_path / "lm", run_of(), TOKENIZER)
+    with pytest.raises(checksums.CheckpointError, match="config.json is not a COMI checkpoint"):
+        description.open_run(tmp_path / "lm", run_of(), TOKENIZER)
     assert contents(tmp_path / "lm") == before
 
 
@@ -91,8 +92,8 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
     saved(tmp_path, run_of())
     before = contents(tmp_path)
     other = changed("train", steps=8, seed=1)
-    with pytest.raises(checkpoint.CheckpointError) as refused:
-        checkpoint.open_run(tmp_path, other, TOKENIZER)
+    with pytest.raises(checksums.CheckpointError) as refused:
+        description.open_run(tmp_path, other, TOKENIZER)
     for part in ("train.steps 7 -> 8", "train.seed 0 -> 1", "choose another train.output", "--allow-config-change"):
         assert part in str(refused.value)
     assert str(refused.value).count(" -> ") == 2
@@ -102,22 +103,22 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
 def test_another_backbone_is_a_difference(tmp_path):
     saved(tmp_path, run_of())
     other = dataclasses.replace(run_of(), backbone=train_fixtures.backbone(rope_theta=5e5))
-    with pytest.raises(checkpoint.CheckpointError, match="backbone.rope_theta 10000.0 -> 500000.0"):
-        checkpoint.open_run(tmp_path, other, TOKENIZER)
+    with pytest.raises(checksums.CheckpointError, match="backbone.rope_theta 10000.0 -> 500000.0"):
+        description.open_run(tmp_path, other, TOKENIZER)
 
 
 def test_a_run_that_was_moved_goes_on(tmp_path):
     saved(tmp_path / "a", run_of())
     shutil.move(tmp_path / "a", tmp_path / "b")
     before = contents(tmp_path / "b")
-    checkpoint.open_run(tmp_path / "b", changed("train", output=str(tmp_path / "b")), TOKENIZER)
+    description.open_run(tmp_path / "b", changed("train", output=str(tmp_path / "b")), TOKENIZER)
     assert contents(tmp_path / "b") == before
 
 
 def test_a_run_that_never_saved_anything_gives_way(tmp_path):
-    checkpoint.open_run(tmp_path, run_of(), TOKENIZER)
-    checkpoint.open_run(tmp_path, changed("train", steps=8), TOKENIZER)
-    assert checkpoint.read_run(tmp_path).config.train.steps == 8
+    description.open_run(tmp_path, run_of(), TOKENIZER)
+    description.open_run(tmp_path, changed("train", steps=8), TOKENIZER)
+    assert description.read_run(tmp_path).config.train.steps == 8
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_a_run_that_never_saved_anything_gives_way(tmp_path):
 def test_a_folder_that_holds_no_run_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(checkpoint.CheckpointError, match=message):
-        checkpoint.load_params(tmp_path)
+    with pytest.raises(checksums.CheckpointError, match=message):
+        description.load_params(tmp_path)
 
 
 def test_layers_that_the_backbone_does_not_have_are_refused():
@@ -156,7 +157,7 @@ def state_on(mesh, value):
 
 def test_a_state_comes_back_bit_for_bit_where_it_was(tmp_path):
     mesh = sharding.make_mesh(Mesh())
-    checkpoints = store.Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
     state = state_on(mesh, 5)
     expected = jax.tree.map(np.array, state)
     checkpoints.save(state, Progress(5, {"next": [1, 2]}, skipped=3, in_a_row=1, examples="x"))
@@ -172,14 +173,14 @@ def test_a_state_comes_back_bit_for_bit_where_it_was(tmp_path):
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    checkpoints = store.Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() is None
     checkpoints.best = 4
     for step in (2, 4, 6, 8, 10):
         checkpoints.save(state_on(sharding.make_mesh(Mesh()), step), Progress(step, {}))
     checkpoints.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "4", "8"]
-    assert store.Checkpoints(tmp_path, keep=2).latest() == 10
+    assert Checkpoints(tmp_path, keep=2).latest() == 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -187,7 +188,7 @@ def test_the_weights_of_the_newest_checkpoint_are_loaded_and_nothing_is_written(
     run = changed("model", dtype=dtype)
     params = saved(tmp_path, run, steps=(1, 2))
     before = contents(tmp_path)
-    loaded_run, loaded = checkpoint.load_params(tmp_path)
+    loaded_run, loaded = description.load_params(tmp_path)
     assert contents(tmp_path) == before
     assert loaded_run == run
     loaded = flatten(loaded)
@@ -200,10 +201,10 @@ def test_the_weights_of_the_newest_checkpoint_are_loaded_and_nothing_is_written(
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
-    checkpoint.open_run(tmp_path, run_of(), TOKENIZER)
+    description.open_run(tmp_path, run_of(), TOKENIZER)
     before = contents(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="has no complete checkpoint yet"):
-        checkpoint.load_params(tmp_path)
+    with pytest.raises(checksums.CheckpointError, match="has no complete checkpoint yet"):
+        description.load_params(tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -212,23 +213,23 @@ def test_a_damaged_folder_is_named(tmp_path, part):
     saved(tmp_path, run_of())
     where = tmp_path / part / ("trained" if part != "frozen" else "")
     (where / "_METADATA").write_text("{")
-    with pytest.raises(checkpoint.CheckpointError, match=f"{part} is damaged: .*_METADATA has 1 bytes, not"):
-        checkpoint.load_params(tmp_path)
+    with pytest.raises(checksums.CheckpointError, match=f"{part} is damaged: .*_METADATA has 1 bytes, not"):
+        description.load_params(tmp_path)
 
 
 def test_a_checkpoint_is_chosen_by_its_number_or_as_the_newest_or_the_best(tmp_path):
     saved(tmp_path, run_of(), steps=(1, 2, 3), keep=3)
-    with pytest.raises(checkpoint.CheckpointError, match="has no best checkpoint: nothing was evaluated on the way"):
-        checkpoint.choose_step(tmp_path, "best")
+    with pytest.raises(checksums.CheckpointError, match="has no best checkpoint: nothing was evaluated on the way"):
+        description.choose_step(tmp_path, "best")
     rows = [{"step": step, "metrics": {"f1_max": {"mean": mean}}} for step, mean in ((1, 0.2), (2, 0.6), (3, 0.6))]
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4')
-    assert [checkpoint.choose_step(tmp_path, name) for name in ("newest", "best", "1")] == [3, 2, 1]
-    biases = [flatten(checkpoint.load_params(tmp_path, step=step)[1])["encoder/norm"] for step in (1, None)]
+    assert [description.choose_step(tmp_path, name) for name in ("newest", "best", "1")] == [3, 2, 1]
+    biases = [flatten(description.load_params(tmp_path, step=step)[1])["encoder/norm"] for step in (1, None)]
     np.testing.assert_allclose(biases[1] - biases[0], 2, atol=1e-6)
-    with pytest.raises(checkpoint.CheckpointError, match="has no checkpoint of step 7; it has 1, 2, 3"):
-        checkpoint.choose_step(tmp_path, "7")
-    with pytest.raises(checkpoint.CheckpointError, match="--step=last is not a step"):
-        checkpoint.choose_step(tmp_path, "last")
+    with pytest.raises(checksums.CheckpointError, match="has no checkpoint of step 7; it has 1, 2, 3"):
+        description.choose_step(tmp_path, "7")
+    with pytest.raises(checksums.CheckpointError, match="--step=last is not a step"):
+        description.choose_step(tmp_path, "last")
 
 
 def test_the_best_is_a_checkpoint_that_is_there_and_was_measured_as_the_newest_was(tmp_path):
@@ -239,18 +240,18 @@ def test_the_best_is_a_checkpoint_that_is_there_and_was_measured_as_the_newest_w
 
     rows = [measured(1, 0.9, "easy"), measured(2, 0.4), measured(3, 0.3), measured(4, 0.8)]  # 4 could not be saved
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert checkpoint.choose_step(tmp_path, "best") == 2
+    assert description.choose_step(tmp_path, "best") == 2
 
 
 # --- other settings ---------------------------------------------------------------------------------------------------
 
 
 def test_settings_of_use_can_be_changed_and_settings_of_the_weights_cannot():
-    run = checkpoint.change(run_of(), ["data.on_long=truncate", "compression.segment_size=64"])
+    run = description.change(run_of(), ["data.on_long=truncate", "compression.segment_size=64"])
     assert (run.config.data.on_long, run.config.compression.segment_size) == ("truncate", 64)
     for word in ("compression.encoder_layers=2", "compression.alpha_fine=2", "lora.rank=2", "train.steps=3", "steps=3"):
         with pytest.raises(ConfigError, match=f"{word} cannot be set for a trained model; what can is data.max"):
-            checkpoint.change(run_of(), [word])
-    for path in checkpoint.CHANGEABLE:
+            description.change(run_of(), [word])
+    for path in description.CHANGEABLE:
         section, _, leaf = path.partition(".")
         assert hasattr(getattr(CONFIG, section), leaf)  # every one of them exists

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from comi_jax.integrity import CheckpointError
+from comi_jax.runs.checksums import CheckpointError
 
 NAME = "lock"
 BEAT, PATIENCE = 15.0, 90.0  # seconds

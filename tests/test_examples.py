@@ -12,19 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from comi_jax import checkpoint, reading
-from comi_jax.data import loader, tokens
-from comi_jax.integrity import CheckpointError
+from comi_jax import reading
+from comi_jax.data import batches
 from comi_jax.overrides import load
+from comi_jax.runs import description, examples
+from comi_jax.runs.checksums import CheckpointError
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=9)
 EXAMPLE = st.builds(
-    loader.Example, *[IDS.map(lambda ids: np.array(ids, np.int32))] * 3, rate=st.just(0), truncated=st.booleans()
+    batches.Example, *[IDS.map(lambda ids: np.array(ids, np.int32))] * 3, rate=st.just(0), truncated=st.booleans()
 )
 
 
 def same(a, b):
-    parts = all(np.array_equal(getattr(a, part), getattr(b, part)) for part in tokens.PARTS)
+    parts = all(np.array_equal(getattr(a, part), getattr(b, part)) for part in examples.PARTS)
     return parts and (a.truncated, a.rate) == (b.truncated, b.rate)
 
 
@@ -33,18 +34,18 @@ def same(a, b):
 def test_what_is_read_is_what_was_written(chunks, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("examples"), []
     everything = [example for chunk in chunks for example in chunk]
-    made = tokens.make(folder, iter(chunks), "origin", said)
-    for got in (made, tokens.load(folder), tokens.find(folder, "origin")):
+    made = examples.make(folder, iter(chunks), "origin", said)
+    for got in (made, examples.load(folder), examples.find(folder, "origin")):
         assert len(got) == len(everything) and all(map(same, got, everything))
-        assert got.about.fingerprint == tokens.fingerprint(everything)
+        assert got.about.fingerprint == examples.fingerprint(everything)
     with pytest.raises(IndexError):
         made[len(everything)]
 
 
 def test_equal_ids_differently_divided_have_other_fingerprints():
     one, two = np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)
-    a, b = loader.Example(one, two, two), loader.Example(two, one, two)
-    assert len({tokens.fingerprint(rows) for rows in ([a, b], [b, a], [a], [a, a, b])}) == 4
+    a, b = batches.Example(one, two, two), batches.Example(two, one, two)
+    assert len({examples.fingerprint(rows) for rows in ([a, b], [b, a], [a], [a, a, b])}) == 4
 
 
 def config_of(data, *words):
@@ -66,7 +67,7 @@ def test_they_are_made_once_and_the_same_is_said_again(data, tmp_path, monkeypat
     folder = tmp_path / "run"
     made, first = read(config_of(data), folder)
     assert sorted(path.name for path in folder.iterdir()) == ["examples.arrow", "examples.json"]
-    monkeypatch.setattr(loader, "encoded", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(batches, "encoded", lambda *_, **__: pytest.fail("tokenised again"))
     found, again = read(config_of(data), folder)
     assert again.startswith(first) and "as it was tokenised before" in again.removeprefix(first)
     assert len(found) == len(made) == 5 and all(map(same, found, made))
@@ -108,13 +109,13 @@ def test_damage_is_noticed_and_mended(data, tmp_path):
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         place.write_bytes(damaged)
-        found = tokens.find(tmp_path, good.about.origin)
+        found = examples.find(tmp_path, good.about.origin)
         mended += found is None
         wrong += found is not None and not all(map(same, found, train_examples(data)))
     assert wrong == 0 and mended > 20
     for rest in (whole[: len(whole) // 2], b""):
         place.write_bytes(rest)
-        assert tokens.find(tmp_path, good.about.origin) is None
+        assert examples.find(tmp_path, good.about.origin) is None
     again, said = read(config_of(data), tmp_path)
     assert "tokenised before" not in said and again.about.fingerprint == good.about.fingerprint
 
@@ -126,7 +127,7 @@ def train_examples(data):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
-    assert tokens.origin(config_of(tmp_path / "pipe.jsonl"), train_fixtures.tokenizer()) == ""
+    assert examples.origin(config_of(tmp_path / "pipe.jsonl"), train_fixtures.tokenizer()) == ""
     with pytest.raises(ValueError, match="is not a regular file"):
         read(config_of(tmp_path / "pipe.jsonl"), tmp_path / "run")
 
@@ -145,28 +146,28 @@ def test_what_a_process_left_that_was_killed_as_it_made_them_is_written_over(dat
     folder.mkdir()
     (folder / "examples.part").write_bytes(b"half of")
     config = config_of(data, "compression.encoder_layers=1")
-    run = checkpoint.Run(config, train_fixtures.backbone(), (2,))
-    assert checkpoint.check_folder(folder, run) == []  # it can begin there
+    run = description.Run(config, train_fixtures.backbone(), (2,))
+    assert description.check_folder(folder, run) == []  # it can begin there
     made, _ = read(config_of(data), folder)
     assert len(made) == 5 and not list(folder.glob("*.part"))
 
 
 def test_a_process_that_does_not_see_the_folder_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="that every one of them can see"):
-        tokens.load(tmp_path / "elsewhere")
+        examples.load(tmp_path / "elsewhere")
 
 
 def test_the_origin_of_what_comes_from_the_hub_is_not_known(data):
     tokenizer = train_fixtures.tokenizer()
-    assert tokens.origin(config_of("hf://o/n"), tokenizer) == ""
-    assert tokens.origin(config_of(data), tokenizer) == tokens.origin(config_of(data), train_fixtures.tokenizer())
+    assert examples.origin(config_of("hf://o/n"), tokenizer) == ""
+    assert examples.origin(config_of(data), tokenizer) == examples.origin(config_of(data), train_fixtures.tokenizer())
 
 
 def test_making_and_mapping_them_takes_no_memory_for_them(tmp_path):
     """64 MB of tokens in 64 chunks."""
-    one = loader.Example(*(np.arange(n, dtype=np.int32) for n in (2**16, 4, 4)))
+    one = batches.Example(*(np.arange(n, dtype=np.int32) for n in (2**16, 4, 4)))
     tracemalloc.start()
-    made = tokens.make(tmp_path, ([dataclasses.replace(one)] * 4 for _ in range(64)), "origin", [])
+    made = examples.make(tmp_path, ([dataclasses.replace(one)] * 4 for _ in range(64)), "origin", [])
     assert len(made) == 256 and len(made[255].context) == 2**16
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from comi_jax import jsonl
+from comi_jax.runs import journal
 
 
 class RunConsole(Console):
@@ -33,7 +33,7 @@ class RunLog:
     def __init__(self, folder: str | Path, title: str, steps: int, start: int, console: Console):
         self._title, self._steps, self._start, self._console = title, steps, start, console
         self._since = time.monotonic()
-        jsonl.keep_until(Path(folder) / "metrics.jsonl", start)
+        journal.keep_until(Path(folder) / "metrics.jsonl", start)
         self._lines = (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8")
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)

@@ -28,14 +28,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from comi_jax import integrity, jsonl, lock, store
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.devices import sharding
-from comi_jax.integrity import CheckpointError, DamageError
 from comi_jax.model.architecture import Architecture, frozen_dtype, is_trained, specs
 from comi_jax.overrides import from_dict, override, to_dict
 from comi_jax.params import Placement, as_stored, flatten, partition, unflatten
-from comi_jax.store import restore_arrays, stored
+from comi_jax.runs import checkpoints, checksums, journal, lock
+from comi_jax.runs.checkpoints import restore_arrays, stored
+from comi_jax.runs.checksums import CheckpointError, DamageError
 
 FORMAT = 1
 # Settings that a trained model can be used with in another way than it was trained with.
@@ -122,7 +122,7 @@ def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> li
         raise CheckpointError(
             f"{folder} holds an imported model; choose another train.output, and model.path={folder} to train it"
         )
-    if not store.begun(folder / "checkpoints"):
+    if not checkpoints.begun(folder / "checkpoints"):
         return []
     harmless, differences = _differences(before, run)
     if differences and not allow_change:
@@ -137,11 +137,11 @@ def open_run(folder: str | Path, run: Run, tokenizer: Any, allow_change: bool = 
     """Make ``folder`` the folder of ``run``, or check that it already is; returns and raises as ``check_folder``."""
     folder = Path(folder)
     changes = check_folder(folder, run, allow_change)
-    if not store.begun(folder / "checkpoints"):
+    if not checkpoints.begun(folder / "checkpoints"):
         write_run(folder, run, tokenizer)
     elif changes:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        after = max(store.steps_in(folder / "checkpoints"), default=0)
+        after = max(checkpoints.steps_in(folder / "checkpoints"), default=0)
         history = [*values.get("changes", []), {"after_step": after, "settings": changes}]
         _write_config(folder, run, changes=history)
     return changes
@@ -154,7 +154,7 @@ def write_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(folder, run)
         tokenizer.save_pretrained(folder / "tokenizer")
-        integrity.seal(folder / "tokenizer")
+        checksums.seal(folder / "tokenizer")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
 
@@ -187,10 +187,10 @@ def save_import(folder: str | Path, run: Run, arrays: Mapping[str, jax.Array], t
     trained, frozen = partition(arrays, lambda path: is_trained(path, run.architecture))
     write_run(folder, run, tokenizer)
     save_frozen(folder, frozen)
-    handler = ocp.CompositeCheckpointHandler(trained=store.frugal(trained))
+    handler = ocp.CompositeCheckpointHandler(trained=checkpoints.frugal(trained))
     place = Path(folder) / "checkpoints" / "0"
     place.parent.mkdir()
-    store.write_once(place, handler, ocp.args.Composite(trained=ocp.args.PyTreeSave(trained)))
+    checkpoints.write_once(place, handler, ocp.args.Composite(trained=ocp.args.PyTreeSave(trained)))
 
 
 def check_new(folder: str | Path) -> None:
@@ -203,21 +203,23 @@ def save_frozen(folder: str | Path, frozen: dict[str, Any]) -> None:
     """Write the weights that are not trained; what an earlier start left of them is replaced."""
     place = Path(folder) / "frozen"
     if jax.process_index() == 0:
-        for old in (place, place.with_name(place.name + store.WRITING)):
+        for old in (place, place.with_name(place.name + checkpoints.WRITING)):
             if old.exists():
                 shutil.rmtree(old)
-    store.write_once(place, store.frugal(frozen), ocp.args.PyTreeSave(frozen))
+    checkpoints.write_once(place, checkpoints.frugal(frozen), ocp.args.PyTreeSave(frozen))
 
 
-def restore_frozen(folder: str | Path, like: dict[str, jax.ShapeDtypeStruct], say: store.Say) -> dict[str, jax.Array]:
+def restore_frozen(
+    folder: str | Path, like: dict[str, jax.ShapeDtypeStruct], say: checkpoints.Say
+) -> dict[str, jax.Array]:
     """The weights of the run in ``folder`` that are not trained, verified, placed as ``like``."""
     place = Path(folder) / "frozen"
     if not place.is_dir():
         raise CheckpointError(f"{place} is missing, and the checkpoints of the run need it; put a copy back")
-    if not integrity.verify(place):
+    if not checksums.verify(place):
         say(f"{place} was written before there were checksums: not verified")
         return restore_arrays(place, like)
-    with store.intact(place):
+    with checkpoints.intact(place):
         return restore_arrays(place, like)
 
 
@@ -256,10 +258,10 @@ def load_flat(
     sealed = True
     for part, advice in ((place_of_trained, BEFORE), (folder / "frozen", ""), (folder / "tokenizer", "")):
         try:
-            sealed &= integrity.verify(part)
+            sealed &= checksums.verify(part)
         except DamageError as error:
             raise DamageError(f"{error}{advice}") from None
-    with store.intact(folder) if sealed else contextlib.nullcontext():
+    with checkpoints.intact(folder) if sealed else contextlib.nullcontext():
         return _load_flat(folder, step, arch, place)
 
 
@@ -274,11 +276,11 @@ def _load_flat(folder: Path, step: int, arch: Architecture, place: Placement) ->
         dtype, sharding = place(path)
         return jax.ShapeDtypeStruct(shapes[path], dtype or stored[path].dtype, sharding=sharding or first)
 
-    with store.reading(folder):
+    with checkpoints.reading(folder):
         # By what is stored, not by what ``arch`` trains: a run may train another part of a model than made it.
         wanted = {path: abstract(path, trained) for path in shapes if path in trained}
         kept = {path: abstract(path, frozen) for path in shapes if path not in trained}
-    with store.reading(place_of_trained, BEFORE):
+    with checkpoints.reading(place_of_trained, BEFORE):
         arrays = restore_arrays(place_of_trained / "trained", wanted)
     return arrays | restore_arrays(folder / "frozen", kept)
 
@@ -286,13 +288,15 @@ def _load_flat(folder: Path, step: int, arch: Architecture, place: Placement) ->
 def newest(folder: str | Path) -> int | None:
     """The number of updates in the newest complete checkpoint of ``folder``, if it has one."""
     return (
-        max(store.steps_in(Path(folder) / "checkpoints"), default=None) if (Path(folder) / "frozen").is_dir() else None
+        max(checkpoints.steps_in(Path(folder) / "checkpoints"), default=None)
+        if (Path(folder) / "frozen").is_dir()
+        else None
     )
 
 
 def existing(folder: str | Path, step: int | None = None) -> int:
     """``step`` if ``folder`` has that checkpoint, for None the newest. Raises CheckpointError if it has none."""
-    found = store.steps_in(Path(folder) / "checkpoints")
+    found = checkpoints.steps_in(Path(folder) / "checkpoints")
     if newest(folder) is None:
         raise CheckpointError(f"{folder} has no complete checkpoint yet")
     if step is not None and step not in found:
@@ -319,12 +323,12 @@ def choose_step(folder: str | Path, text: str) -> int:
 
 def evaluations(folder: str | Path) -> list[dict[str, Any]]:
     """What was measured on the way, a line a step."""
-    return jsonl.rows(Path(folder) / "evaluations.jsonl")
+    return journal.rows(Path(folder) / "evaluations.jsonl")
 
 
 def best_step(folder: str | Path, metric: str) -> int | None:
     """The checkpoint in ``folder`` that ``best_of`` the evaluations of those that are there is."""
-    there = store.steps_in(Path(folder) / "checkpoints")  # a save may have failed
+    there = checkpoints.steps_in(Path(folder) / "checkpoints")  # a save may have failed
     return best_of([row for row in evaluations(folder) if row["step"] in there], metric)
 
 
@@ -340,12 +344,12 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:
 
 def weights_of(folder: str | Path, step: int) -> str:
     """A short name for the weights of checkpoint ``step``; empty if they were written without checksums."""
-    parts = [integrity.identity(part) for part in (Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen")]
+    parts = [checksums.identity(part) for part in (Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen")]
     return "".join(parts) if all(parts) else ""
 
 
 def stored_arrays(folder: str | Path, step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What is on disk, by flat path, with shape and dtype: of checkpoint ``step``, and of the frozen weights."""
     place, frozen = Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen"
-    with store.reading(place, BEFORE):
+    with checkpoints.reading(place, BEFORE):
         return stored(place / "trained"), stored(frozen)
