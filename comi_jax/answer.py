@@ -21,14 +21,17 @@ from jax.sharding import Mesh
 
 from comi_jax import hf
 from comi_jax.config import ConfigError, Generation
-from comi_jax.data import batches
+from comi_jax.data import batches, encode
+from comi_jax.data.encode import Example, LengthError
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
 from comi_jax.model import comi, generate
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.runs.description import Run, choose_step, load_params
+from comi_jax.runs.description import Run
+from comi_jax.runs.selection import choose_step
+from comi_jax.runs.stored_weights import load_params
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Comi:
         results = self.generate(self._examples(context, question), rate, options)
         return results[0] if isinstance(question, str) else results
 
-    def generate(self, examples: Sequence[batches.Example], rate: int | None, options: Generation) -> list[Answer]:
+    def generate(self, examples: Sequence[Example], rate: int | None, options: Generation) -> list[Answer]:
         """Answers to tokenised examples; one with an empty context is answered closed book."""
         results: list[Any] = [None] * len(examples)
         for rows, batch, rate_now in self._batches(examples, rate, options.max_new_tokens):
@@ -136,13 +139,13 @@ class Comi:
                 results[row] = Answer(text, tokens, len(example.context), int(vectors[i]), example.truncated)
         return results
 
-    def check(self, examples: Sequence[batches.Example], rate: int | None, new_tokens: int) -> int:
+    def check(self, examples: Sequence[Example], rate: int | None, new_tokens: int) -> int:
         """The rate, if ``examples`` can be answered at it. Raises ConfigError or LengthError, before any work."""
         compression = self.run.config.compression
         rate = compression.rates[0] if rate is None else rate
         if not isinstance(rate, int) or rate < 1:
             raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
-        batches.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
+        encode.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
         return rate
 
     def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
@@ -150,7 +153,7 @@ class Comi:
         changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self.run.config.generation, **changes)
 
-    def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[batches.Example]:
+    def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[Example]:
         contexts = [context] if isinstance(context, str) else list(context)
         questions = [question] if isinstance(question, str) else list(question)
         if isinstance(context, str) != isinstance(question, str) or len(contexts) != len(questions):
@@ -160,9 +163,9 @@ class Comi:
                 "repeat a context to ask it several questions"
             )
         records = [Record((c,), q, ("",)) for c, q in zip(contexts, questions, strict=True)]
-        return batches.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
+        return encode.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
 
-    def _batches(self, examples: Sequence[batches.Example], rate: int | None, new_tokens: int):
+    def _batches(self, examples: Sequence[Example], rate: int | None, new_tokens: int):
         """Rows, padded batch and rate, contexts of like length together."""
         rate = self.check(examples, rate, new_tokens)
         if not examples:
@@ -230,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_new_tokens=options.max_new_tokens,
             repetition_penalty=options.repetition_penalty,
         )
-    except (CheckpointError, ConfigError, batches.LengthError) as error:
+    except (CheckpointError, ConfigError, LengthError) as error:
         sys.exit(f"error: {error}")
     print(answer.text)
     print(

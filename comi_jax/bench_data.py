@@ -25,6 +25,7 @@ from comi_jax import optim, reading
 from comi_jax.cli import at_least
 from comi_jax.config import Config, ConfigError
 from comi_jax.data import batches, order
+from comi_jax.data.encode import LengthError
 from comi_jax.data.records import DataError
 from comi_jax.devices import sharding
 from comi_jax.meter import Tally
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(options.config, options.overrides)
         with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
             title, rows = measure(config, Path(folder), options.batches, options.steps)
-    except (ConfigError, DataError, batches.LengthError, CheckpointError, WeightsError, OSError) as error:
+    except (ConfigError, DataError, LengthError, CheckpointError, WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
     table = Table("", "", "times trained" if options.steps else "", title=title)
     for row in rows:

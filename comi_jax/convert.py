@@ -28,7 +28,8 @@ from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.overrides import override
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.runs.description import Run, check_new, load_flat, read_run, save_import
+from comi_jax.runs.description import Run, check_new, read_run
+from comi_jax.runs.stored_weights import load_flat, save_import
 
 UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads
 

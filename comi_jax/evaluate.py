@@ -25,11 +25,13 @@ from rich.table import Table
 from comi_jax import metrics
 from comi_jax.answer import Answer, Comi
 from comi_jax.config import ConfigError, Generation, Mesh
-from comi_jax.data import batches
+from comi_jax.data import encode
+from comi_jax.data.encode import LengthError
 from comi_jax.data.records import DataError, Record, read_records
 from comi_jax.devices import distributed, sharding
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.runs.description import choose_step, weights_of
+from comi_jax.runs.selection import choose_step
+from comi_jax.runs.stored_weights import weights_of
 from comi_jax.weights import WeightsError
 
 
@@ -52,7 +54,7 @@ def evaluate(
     """
     options = options or model.run.config.generation
     data = model.run.config.data
-    examples, report = batches.encode(records, model.tokenizer, data, targets=False)
+    examples, report = encode.encode(records, model.tokenizer, data, targets=False)
     if closed_book:
         examples = [dataclasses.replace(e, context=e.context[:0]) for e in examples]
     model.check(examples, rate, options.max_new_tokens)
@@ -225,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         result["skipped_records"] = len(report.skipped)
         save_table({"model": result}, output / "results.json")
-    except (CheckpointError, ConfigError, DataError, batches.LengthError, WeightsError, OSError) as error:
+    except (CheckpointError, ConfigError, DataError, LengthError, WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(

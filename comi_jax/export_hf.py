@@ -22,7 +22,8 @@ from comi_jax.model import lora as lora_module
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.runs.description import Run, check_new, load_flat, read_run
+from comi_jax.runs.description import Run, check_new, read_run
+from comi_jax.runs.stored_weights import load_flat
 
 DTYPES = ("float32", "float16", "bfloat16")
 SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy", "lsa")

@@ -14,7 +14,9 @@ from comi_jax.config import Backbone
 from comi_jax.model import architecture
 from comi_jax.params import flatten
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.runs.description import is_run, newest, read_run, stored_arrays
+from comi_jax.runs.description import is_run, read_run
+from comi_jax.runs.selection import newest
+from comi_jax.runs.stored_weights import stored_arrays
 from comi_jax.weights import Shape, Tensors
 
 

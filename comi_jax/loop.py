@@ -22,7 +22,7 @@ from comi_jax.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_
 from comi_jax.model.architecture import frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import combine, count
-from comi_jax.runs import description, journal
+from comi_jax.runs import journal, selection, stored_weights
 from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
@@ -81,7 +81,7 @@ class Loop:
         job, start, settings = self.job, self.job.progress.step, self.settings
         if distributed.is_first():
             journal.keep_until(job.output / "evaluations.jsonl", start)
-        job.checkpoints.best = description.best_step(job.output, settings.best_by)
+        job.checkpoints.best = selection.best_step(job.output, settings.best_by)
         log_class = RunLog if distributed.is_first() else SilentLog
         with log_class(job.output, job.title, job.steps, start, self.console) as self.log:
             self.meter = Meter(
@@ -172,7 +172,7 @@ class Loop:
         every = self.settings.eval_every
         if not every or not step or step % every or not self.job.held_out:
             return False
-        done = any(row["step"] == step for row in description.evaluations(self.job.output))
+        done = any(row["step"] == step for row in selection.evaluations(self.job.output))
         return not distributed.agreed(np.array(done))
 
     def _evaluate(self, step: int) -> None:
@@ -186,7 +186,7 @@ class Loop:
             model = Comi(job.run, combine(flat, job.frozen), job.tokenizer, mesh=job.mesh)
             output = job.output / "evaluations" / f"step_{step}.jsonl"
             result = evaluate.evaluate(
-                model, job.held_out, output, weights=description.weights_of(job.output, step), console=self.console
+                model, job.held_out, output, weights=stored_weights.weights_of(job.output, step), console=self.console
             )
             if distributed.is_first():
                 with (job.output / "evaluations.jsonl").open("a", encoding="utf-8") as lines:
@@ -198,7 +198,7 @@ class Loop:
             return
         shown = (self.settings.best_by, *(name for name in ("em", "f1_max") if name != self.settings.best_by))
         self.log.measured(step, {name: result["metrics"][name]["mean"] for name in shown})
-        job.checkpoints.best = description.best_step(job.output, self.settings.best_by)
+        job.checkpoints.best = selection.best_step(job.output, self.settings.best_by)
         self.meter.pause()
 
 

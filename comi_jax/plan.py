@@ -32,6 +32,7 @@ from comi_jax import answer, estimate, hlo, optim, state, sweep
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import batches
+from comi_jax.data.encode import Example
 from comi_jax.devices import sharding, topology
 from comi_jax.devices.chips import Chip
 from comi_jax.model import architecture, comi, flops
@@ -86,7 +87,7 @@ def abstract_batch(config: Config, examples: int, share: int, home: Any) -> Batc
     """``examples`` of the largest lengths, as the loader makes them, without their contents."""
     lengths = estimate.longest(config)
     parts = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
-    example = batches.Example(*parts, rate=lengths.rate)
+    example = Example(*parts, rate=lengths.rate)
     batch = batches.collate([example] * examples, batches.Shapes.of([example], config.data, config.compression), share)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), batch)
 

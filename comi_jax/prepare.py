@@ -6,243 +6,20 @@ it, and refuses when the records are not those of the report. Sources are read t
 """
 
 import argparse
-import contextlib
-import fcntl
-import gzip
-import hashlib
-import json
 import os
-import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.config import Config, ConfigError
-from comi_jax.data import batches, sources
-from comi_jax.data.records import DataError, Record, Skipped
-from comi_jax.overrides import load, to_dict
-from comi_jax.params import flatten
+from comi_jax.config import ConfigError
+from comi_jax.data.encode import LengthError
+from comi_jax.data.mixture import PARTS, PERCENTILES, prepare
+from comi_jax.data.records import DataError
+from comi_jax.overrides import load
 from comi_jax.start import starting_tokenizer
-
-NAMED = 5  # of each reason to drop an example, so many are named by file and line
-PARTS = ("context", "query", "answer")
-PERCENTILES = (1, 50, 90, 99, 100)
-SETTINGS = (
-    "train",
-    "eval",
-    "examples_per_source",
-    "max_context",
-    "max_query",
-    "max_answer",
-    "on_long",
-    "skip_bad_records",
-)
-
-
-@dataclass
-class SourceReport:
-    """What became of one word of data.train or data.eval. ``dropped``: reason -> [how many, the first of them]."""
-
-    source: str
-    written: int = 0
-    in_context: int = 0  # examples with an answer that stands in the context, apart from case and spacing
-    longer: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))  # than data.max_*: cut in training
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # of each part, at PERCENTILES
-    dropped: dict[str, list[Any]] = field(default_factory=dict)
-
-    def drop(self, reason: str, example: str, count: int = 1) -> None:
-        entry = self.dropped.setdefault(reason, [0])
-        entry[0] += count
-        if example and len(entry) <= NAMED:
-            entry.append(example)
-
-
-class Mixture:
-    """Writes the examples of one split, source after source, and keeps the numbers."""
-
-    def __init__(self, config: Config, tokenizer: Any, split: str, held_out: dict[bytes, str]):
-        self.data, self.seed, self.split, self.held_out = config.data, config.train.seed, split, held_out
-        self.tokenizer, self.seen, self.fingerprint = tokenizer, {}, sources.Fingerprint()
-
-    def write(self, file: Any, number: int, source: sources.Source) -> SourceReport:
-        """The examples of ``source``, the ``number``-th of its split, into ``file``."""
-        report = SourceReport(source.word)
-        copies = self._choose(report, number, source)
-        skipped: list[Skipped] | None = [] if self.data.skip_bad_records else None
-        lengths: list[np.ndarray] = []
-        chunk: list[tuple[str, Record]] = []
-        for index, (path, line, record) in enumerate(sources.examples(source, self.split, skipped)):
-            for _ in range(copies[index]):
-                chunk.append((f"{path}, line {line}", record))
-                file.write(sources.to_line(record).encode())
-                self.fingerprint.add(record)
-                if len(chunk) == batches.CHUNK:
-                    lengths.append(self._count(report, chunk))
-                    chunk = []
-        if chunk:
-            lengths.append(self._count(report, chunk))
-        if lengths:
-            found = np.percentile(np.concatenate(lengths), PERCENTILES, axis=0, method="nearest").T
-            report.tokens = {part: row.astype(int).tolist() for part, row in zip(PARTS, found, strict=True)}
-        return report
-
-    def _choose(self, report: SourceReport, number: int, source: sources.Source) -> Counter:
-        """How often each of the examples of ``source`` is taken, by their place among them."""
-        skipped: list[Skipped] = []
-        good = []
-        for index, (path, line, record) in enumerate(
-            sources.examples(source, self.split, skipped if self.data.skip_bad_records else None)
-        ):
-            place, key = f"{path}, line {line}", _asked(record)
-            if key in self.held_out:
-                report.drop("is in data.eval", f"{place}: as {self.held_out[key]}")
-            elif key in self.seen:
-                report.drop("asks again", f"{place}: as {self.seen[key]}")
-            else:
-                self.seen[key] = place
-                good.append(index)
-        for line in skipped:
-            report.drop("is no record", str(line))
-        rng = np.random.default_rng([self.seed, number])
-        limit = self.data.examples_per_source if self.split == "train" else 0
-        taken = np.sort(rng.permutation(len(good))[: limit or None])
-        taken = taken[sources.draw(len(taken), source.weight, rng)]
-        if left := len(good) - len(set(taken.tolist())):
-            report.drop("was not drawn", "", left)
-        return Counter(good[i] for i in taken)
-
-    def _count(self, report: SourceReport, chunk: list[tuple[str, Record]]) -> np.ndarray:
-        """Token counts [n, 3] of examples, their answers with the end-of-sequence token."""
-        texts = [(r.context_text(), r.prompt, r.answers[0]) for _, r in chunk]
-        columns = [batches.token_ids(self.tokenizer, list(column)) for column in zip(*texts, strict=True)]
-        lengths = np.array([[len(ids) for ids in column] for column in columns]).T + (0, 0, 1)
-        limits = [getattr(self.data, f"max_{part}") for part in PARTS]
-        for (place, record), counts in zip(chunk, lengths.tolist(), strict=True):
-            longer = [part for part, count, limit in zip(PARTS, counts, limits, strict=True) if count > limit]
-            if longer and self.data.on_long == "refuse":
-                raise batches.LengthError(
-                    f"{place}: {counts[0]}, {counts[1]} and {counts[2]} tokens of context, query and answer are more "
-                    f"than data.max_context={limits[0]}, max_query={limits[1]} or max_answer={limits[2]}; raise them, "
-                    "or set data.on_long=truncate"
-                )
-            for part in longer:
-                report.longer[part] += 1
-            report.written += 1
-            context = _plain(record.context_text())
-            report.in_context += any(_plain(answer) in context for answer in record.answers)
-        return lengths
-
-
-def _asked(record: Record) -> bytes:
-    """A key of what an example asks about which context."""
-    parts = [*record.context, "", record.prompt]
-    return hashlib.blake2b(
-        json.dumps([len(p) for p in parts]).encode() + "".join(parts).encode(), digest_size=16
-    ).digest()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> dict[str, Any]:
-    """Write the mixture of ``config`` into ``output`` and return its report; if that is there already, only return it.
-
-    Raises ConfigError for a folder with anything else in it, and what reading the sources raises; then nothing is left.
-    """
-    words = {"eval": config.data.eval, "train": config.data.train}
-    if not config.data.train or any("synthetic" in names for names in words.values()):
-        raise ConfigError(
-            "data.train and data.eval name what to prepare, e.g. data.train=hotpotqa:hotpot.jsonl,nq:nq.jsonl.gz"
-        )
-    parsed = {split: [sources.parse(word) for word in names] for split, names in words.items() if names}
-    settings = {name: to_dict(config)["data"][name] for name in SETTINGS} | {"seed": config.train.seed}
-    settings["bytes"] = _sizes(parsed)
-    report = _there_already(output, settings)
-    if report:
-        console.print(f"{output} has this mixture already", highlight=False)
-        return report
-    held_out: dict[bytes, str] = {}
-    splits = {}
-    with _replacing(output) as folder:
-        for split, own in parsed.items():  # the held-out examples first
-            mixture = Mixture(config, tokenizer, split, held_out)
-            with open(folder / f"{split}.jsonl.gz", "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-                rows = []
-                for number, source in enumerate(own):
-                    console.print(f"{split}: {source.word}", highlight=False)
-                    rows.append(mixture.write(file, number, source))
-            if not any(row.written for row in rows):
-                raise ConfigError(f"no example is left of data.{split}={','.join(words[split])}")
-            held_out |= mixture.seen
-            splits[split] = {"fingerprint": str(mixture.fingerprint), "sources": [asdict(row) for row in rows]}
-        made = json.dumps([settings, {split: entry["fingerprint"] for split, entry in splits.items()}])
-        fingerprint = hashlib.sha256(made.encode()).hexdigest()[:16]
-        report = {"fingerprint": fingerprint, "settings": settings, "percentiles": PERCENTILES, "splits": splits}
-        (folder / sources.REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return report
-
-
-def _sizes(parsed: dict[str, list[sources.Source]]) -> dict[str, int]:
-    """The bytes of every file, by which a changed one is told at once."""
-    paths = [
-        path
-        for split, own in parsed.items()
-        for source in own
-        if not source.place.startswith(sources.HUB)
-        for path in sources.files(source, split)
-    ]
-    return {path: Path(path).stat().st_size for path in paths if Path(path).is_file()}
-
-
-def _there_already(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    try:
-        report = json.loads((output / sources.REPORT).read_text(encoding="utf-8"))
-        before = flatten(report["settings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{output} is there and is no mixture of comi_jax.prepare; choose another --output") from None
-    now = flatten(settings)
-    other = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-    if other:
-        changes = "; ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in other)
-        raise ConfigError(f"{output} has a mixture of other settings ({changes}); remove it or choose another --output")
-    return report
-
-
-@contextlib.contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its name when all is written, and is removed when that fails. What a killed
-    process left there is used again; two processes at once are refused."""
-    partial = output.parent / f".{output.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is preparing {output} in {partial}; wait for it") from None
-        try:
-            for old in partial.iterdir():
-                old.unlink()
-            yield partial
-            for path in partial.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            partial.rename(output)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-    finally:
-        os.close(handle)
 
 
 def print_report(report: dict[str, Any], output: Path, console: Console) -> None:
@@ -284,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(options.config, overrides)
         output = Path(os.path.abspath(options.output))
         print_report(prepare(config, starting_tokenizer(config), output, console), options.output, console)
-    except (ConfigError, DataError, batches.LengthError) as error:
+    except (ConfigError, DataError, LengthError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {options.output} cannot be written: {error.strerror} ({error.filename})")

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 
 from comi_jax.config import Backbone, Config, ConfigError
-from comi_jax.data import batches, sources, synthetic
+from comi_jax.data import encode, sources, synthetic
+from comi_jax.data.encode import Example, LengthError, LengthReport
 from comi_jax.data.records import DataError, Record
 from comi_jax.devices import distributed
 from comi_jax.runs import examples as stored
@@ -41,14 +42,14 @@ def read_examples(
     return found
 
 
-def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[batches.Example]]:
+def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[Example]]:
     """The examples of data.train, a chunk at a time; when they have ended, ``said`` has what to tell of them."""
-    report, data = batches.LengthReport(), config.data
+    report, data = LengthReport(), config.data
     if data.train == ("synthetic",):
-        yield from batches.encoded(synthetic_records("train", config), tokenizer, data, report)
+        yield from encode.encoded(synthetic_records("train", config), tokenizer, data, report)
     else:
         mixture = sources.Mixture(data.train, "train", seed=config.train.seed, skip_bad=data.skip_bad_records)
-        yield from batches.encoded(mixture, tokenizer, data, report)
+        yield from encode.encoded(mixture, tokenizer, data, report)
         said += told("train", mixture.report)
     said.append(f"training data: {report}")
 
@@ -69,11 +70,11 @@ def read_held_out(config: Config, console: Console) -> list[Record]:
 def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:
     """Refuse before the training what the closing table could not answer after it."""
     try:
-        examples, _ = batches.encode(records, tokenizer, config.data, targets=False)
+        examples, _ = encode.encode(records, tokenizer, config.data, targets=False)
         rate, new_tokens = config.compression.rates[0], config.generation.max_new_tokens
-        batches.check_positions(examples, backbone, config.compression, rate, new_tokens)
-    except batches.LengthError as error:
-        raise batches.LengthError(f"data.eval: {error}") from None
+        encode.check_positions(examples, backbone, config.compression, rate, new_tokens)
+    except LengthError as error:
+        raise LengthError(f"data.eval: {error}") from None
 
 
 def synthetic_records(split: str, config: Config) -> list[Record]:

@@ -13,7 +13,8 @@ from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS, frozen_dtype
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
-from comi_jax.runs.description import Run, is_run, load_flat, read_run
+from comi_jax.runs.description import Run, is_run, read_run
+from comi_jax.runs.stored_weights import load_flat
 from comi_jax.state import own_parameters
 
 

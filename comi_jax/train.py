@@ -18,7 +18,8 @@ from rich.console import Console
 from comi_jax import evaluate, loop, optim, weights
 from comi_jax.answer import Comi
 from comi_jax.config import Config, ConfigError
-from comi_jax.data.batches import LengthError, Plan, Shapes, check_positions, collate, training_batches
+from comi_jax.data.batches import Plan, Shapes, collate, training_batches
+from comi_jax.data.encode import LengthError, check_positions
 from comi_jax.data.records import DataError, Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.overrides import load
@@ -26,18 +27,11 @@ from comi_jax.reading import check_held_out, read_examples, read_held_out
 from comi_jax.runs import lock
 from comi_jax.runs.checkpoints import Checkpoints, Progress, begun
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.runs.description import (
-    Run,
-    check_folder,
-    existing,
-    open_run,
-    read_run,
-    restore_frozen,
-    save_frozen,
-    weights_of,
-)
+from comi_jax.runs.description import Run, check_folder, open_run, read_run
 from comi_jax.runs.examples import Examples
 from comi_jax.runs.logs import RunConsole
+from comi_jax.runs.selection import existing
+from comi_jax.runs.stored_weights import restore_frozen, save_frozen, weights_of
 from comi_jax.start import backbone_folder, initial_params, starting_point
 from comi_jax.state import abstract, create
 from comi_jax.stop import Stop

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401, i
 
 from comi_jax import evaluate, loop, train
 from comi_jax.runs import checksums
-from comi_jax.runs.checkpoints import REMOVING, Checkpoints, Progress, SealedWriter
+from comi_jax.runs.arrays import SealedWriter
+from comi_jax.runs.checkpoints import REMOVING, Checkpoints, Progress
 from comi_jax.step import TrainState
 
 

@@ -10,7 +10,7 @@ import comi_jax
 from comi_jax import answer
 from comi_jax.answer import Comi
 from comi_jax.config import ConfigError, Mesh
-from comi_jax.data.batches import LengthError
+from comi_jax.data.encode import LengthError
 from comi_jax.devices import sharding
 from comi_jax.runs.checksums import CheckpointError
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from comi_jax.config import Compression, Data, Mesh
 from comi_jax.data import batches as loader
-from comi_jax.data import order
+from comi_jax.data import encode, order
+from comi_jax.data.encode import Example, LengthError
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
 from comi_jax.meter import Tally
@@ -38,7 +39,7 @@ def ids(text):
 def example(context, query=3, answer=2, rate=2):
     """Token ids that tell where they belong."""
     parts = (np.arange(start, start + n, dtype=np.int32) for start, n in ((1, context), (1001, query), (2001, answer)))
-    return loader.Example(*parts, rate=rate)
+    return Example(*parts, rate=rate)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def example(context, query=3, answer=2, rate=2):
 
 def test_texts_are_tokenised_raw_and_the_first_answer_ends_with_eos():
     assert TOKENIZER("a key")["input_ids"][0] == BOS  # this tokenizer would add one
-    (got,), report = loader.encode([RECORD], TOKENIZER, Data())
+    (got,), report = encode.encode([RECORD], TOKENIZER, Data())
     assert got.context.tolist() == ids("the red box holds a key . the blue box holds a coin .")
     assert got.query.tolist() == ids("what does the red box hold ?")
     assert got.answer.tolist() == [*ids("a key"), EOS]
@@ -54,14 +55,14 @@ def test_texts_are_tokenised_raw_and_the_first_answer_ends_with_eos():
 
 
 def test_without_targets_there_is_no_answer():
-    (got,), _ = loader.encode([dataclasses.replace(RECORD, answers=("",))], TOKENIZER, Data(), targets=False)
+    (got,), _ = encode.encode([dataclasses.replace(RECORD, answers=("",))], TOKENIZER, Data(), targets=False)
     assert got.answer.tolist() == []
 
 
 def test_more_records_than_a_chunk_keep_their_order(monkeypatch):
-    monkeypatch.setattr(loader, "CHUNK", 2)
+    monkeypatch.setattr(encode, "CHUNK", 2)
     words = ["key", "coin", "ring", "cup", "pen"]
-    got, report = loader.encode([Record((w,), w, (w,)) for w in words], TOKENIZER, Data())
+    got, report = encode.encode([Record((w,), w, (w,)) for w in words], TOKENIZER, Data())
     assert [e.context.tolist() for e in got] == [e.query.tolist() for e in got] == [ids(w) for w in words]
     assert report.examples == 5
 
@@ -71,11 +72,11 @@ LIMITS = {"max_context": 14, "max_query": 7, "max_answer": 3}  # exactly what RE
 
 @pytest.mark.parametrize("setting", LIMITS)
 def test_one_token_too_many_is_refused_with_all_that_is_needed_to_mend_it(setting):
-    loader.encode([RECORD], TOKENIZER, Data(**LIMITS))
+    encode.encode([RECORD], TOKENIZER, Data(**LIMITS))
     tight = LIMITS | {setting: LIMITS[setting] - 1}
     records = [Record(("key",), "key", ("key",)), RECORD]
-    with pytest.raises(loader.LengthError) as refused:
-        loader.encode(records, TOKENIZER, Data(**tight))
+    with pytest.raises(LengthError) as refused:
+        encode.encode(records, TOKENIZER, Data(**tight))
     message = str(refused.value)
     for word in ("1 of 2 records", "record 2", "14, 7 and 2 tokens", f"data.{setting} ({tight[setting]}", "truncate"):
         assert word in message
@@ -84,9 +85,9 @@ def test_one_token_too_many_is_refused_with_all_that_is_needed_to_mend_it(settin
 @pytest.mark.parametrize("part", ["context", "query", "answer"])
 def test_one_token_too_many_is_cut_and_counted(part):
     setting = f"max_{part}"
-    whole = loader.encode([RECORD], TOKENIZER, Data(**LIMITS))[0][0]
+    whole = encode.encode([RECORD], TOKENIZER, Data(**LIMITS))[0][0]
     data = Data(**(LIMITS | {setting: LIMITS[setting] - 1}), on_long="truncate")
-    (got,), report = loader.encode([RECORD], TOKENIZER, data)
+    (got,), report = encode.encode([RECORD], TOKENIZER, data)
     for name in ("context", "query", "answer"):
         expected = getattr(whole, name).tolist()
         if name == part:  # the end goes, but not the end-of-sequence token
@@ -99,15 +100,15 @@ def test_one_token_too_many_is_cut_and_counted(part):
 
 
 def test_exactly_the_maximum_is_not_called_cut():
-    (got,), _ = loader.encode([RECORD], TOKENIZER, Data(**LIMITS, on_long="truncate"))
+    (got,), _ = encode.encode([RECORD], TOKENIZER, Data(**LIMITS, on_long="truncate"))
     assert not got.truncated
 
 
 @pytest.mark.parametrize("part", ["context", "query"])
 def test_a_part_of_no_tokens_is_refused(part):
     record = Record(("" if part == "context" else "key",), "" if part == "query" else "key", ("key",))
-    with pytest.raises(loader.LengthError, match=f"record 2 has a {part} of no tokens"):
-        loader.encode([RECORD, record], TOKENIZER, Data())
+    with pytest.raises(LengthError, match=f"record 2 has a {part} of no tokens"):
+        encode.encode([RECORD, record], TOKENIZER, Data())
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -171,13 +172,13 @@ def test_a_batch_holds_every_token_in_its_place_and_zeros(lengths, segment_size,
 def check(examples, positions, rate=4, new_tokens=None, segment_size=1024):
     settings = Compression(rates=(4,), segment_size=segment_size)
     backbone = train_fixtures.backbone(max_position_embeddings=positions)
-    loader.check_positions(examples, backbone, settings, rate, new_tokens)
+    encode.check_positions(examples, backbone, settings, rate, new_tokens)
 
 
 def test_rows_of_the_encoder_beyond_the_positions_are_refused():
     fits, long = example(97, query=3), example(98, query=3)
     check([fits], 100)  # though it is padded to 128 + 8
-    with pytest.raises(loader.LengthError, match="record 2: .* 98 .* 3 make 101, .*100 positions.*_size to 97"):
+    with pytest.raises(LengthError, match="record 2: .* 98 .* 3 make 101, .*100 positions.*_size to 97"):
         check([fits, long], 100)
     check([long], 100, segment_size=97)
 
@@ -186,9 +187,9 @@ def test_rows_of_the_decoder_beyond_the_positions_are_refused():
     fits = example(40, query=3, answer=7)  # two segments of 20 tokens: 2 x 5 vectors at rate 4, 2 x 7 at rate 3
     check([fits], 23, segment_size=20)
     check([example(20), example(4, query=19, answer=2)], 23)  # neither is long, and they do not add up
-    with pytest.raises(loader.LengthError, match="10 memory vectors, a query of 3 and an answer of 11 .* 23 pos"):
+    with pytest.raises(LengthError, match="10 memory vectors, a query of 3 and an answer of 11 .* 23 pos"):
         check([fits], 23, segment_size=20, new_tokens=11)
-    with pytest.raises(loader.LengthError, match="14 memory vectors.*raise the rate 3"):
+    with pytest.raises(LengthError, match="14 memory vectors.*raise the rate 3"):
         check([fits], 23, segment_size=20, rate=3)
 
 

@@ -12,18 +12,8 @@ import numpy as np
 import pytest
 
 from comi_jax.runs import checksums
-from comi_jax.runs.checkpoints import (
-    Checkpoints,
-    Progress,
-    SealedWriter,
-    begun,
-    distributed,
-    frugal,
-    ocp,
-    reading,
-    steps_in,
-    write_once,
-)
+from comi_jax.runs.arrays import SealedWriter, frugal, reading, write_once
+from comi_jax.runs.checkpoints import Checkpoints, Progress, begun, distributed, ocp, steps_in
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.step import TrainState
 

@@ -21,7 +21,7 @@ from comi_jax.model import architecture, comi, generate
 from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
-from comi_jax.runs import description
+from comi_jax.runs import description, stored_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -279,7 +279,7 @@ def test_training_starts_from_an_imported_model(tmp_path):
     ours = tmp_path / "comi"
     command("import-hf", f"--backbone={lm}", f"--output={ours}", "--encoder-layers=1", "--rates=2", "lora.rank=2")
     run = description.read_run(ours)
-    before = description.load_flat(ours, run.architecture)
+    before = stored_weights.load_flat(ours, run.architecture)
     mesh = train.sharding.make_mesh(run.config.mesh)
     started = start.initial_params(run, ours, mesh)
     assert started.keys() == before.keys()

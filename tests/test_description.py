@@ -17,7 +17,7 @@ from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model,
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.params import flatten, partition
-from comi_jax.runs import checksums, description
+from comi_jax.runs import checksums, description, selection, stored_weights
 from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.step import TrainState
 
@@ -48,7 +48,7 @@ def saved(folder, run, steps=(1,), keep=2):
     description.open_run(folder, run, TOKENIZER)
     params = tiny_models.shaken(architecture.specs(run.architecture), seed=3)
     trained, frozen = partition(params, lambda path: architecture.is_trained(path, run.architecture))
-    description.save_frozen(folder, frozen)
+    stored_weights.save_frozen(folder, frozen)
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
         state = TrainState(jnp.int32(step), {p: x + step for p, x in trained.items()}, {"count": jnp.int32(step)})
@@ -137,7 +137,7 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(checksums.CheckpointError, match=message):
-        description.load_params(tmp_path)
+        stored_weights.load_params(tmp_path)
 
 
 def test_layers_that_the_backbone_does_not_have_are_refused():
@@ -188,7 +188,7 @@ def test_the_weights_of_the_newest_checkpoint_are_loaded_and_nothing_is_written(
     run = changed("model", dtype=dtype)
     params = saved(tmp_path, run, steps=(1, 2))
     before = contents(tmp_path)
-    loaded_run, loaded = description.load_params(tmp_path)
+    loaded_run, loaded = stored_weights.load_params(tmp_path)
     assert contents(tmp_path) == before
     assert loaded_run == run
     loaded = flatten(loaded)
@@ -204,7 +204,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     description.open_run(tmp_path, run_of(), TOKENIZER)
     before = contents(tmp_path)
     with pytest.raises(checksums.CheckpointError, match="has no complete checkpoint yet"):
-        description.load_params(tmp_path)
+        stored_weights.load_params(tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -214,22 +214,22 @@ def test_a_damaged_folder_is_named(tmp_path, part):
     where = tmp_path / part / ("trained" if part != "frozen" else "")
     (where / "_METADATA").write_text("{")
     with pytest.raises(checksums.CheckpointError, match=f"{part} is damaged: .*_METADATA has 1 bytes, not"):
-        description.load_params(tmp_path)
+        stored_weights.load_params(tmp_path)
 
 
 def test_a_checkpoint_is_chosen_by_its_number_or_as_the_newest_or_the_best(tmp_path):
     saved(tmp_path, run_of(), steps=(1, 2, 3), keep=3)
     with pytest.raises(checksums.CheckpointError, match="has no best checkpoint: nothing was evaluated on the way"):
-        description.choose_step(tmp_path, "best")
+        selection.choose_step(tmp_path, "best")
     rows = [{"step": step, "metrics": {"f1_max": {"mean": mean}}} for step, mean in ((1, 0.2), (2, 0.6), (3, 0.6))]
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4')
-    assert [description.choose_step(tmp_path, name) for name in ("newest", "best", "1")] == [3, 2, 1]
-    biases = [flatten(description.load_params(tmp_path, step=step)[1])["encoder/norm"] for step in (1, None)]
+    assert [selection.choose_step(tmp_path, name) for name in ("newest", "best", "1")] == [3, 2, 1]
+    biases = [flatten(stored_weights.load_params(tmp_path, step=step)[1])["encoder/norm"] for step in (1, None)]
     np.testing.assert_allclose(biases[1] - biases[0], 2, atol=1e-6)
     with pytest.raises(checksums.CheckpointError, match="has no checkpoint of step 7; it has 1, 2, 3"):
-        description.choose_step(tmp_path, "7")
+        selection.choose_step(tmp_path, "7")
     with pytest.raises(checksums.CheckpointError, match="--step=last is not a step"):
-        description.choose_step(tmp_path, "last")
+        selection.choose_step(tmp_path, "last")
 
 
 def test_the_best_is_a_checkpoint_that_is_there_and_was_measured_as_the_newest_was(tmp_path):
@@ -240,7 +240,7 @@ def test_the_best_is_a_checkpoint_that_is_there_and_was_measured_as_the_newest_w
 
     rows = [measured(1, 0.9, "easy"), measured(2, 0.4), measured(3, 0.3), measured(4, 0.8)]  # 4 could not be saved
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert description.choose_step(tmp_path, "best") == 2
+    assert selection.choose_step(tmp_path, "best") == 2
 
 
 # --- other settings ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import train_fixtures
 
 from comi_jax.config import ConfigError
 from comi_jax.devices import distributed
-from comi_jax.runs import description
+from comi_jax.runs import description, stored_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--config=tiny", "train.compare_mean_pooling=false", "data.synthetic_examples=400", "data.eval_examples=8",
@@ -352,7 +352,8 @@ def test_the_launcher_starts_a_run_again_and_nothing_is_lost(settings, tmp_path,
     assert losses(run) == losses(tmp_path / "whole")
     assert values(run / "evaluations.jsonl", "step") == [4, 8, 12]
     trained = [
-        description.load_flat(folder, description.read_run(folder).architecture) for folder in (run, tmp_path / "whole")
+        stored_weights.load_flat(folder, description.read_run(folder).architecture)
+        for folder in (run, tmp_path / "whole")
     ]
     assert all((trained[0][name] == trained[1][name]).all() for name in trained[1])
 

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from comi_jax import reading
-from comi_jax.data import batches
+from comi_jax.data import encode
+from comi_jax.data.encode import Example
 from comi_jax.overrides import load
 from comi_jax.runs import description, examples
 from comi_jax.runs.checksums import CheckpointError
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=9)
 EXAMPLE = st.builds(
-    batches.Example, *[IDS.map(lambda ids: np.array(ids, np.int32))] * 3, rate=st.just(0), truncated=st.booleans()
+    Example, *[IDS.map(lambda ids: np.array(ids, np.int32))] * 3, rate=st.just(0), truncated=st.booleans()
 )
 
 
@@ -44,7 +45,7 @@ def test_what_is_read_is_what_was_written(chunks, tmp_path_factory):
 
 def test_equal_ids_differently_divided_have_other_fingerprints():
     one, two = np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)
-    a, b = batches.Example(one, two, two), batches.Example(two, one, two)
+    a, b = Example(one, two, two), Example(two, one, two)
     assert len({examples.fingerprint(rows) for rows in ([a, b], [b, a], [a], [a, a, b])}) == 4
 
 
@@ -67,7 +68,7 @@ def test_they_are_made_once_and_the_same_is_said_again(data, tmp_path, monkeypat
     folder = tmp_path / "run"
     made, first = read(config_of(data), folder)
     assert sorted(path.name for path in folder.iterdir()) == ["examples.arrow", "examples.json"]
-    monkeypatch.setattr(batches, "encoded", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(encode, "encoded", lambda *_, **__: pytest.fail("tokenised again"))
     found, again = read(config_of(data), folder)
     assert again.startswith(first) and "as it was tokenised before" in again.removeprefix(first)
     assert len(found) == len(made) == 5 and all(map(same, found, made))
@@ -165,7 +166,7 @@ def test_the_origin_of_what_comes_from_the_hub_is_not_known(data):
 
 def test_making_and_mapping_them_takes_no_memory_for_them(tmp_path):
     """64 MB of tokens in 64 chunks."""
-    one = batches.Example(*(np.arange(n, dtype=np.int32) for n in (2**16, 4, 4)))
+    one = Example(*(np.arange(n, dtype=np.int32) for n in (2**16, 4, 4)))
     tracemalloc.start()
     made = examples.make(tmp_path, ([dataclasses.replace(one)] * 4 for _ in range(64)), "origin", [])
     assert len(made) == 256 and len(made[255].context) == 2**16

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax.runs import description
-from comi_jax.runs.checkpoints import Checkpoints, restore_arrays, steps_in, stored
+from comi_jax.runs import selection
+from comi_jax.runs.arrays import restore_arrays, stored
+from comi_jax.runs.checkpoints import Checkpoints, steps_in
 
 STEPS, SAVE_EVERY = fault_fixtures.STEPS, fault_fixtures.SAVE_EVERY
 POINTS = [
@@ -236,7 +237,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_has_each_example_once(driver,
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name
     rows = [json.loads(line) for line in (output / "evaluations" / "step_2.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(150))
-    assert [row["step"] for row in description.evaluations(output)] == [2, 4]
+    assert [row["step"] for row in selection.evaluations(output)] == [2, 4]
     assert not list(output.rglob("*.part"))
 
 

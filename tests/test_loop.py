@@ -16,6 +16,7 @@ from comi_jax.config import MEASURES
 from comi_jax.metrics import MEASURES as MEASURED
 from comi_jax.model import comi
 from comi_jax.runs import checkpoints, description
+from comi_jax.runs.arrays import SealedWriter
 from comi_jax.runs.logs import RunConsole
 from comi_jax.step import Gradients
 
@@ -211,7 +212,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step
 @pytest.mark.fault
 @pytest.mark.parametrize("full", [(15,), (30,), (15, 30)], ids=str)
 def test_a_full_disk_costs_a_checkpoint_and_two_the_run(files, quick_step, tmp_path, monkeypatch, full):
-    save, left = checkpoints.SealedWriter.save, list(full)
+    save, left = SealedWriter.save, list(full)
 
     def refuse(self, folder, arguments):
         if folder.name in map(str, left):
@@ -219,7 +220,7 @@ def test_a_full_disk_costs_a_checkpoint_and_two_the_run(files, quick_step, tmp_p
             raise OSError(errno.ENOSPC, "No space left on device")
         return save(self, folder, arguments)
 
-    monkeypatch.setattr(checkpoints.SealedWriter, "save", refuse)
+    monkeypatch.setattr(SealedWriter, "save", refuse)
     if len(full) == 2:
         said = refusal(files, tmp_path / "run")
         assert "checkpoints/30 (" in said and "No space left on device; it is the second in a row" in said

@@ -13,6 +13,7 @@ from test_adapters import HOTPOT, NEWS, STORY
 from comi_jax import prepare
 from comi_jax.config import ConfigError
 from comi_jax.data import sources
+from comi_jax.data.mixture import NAMED, _there_already
 from comi_jax.data.records import DataError
 
 
@@ -108,7 +109,7 @@ def test_what_is_dropped_is_counted_and_the_first_named(run, tmp_path):
         f"{train}, line 2: broken"
     )
     assert b["dropped"]["asks again"][:2] == [10, f"{again}, line 2: as {train}, line 7"]
-    assert len(b["dropped"]["asks again"]) == 1 + prepare.NAMED
+    assert len(b["dropped"]["asks again"]) == 1 + NAMED
     assert f"    {train}, line 4: as {train}, line 1" in printed
 
 
@@ -224,4 +225,4 @@ def test_a_folder_that_was_changed_is_not_trained_on(run, tmp_path):
         sources.read([str(out)], "eval")
     (out / "report.json").write_text("{")
     with pytest.raises(ConfigError, match="is no mixture"):
-        prepare._there_already(out, {})
+        _there_already(out, {})

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 import train_fixtures
 
-from comi_jax import report
+from comi_jax import report as report_command
 from comi_jax.config import MEASURES, Config, Train
-from comi_jax.runs import description
+from comi_jax.runs import description, report
 
 TOKENIZER = train_fixtures.tokenizer()
 
@@ -75,7 +75,7 @@ def read(path):
 def test_a_run_becomes_a_picture_and_one_page_that_needs_no_other_file(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = write(tmp_path / "<run>")
-    report.main([str(run)])
+    report_command.main([str(run)])
     assert capsys.readouterr().out.split() == [str(run / "report.png"), str(run / "report.html")]
     assert (run / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     text, loaded = read(run / "report.html")
@@ -91,7 +91,7 @@ def test_runs_are_drawn_together_and_their_differences_are_listed(tmp_path):
     pytest.importorskip("matplotlib")
     first, second = write(tmp_path / "a"), write(tmp_path / "b", evaluated=False, seed=7)
     write(first / "mean_pooling", steps=30)
-    report.main([str(first), str(second), f"--output={tmp_path / 'out'}"])
+    report_command.main([str(first), str(second), f"--output={tmp_path / 'out'}"])
     text, _ = read(tmp_path / "out" / "report.html")
     assert "a, a, mean-pooling, b" in text
     assert (
@@ -112,13 +112,13 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch):
     for course in report.read(run):
         assert dataclasses.is_dataclass(course) and course.steps[-1]["step"] == 60  # the torn line is left out
     with pytest.raises(SystemExit, match="^error: nowhere is not a COMI checkpoint: it has no config.json$"):
-        report.main(["nowhere"])
+        report_command.main(["nowhere"])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
         SystemExit, match=r"^error: .* matplotlib, which is not installed; pip install 'comi-jax\[report\]'$"
     ):
-        report.main([str(run)])
+        report_command.main([str(run)])
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="^error: .*run has no metrics yet: metrics.jsonl is missing or empty"):
-        report.main([str(run)])
+        report_command.main([str(run)])
     assert not (run / "report.png").exists()

@@ -14,7 +14,7 @@ import train_fixtures
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Optimizer, Train
-from comi_jax.data import batches
+from comi_jax.data import batches, encode
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
@@ -129,7 +129,7 @@ def start():
     facts = ("the red box holds a silver coin .",) * 3
     things = ["key", "gold ring", "the old brass lamp holds a key in the box"]
     records = [Record(facts[i % 3 :], "what does it hold ?", (things[i % 3],)) for i in range(8)]
-    examples, _ = batches.encode(records, train_fixtures.tokenizer(), Data())
+    examples, _ = encode.encode(records, train_fixtures.tokenizer(), Data())
     assert len({len(e.answer) for e in examples}) == 3
     plan = batches.Plan.of(examples, batches.Shapes.of(examples, Data(), ARCH.compression), 8, seed=0)
     shapes = [rows.context.shape for rows in dataclasses.replace(plan, parts=2).batch(0, (2, 4) * 4)]

@@ -9,7 +9,8 @@ from tiny_models import architecture, shaken
 
 from comi_jax import optim
 from comi_jax.config import Data, Optimizer
-from comi_jax.data import batches
+from comi_jax.data import batches, encode
+from comi_jax.data.encode import Example
 from comi_jax.data.records import Record
 from comi_jax.model import comi
 from comi_jax.model.architecture import is_trained, specs
@@ -28,8 +29,8 @@ def parts():
     chain = optim.optimizer(Optimizer(learning_rate=0.01), steps=10)
     facts = ("the red box holds a coin .", "the blue box holds a key .")
     records = [Record(facts, "what does it hold ?", ("key",)), Record(facts[:1], "what ?", ("coin",))]
-    examples, _ = batches.encode(records, train_fixtures.tokenizer(), Data())
-    examples = [batches.Example(e.context, e.query, e.answer, 2) for e in examples]
+    examples, _ = encode.encode(records, train_fixtures.tokenizer(), Data())
+    examples = [Example(e.context, e.query, e.answer, 2) for e in examples]
     batch = batches.collate(examples, batches.Shapes.of(examples, Data(), ARCH.compression))
     batch = jax.tree.map(jnp.asarray, batch)
     state = TrainState(jnp.int32(0), trained, chain.init(trained))

@@ -17,7 +17,7 @@ from comi_jax import convert, hf, overrides, reading, start, train
 from comi_jax.devices import sharding
 from comi_jax.model import architecture, comi
 from comi_jax.params import flatten
-from comi_jax.runs import description
+from comi_jax.runs import stored_weights
 from comi_jax.step import Gradients
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
@@ -35,7 +35,7 @@ def metrics(folder):
 
 
 def weights(folder):
-    return {path: np.asarray(x) for path, x in flatten(description.load_params(folder)[1]).items()}
+    return {path: np.asarray(x) for path, x in flatten(stored_weights.load_params(folder)[1]).items()}
 
 
 def refusal(arguments):
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(world, tmp_path):
 def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
     more = ("lora.rank=2", "lora.alpha=4", "model.dtype=bfloat16", "train.steps=2", "train.checkpoint_every=0")
     train_fixtures.run(train_fixtures.command(world.lm, world.data, tmp_path / "run", *more))
-    run, after = description.load_params(tmp_path / "run")
+    run, after = stored_weights.load_params(tmp_path / "run")
     after, before = flatten(after), start.initial_params(run, world.lm, sharding.make_mesh(run.config.mesh))
     assert set(after) == set(before) and run.architecture.lora.rank == 2
     for path, array in after.items():
@@ -136,7 +136,7 @@ def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
 def test_a_trained_run_goes_out_with_its_results(world, tmp_path):
     """Its float32 masters in the model's dtype, and the closing table in the card."""
     convert.main(["export-hf", f"--checkpoint={world.run}", f"--output={tmp_path / 'out'}"])
-    run, after = description.load_params(world.run)
+    run, after = stored_weights.load_params(world.run)
     decoder = {"decoder": architecture.specs(run.architecture)["decoder"]}
     out = hf.load_parts(tmp_path / "out" / "decoder", run.backbone, decoder)
     for path, array in out.items():

@@ -6,11 +6,7 @@ the next start. Restoring goes from the newest to the oldest and takes none whos
 
 import concurrent.futures
 import contextlib
-import logging
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,11 @@ import orbax.checkpoint as ocp
 
 from comi_jax.devices import distributed
 from comi_jax.runs import checksums
+from comi_jax.runs.arrays import WRITING, Say, SealedWriter, intact, read_json, reason_of, restore_arrays, stored
 from comi_jax.runs.checksums import CheckpointError, DamageError
 
-WRITING = ".orbax-checkpoint-tmp"  # as Orbax names what is not complete
 REMOVING, DAMAGED = ".removing", ".damaged"
 COUNTERS = ("skipped", "in_a_row", "examples")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,74 +34,6 @@ class Progress:
     skipped: int = 0  # steps whose update was left out because it was not finite
     in_a_row: int = 0  # of them, those just before
     examples: str = ""  # a short name of the examples that the position is in
-
-
-@contextlib.contextmanager
-def reading(path: Path, advice: str = "") -> Iterator[None]:
-    """Turn what Orbax raises for a damaged folder, which may be a bare Exception, into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if distributed.of_all(error):
-            raise
-        reason = str(error).split("\n")[0][:200]
-        raise DamageError(f"{path} cannot be read, files are damaged or missing ({reason}){advice}") from error
-
-
-@contextlib.contextmanager
-def intact(path: Path) -> Iterator[None]:
-    """What fails in here is no damage: the files at ``path`` are those that were written."""
-    try:
-        yield
-    except DamageError as error:
-        reason = str(error.__cause__ or error).split("\n")[0][:200]
-        raise CheckpointError(f"{path} is as it was written, but cannot be restored here: {reason}") from error
-
-
-def frugal(arrays: Mapping[str, jax.Array]) -> ocp.PyTreeCheckpointHandler:
-    """Writes about an array at a time, and as it is: a model that fills the memory has no room for a copy of itself.
-    Compression, which gains little on weights, makes one and takes three times as long."""
-    largest = max((array.nbytes for array in arrays.values()), default=0)
-    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
-
-
-class SealedWriter:
-    """Orbax's asynchronous writer; what it has written is sealed before it is renamed into place."""
-
-    def __init__(self, handler: Any):
-        self._temporary = Path()
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, too
-        # Orbax calls this when all files are complete, just before the rename.
-        options = ocp.options.AsyncOptions(post_finalization_callback=lambda: checksums.seal(self._temporary))
-        self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
-
-    def save(self, folder: Path, arguments: Any) -> None:
-        """Start writing the new ``folder``; its arrays may be donated once this returns."""
-        folder = folder.absolute()
-        self._temporary = folder.with_name(folder.name + WRITING)
-        self._writer.save(folder, args=arguments, custom_metadata=dict(checksums.SEAL))
-
-    def wait(self) -> None:
-        """Until the folder is complete. Raises what went wrong."""
-        self._writer.wait_until_finished()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def write_once(folder: Path, handler: Any, arguments: Any) -> None:
-    """Write the new ``folder`` and wait until it is complete. Raises CheckpointError."""
-    try:
-        with contextlib.closing(SealedWriter(handler)) as writer:
-            writer.save(folder, arguments)
-            writer.wait()
-    except Exception as error:  # TensorStore's are ValueErrors
-        if distributed.of_all(error):
-            raise
-        free = shutil.disk_usage(folder.parent).free
-        raise CheckpointError(f"{folder} cannot be written: {_reason(error)} ({free:,} bytes free there)") from error
 
 
 class Checkpoints:
@@ -183,7 +110,7 @@ class Checkpoints:
             raise error
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
         place = f"{self.folder / str(step)} ({size:,} bytes, {free:,} free there)"
-        what = f"checkpoint {place} cannot be saved: {_reason(error)}"
+        what = f"checkpoint {place} cannot be saved: {reason_of(error)}"
         several = jax.process_count() > 1  # the others would wait for this one's part
         if self._failed or several:
             kept = self.latest()
@@ -220,8 +147,8 @@ class Checkpoints:
             )
         changed = {part: restore_arrays(place / part, getattr(like, part)) for part in ("trained", "optimizer")}
         count = jax.device_put(jnp.int32(step), state.step.sharding)
-        counters = _json(place / "counters") if (place / "counters").is_dir() else {}
-        return state.replace(step=count, **changed), Progress(step, _json(place / "data"), **counters)
+        counters = read_json(place / "counters") if (place / "counters").is_dir() else {}
+        return state.replace(step=count, **changed), Progress(step, read_json(place / "data"), **counters)
 
     def restore_newest(self, state: Any) -> tuple[Any, Progress]:
         """The state of the newest checkpoint that is whole, placed like ``state``, and its progress.
@@ -291,14 +218,6 @@ class Checkpoints:
                 self._writer = None
 
 
-def _reason(error: Exception) -> str:
-    """What the system said, if it is the system that refused."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore, which writes for Orbax, puts it
-    if code:
-        return os.strerror(int(code[1]))
-    return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).split("\n")[0][:200]
-
-
 def _handler() -> ocp.CompositeCheckpointHandler:
     arrays = (ocp.PyTreeCheckpointHandler(use_compression=False) for _ in range(2))
     names = dict(zip(("trained", "optimizer"), arrays, strict=True))
@@ -316,23 +235,6 @@ def steps_in(folder: Path) -> list[int]:
     """The complete checkpoints in ``folder``, rising."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(name) for name in names if name.isdecimal())
-
-
-def restore_arrays(folder: Path, like: Any) -> Any:
-    """The arrays of ``folder`` with the shapes, dtypes and places of ``like``."""
-    with ocp.StandardCheckpointer() as reader, reading(folder):
-        return reader.restore(folder.absolute(), like)
-
-
-def stored(folder: Path) -> Any:
-    """What ``folder`` holds, with shapes and dtypes."""
-    with reading(folder):
-        return ocp.StandardCheckpointHandler().metadata(folder.absolute()).tree
-
-
-def _json(folder: Path) -> Any:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader, reading(folder):
-        return reader.restore(folder.absolute())
 
 
 def _differences(there: Any, here: Any) -> list[str]:

@@ -15,27 +15,20 @@ There is no random state to keep: the key of a step is made of train.seed and th
 and the tokenizer's has a checksums.json; what was written before there were checksums is read all the same.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
 from comi_jax.config import Backbone, Config, ConfigError
-from comi_jax.devices import sharding
-from comi_jax.model.architecture import Architecture, frozen_dtype, is_trained, specs
+from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import from_dict, override, to_dict
-from comi_jax.params import Placement, as_stored, flatten, partition, unflatten
-from comi_jax.runs import checkpoints, checksums, journal, lock
-from comi_jax.runs.checkpoints import restore_arrays, stored
-from comi_jax.runs.checksums import CheckpointError, DamageError
+from comi_jax.params import flatten
+from comi_jax.runs import checkpoints, checksums, lock
+from comi_jax.runs.checksums import CheckpointError
 
 FORMAT = 1
 # Settings that a trained model can be used with in another way than it was trained with.
@@ -54,7 +47,6 @@ HARMLESS = (
 )  # fmt: skip
 DRAFT = "config.json.draft"
 EXAMPLES = "examples."  # what the names of the files of data.tokens begin with
-BEFORE = "; with that folder removed, the checkpoint before it is used"
 
 
 @dataclass(frozen=True)
@@ -180,47 +172,10 @@ def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:
     return harmless, others
 
 
-def save_import(folder: str | Path, run: Run, arrays: Mapping[str, jax.Array], tokenizer: Any) -> None:
-    """Make ``folder``, which must be new, the folder of a model that was trained elsewhere or not yet: ``arrays`` by
-    flat path, in their own dtypes, as a checkpoint after 0 updates."""
-    check_new(folder)
-    trained, frozen = partition(arrays, lambda path: is_trained(path, run.architecture))
-    write_run(folder, run, tokenizer)
-    save_frozen(folder, frozen)
-    handler = ocp.CompositeCheckpointHandler(trained=checkpoints.frugal(trained))
-    place = Path(folder) / "checkpoints" / "0"
-    place.parent.mkdir()
-    checkpoints.write_once(place, handler, ocp.args.Composite(trained=ocp.args.PyTreeSave(trained)))
-
-
 def check_new(folder: str | Path) -> None:
     """Refuse a folder that holds anything."""
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; choose another --output")
-
-
-def save_frozen(folder: str | Path, frozen: dict[str, Any]) -> None:
-    """Write the weights that are not trained; what an earlier start left of them is replaced."""
-    place = Path(folder) / "frozen"
-    if jax.process_index() == 0:
-        for old in (place, place.with_name(place.name + checkpoints.WRITING)):
-            if old.exists():
-                shutil.rmtree(old)
-    checkpoints.write_once(place, checkpoints.frugal(frozen), ocp.args.PyTreeSave(frozen))
-
-
-def restore_frozen(
-    folder: str | Path, like: dict[str, jax.ShapeDtypeStruct], say: checkpoints.Say
-) -> dict[str, jax.Array]:
-    """The weights of the run in ``folder`` that are not trained, verified, placed as ``like``."""
-    place = Path(folder) / "frozen"
-    if not place.is_dir():
-        raise CheckpointError(f"{place} is missing, and the checkpoints of the run need it; put a copy back")
-    if not checksums.verify(place):
-        say(f"{place} was written before there were checksums: not verified")
-        return restore_arrays(place, like)
-    with checkpoints.intact(place):
-        return restore_arrays(place, like)
 
 
 def change(run: Run, overrides: Sequence[str]) -> Run:
@@ -230,126 +185,3 @@ def change(run: Run, overrides: Sequence[str]) -> Run:
         if word.partition("=")[0] not in CHANGEABLE:
             raise ConfigError(f"{word} cannot be set for a trained model; what can is {', '.join(CHANGEABLE)}")
     return dataclasses.replace(run, config=override(run.config, overrides))
-
-
-def load_params(
-    folder: str | Path, overrides: Sequence[str] = (), step: int | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Run, dict[str, Any]]:
-    """The run in ``folder``, its settings changed by ``overrides``, and all its weights after checkpoint ``step``
-    (None: the newest), in the model's dtype, split over ``mesh`` (None: on one device).
-
-    Raises CheckpointError if the folder holds no run or no such checkpoint, or if its files are damaged.
-    """
-    run = change(read_run(folder), overrides)
-    arch = run.architecture
-    homes = {} if mesh is None else sharding.parameters(specs(arch), mesh)
-    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), homes.get(path)), step))
-
-
-def load_flat(
-    folder: str | Path, arch: Architecture, place: Placement = as_stored, step: int | None = None
-) -> dict[str, jax.Array]:
-    """All weights of the run in ``folder`` after checkpoint ``step`` (None: the newest), by flat path, in the dtypes
-    and places that ``place`` gives (None: as stored, on the first device). Raises CheckpointError if there is no such
-    checkpoint, or if its files are damaged: nothing is renamed or replaced here."""
-    folder = Path(folder)
-    step = existing(folder, step)
-    place_of_trained = folder / "checkpoints" / str(step)
-    sealed = True
-    for part, advice in ((place_of_trained, BEFORE), (folder / "frozen", ""), (folder / "tokenizer", "")):
-        try:
-            sealed &= checksums.verify(part)
-        except DamageError as error:
-            raise DamageError(f"{error}{advice}") from None
-    with checkpoints.intact(folder) if sealed else contextlib.nullcontext():
-        return _load_flat(folder, step, arch, place)
-
-
-def _load_flat(folder: Path, step: int, arch: Architecture, place: Placement) -> dict[str, jax.Array]:
-    """``load_flat`` of files whose checksums, if there are any, are right."""
-    place_of_trained = folder / "checkpoints" / str(step)
-    trained, frozen = stored_arrays(folder, step)
-    shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def abstract(path: str, stored: Any) -> jax.ShapeDtypeStruct:
-        dtype, sharding = place(path)
-        return jax.ShapeDtypeStruct(shapes[path], dtype or stored[path].dtype, sharding=sharding or first)
-
-    with checkpoints.reading(folder):
-        # By what is stored, not by what ``arch`` trains: a run may train another part of a model than made it.
-        wanted = {path: abstract(path, trained) for path in shapes if path in trained}
-        kept = {path: abstract(path, frozen) for path in shapes if path not in trained}
-    with checkpoints.reading(place_of_trained, BEFORE):
-        arrays = restore_arrays(place_of_trained / "trained", wanted)
-    return arrays | restore_arrays(folder / "frozen", kept)
-
-
-def newest(folder: str | Path) -> int | None:
-    """The number of updates in the newest complete checkpoint of ``folder``, if it has one."""
-    return (
-        max(checkpoints.steps_in(Path(folder) / "checkpoints"), default=None)
-        if (Path(folder) / "frozen").is_dir()
-        else None
-    )
-
-
-def existing(folder: str | Path, step: int | None = None) -> int:
-    """``step`` if ``folder`` has that checkpoint, for None the newest. Raises CheckpointError if it has none."""
-    found = checkpoints.steps_in(Path(folder) / "checkpoints")
-    if newest(folder) is None:
-        raise CheckpointError(f"{folder} has no complete checkpoint yet")
-    if step is not None and step not in found:
-        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
-    return found[-1] if step is None else step
-
-
-def choose_step(folder: str | Path, text: str) -> int:
-    """The checkpoint that ``text`` names: "newest", "best" (on the held-out records) or a number."""
-    metric = read_run(folder).config.train.best_by
-    if text == "newest":
-        return existing(folder)
-    if text == "best":
-        best = best_step(folder, metric)
-        if best is None:
-            raise CheckpointError(
-                f"{folder} has no best checkpoint: nothing was evaluated on the way (train.eval_every)"
-            )
-        return existing(folder, best)
-    if not text.isdecimal():
-        raise CheckpointError(f'--step={text} is not a step; it can be a number, "newest" or "best"')
-    return existing(folder, int(text))
-
-
-def evaluations(folder: str | Path) -> list[dict[str, Any]]:
-    """What was measured on the way, a line a step."""
-    return journal.rows(Path(folder) / "evaluations.jsonl")
-
-
-def best_step(folder: str | Path, metric: str) -> int | None:
-    """The checkpoint in ``folder`` that ``best_of`` the evaluations of those that are there is."""
-    there = checkpoints.steps_in(Path(folder) / "checkpoints")  # a save may have failed
-    return best_of([row for row in evaluations(folder) if row["step"] in there], metric)
-
-
-def best_of(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:
-    """The step whose evaluation has the highest mean of ``metric``, the first of equals; of those that were measured
-    as the newest was, on the same records."""
-    alike = [[row.get(name) for name in ("records", "rate", "decoding")] for row in rows]
-    measured = {
-        row["step"]: row["metrics"][metric]["mean"] for row, how in zip(rows, alike, strict=True) if how == alike[-1]
-    }
-    return max(measured, key=lambda step: (measured[step], -step), default=None)
-
-
-def weights_of(folder: str | Path, step: int) -> str:
-    """A short name for the weights of checkpoint ``step``; empty if they were written without checksums."""
-    parts = [checksums.identity(part) for part in (Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen")]
-    return "".join(parts) if all(parts) else ""
-
-
-def stored_arrays(folder: str | Path, step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What is on disk, by flat path, with shape and dtype: of checkpoint ``step``, and of the frozen weights."""
-    place, frozen = Path(folder) / "checkpoints" / str(step), Path(folder) / "frozen"
-    with checkpoints.reading(place, BEFORE):
-        return stored(place / "trained"), stored(frozen)

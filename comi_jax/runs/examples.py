@@ -23,7 +23,7 @@ import xxhash
 
 from comi_jax.config import Config
 from comi_jax.data import sources
-from comi_jax.data.batches import Example
+from comi_jax.data.encode import Example
 from comi_jax.data.records import DataError
 from comi_jax.runs.checksums import CheckpointError, checksum
 

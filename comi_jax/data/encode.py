@@ -1,0 +1,125 @@
+"""From records to token ids: context, query and answer tokenised raw and apart."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from comi_jax.config import Backbone, Compression, Data, max_groups
+from comi_jax.data.records import Record
+
+CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
+
+
+class LengthError(ValueError):
+    """Records longer than the settings allow; the message says how many, which first, and which settings decide."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one record, int32. Without a target (for answering), ``answer`` is empty."""
+
+    context: np.ndarray
+    query: np.ndarray
+    answer: np.ndarray
+    rate: int = 0
+    truncated: bool = False  # a part was cut to fit
+
+
+@dataclass
+class LengthReport:
+    """How many examples there are, how many tokens they have, and how many were cut to fit."""
+
+    examples: int = 0
+    context_tokens: int = 0
+    truncated_contexts: int = 0
+    truncated_queries: int = 0
+    truncated_answers: int = 0
+
+    def __str__(self) -> str:
+        cut = f"{self.truncated_contexts} contexts, {self.truncated_queries} queries, {self.truncated_answers} answers"
+        return f"{self.examples} examples, {self.context_tokens} context tokens; cut to fit: {cut}"
+
+
+def encode(
+    records: Sequence[Record], tokenizer: Any, data: Data, *, targets: bool = True
+) -> tuple[list[Example], LengthReport]:
+    """All of ``encoded``, and what it reports."""
+    report = LengthReport()
+    return list(itertools.chain.from_iterable(encoded(records, tokenizer, data, report, targets=targets))), report
+
+
+def encoded(
+    records: Iterable[Record], tokenizer: Any, data: Data, report: LengthReport, *, targets: bool = True
+) -> Iterator[list[Example]]:
+    """``records`` tokenised, CHUNK at a time; with ``targets`` their first answers too. Adds to ``report``.
+
+    What is longer than data.max_context, max_query or max_answer tokens is cut (context and query at the end, the
+    answer before its end-of-sequence token) and counted if data.on_long is "truncate"; else LengthError is raised,
+    when all records were seen.
+    """
+    long: list[tuple[int, list[int]]] = []
+    limits, spare = (data.max_context, data.max_query, data.max_answer), (0, 0, int(targets))  # room for the last token
+    records = iter(records)
+    while chunk := list(itertools.islice(records, CHUNK)):
+        contexts = token_ids(tokenizer, [record.context_text() for record in chunk])
+        queries = token_ids(tokenizer, [record.prompt for record in chunk])
+        answers = token_ids(tokenizer, [record.answers[0] for record in chunk]) if targets else [[]] * len(chunk)
+        examples = []
+        for parts in zip(contexts, queries, answers, strict=True):
+            report.examples += 1
+            for name, ids in zip(("context", "query"), parts, strict=False):
+                if not ids:
+                    raise LengthError(
+                        f"record {report.examples} has a {name} of no tokens; leave it out, or give it some text"
+                    )
+            over = [len(ids) + room > limit for ids, limit, room in zip(parts, limits, spare, strict=True)]
+            if any(over):
+                long.append((report.examples, [len(ids) for ids in parts]))
+            context, query, answer = (i[: limit - room] for i, limit, room in zip(parts, limits, spare, strict=True))
+            answer = [*answer, tokenizer.eos_token_id] if targets else answer
+            arrays = (np.asarray(ids, np.int32) for ids in (context, query, answer))
+            examples.append(Example(*arrays, truncated=any(over)))
+            report.context_tokens += len(context)
+            report.truncated_contexts += over[0]
+            report.truncated_queries += over[1]
+            report.truncated_answers += over[2]
+        yield examples
+    if long and data.on_long == "refuse":
+        number, lengths = long[0]
+        raise LengthError(
+            f"{len(long)} of {report.examples} records are too long, the first is record {number} with "
+            f"{lengths[0]}, {lengths[1]} and {lengths[2]} tokens of context, query and answer; raise data.max_context "
+            f"({limits[0]}), data.max_query ({limits[1]}) or data.max_answer ({limits[2]}, end of sequence included), "
+            "or set data.on_long=truncate"
+        )
+
+
+def check_positions(
+    examples: Sequence[Example], backbone: Backbone, settings: Compression, min_rate: int, new_tokens: int | None = None
+) -> None:
+    """Refuse rows of the encoder (segment, query) or of the decoder (memory, query, answer or ``new_tokens``) that are
+    longer than the language model's positions. Each example counts alone: padding stands behind what is real."""
+    limit, size = backbone.max_position_embeddings, settings.segment_size
+    for number, example in enumerate(examples, start=1):
+        segments = [min(size, len(example.context) - first) for first in range(0, len(example.context), size)]
+        query, answer = len(example.query), len(example.answer) if new_tokens is None else new_tokens
+        longest = max(segments, default=0)
+        if longest + query > limit:
+            raise LengthError(
+                f"record {number}: a segment of {longest} tokens and a query of {query} make {longest + query}, but "
+                f"the model has {limit} positions; lower compression.segment_size to {max(limit - query, 1)}"
+            )
+        memory = sum(max_groups(segment, min_rate) for segment in segments)
+        if memory + query + answer > limit:
+            raise LengthError(
+                f"record {number}: {memory} memory vectors, a query of {query} and an answer of {answer} tokens are "
+                f"more than the {limit} positions of the model; lower data.max_context or raise the rate {min_rate}"
+            )
+
+
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, raw: nothing is added, nothing cut."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
