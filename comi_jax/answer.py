@@ -19,7 +19,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from comi_jax import hf
 from comi_jax.config import ConfigError, Generation
 from comi_jax.data import batches, encode
 from comi_jax.data.encode import Example, LengthError
@@ -32,6 +31,7 @@ from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import load_params
+from comi_jax.weights import hf
 
 
 @dataclass(frozen=True)

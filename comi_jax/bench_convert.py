@@ -29,13 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from comi_jax import convert, hf, weights
+from comi_jax import convert
 from comi_jax.bench import peak_memory
 from comi_jax.config import Backbone, Compression, Config, Mesh
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.params import count
 from comi_jax.published import BACKBONES
+from comi_jax.weights import files, hf
 
 QWEN2_7B = BACKBONES["Qwen/Qwen2-7B-Instruct"]
 SHARD_BYTES = 3_950_000_000  # of the published files
@@ -53,7 +54,7 @@ def write_model(folder: Path, layers: int) -> int:
     backbone = _cut(layers)
     specs = hf.lm_specs(backbone, layers, embed=True, head=True)
     tensors = [
-        weights.Writable(name, shape, np.dtype(ml_dtypes.bfloat16), functools.partial(random_bfloat16, shape, seed))
+        files.Writable(name, shape, np.dtype(ml_dtypes.bfloat16), functools.partial(random_bfloat16, shape, seed))
         for source in hf.sources(specs).values()
         for seed, (name, shape) in enumerate(source.expected().items())
     ]
@@ -61,7 +62,7 @@ def write_model(folder: Path, layers: int) -> int:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in (Path(__file__).parent / "tiny_lm").glob("*token*"):
         shutil.copy(file, folder)
-    return weights.save(folder, tensors, SHARD_BYTES)
+    return files.save(folder, tensors, SHARD_BYTES)
 
 
 def _cut(layers: int) -> Backbone:
@@ -91,7 +92,7 @@ def load(folder: Path, devices: int) -> dict[str, float]:
     arrays = jax.block_until_ready(hf.load_parts(folder, backbone, specs, lambda path: (None, placed[path])))
     seconds = time.perf_counter() - since
     size = sum(array.nbytes for array in arrays.values()) / GB
-    largest = max(weights.Tensors(folder).sizes().values()) / GB
+    largest = max(files.Tensors(folder).sizes().values()) / GB
     return {"seconds": seconds, "read": size, "result": size, "largest": largest}
 
 
@@ -104,7 +105,7 @@ def import_hf(folder: Path, devices: int) -> dict[str, float]:
     seconds = time.perf_counter() - since
     size = 2 * count(architecture.specs(run.architecture)) / GB
     shutil.rmtree(output)
-    largest = max(weights.Tensors(folder).sizes().values()) / GB
+    largest = max(files.Tensors(folder).sizes().values()) / GB
     return {"seconds": seconds, "read": size, "result": size, "largest": largest}
 
 

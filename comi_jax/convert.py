@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import export_hf, hf, inspection, official, weights
 from comi_jax.config import Config, ConfigError
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS, Architecture
@@ -30,6 +29,7 @@ from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, check_new, read_run
 from comi_jax.runs.stored_weights import load_flat, save_import
+from comi_jax.weights import export_models, files, hf, inspection, official
 
 UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads
 
@@ -73,23 +73,23 @@ def import_official(
     kept = _unused(official.OfficialTensors(checkpoint), arch, flat)
     save_import(output, run, flat, tokenizer)
     if kept:
-        weights.save_file(Path(output) / UNUSED, kept)
+        files.save_file(Path(output) / UNUSED, kept)
     return run
 
 
-def _unused(held: weights.Tensors, arch: Architecture, flat: Mapping[str, Any]) -> list[weights.Writable]:
+def _unused(held: files.Tensors, arch: Architecture, flat: Mapping[str, Any]) -> list[files.Writable]:
     """The tensors of an official file that nothing reads, where the way back would not make them up the same."""
     kept, bad = [], []
     for name in official.unused(arch):
         if name not in held.shapes:
             continue
         tensor = held.read(name)
-        if not weights.is_finite(tensor):
+        if not files.is_finite(tensor):
             bad.append(name)
         elif not _same(tensor, official.filled(name, arch, flat)):
-            kept.append(weights.Writable(name, tensor.shape, tensor.dtype, functools.partial(held.read, name)))
+            kept.append(files.Writable(name, tensor.shape, tensor.dtype, functools.partial(held.read, name)))
     if bad:
-        raise weights.WeightsError(f"{held.path}: infinities or NaN in {', '.join(bad)}")
+        raise files.WeightsError(f"{held.path}: infinities or NaN in {', '.join(bad)}")
     return kept
 
 
@@ -122,13 +122,13 @@ def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool
     run = read_run(checkpoint)
     arch, flat = run.architecture, load_flat(checkpoint, run.architecture)
     if merge_lora:
-        arch, flat = export_hf.merged(arch, flat)
+        arch, flat = export_models.merged(arch, flat)
     unused = Path(checkpoint) / UNUSED
-    kept = weights.Tensors(unused) if unused.is_file() else None
-    written = export_hf.dtype_of(run, dtype)
+    kept = files.Tensors(unused) if unused.is_file() else None
+    written = export_models.dtype_of(run, dtype)
     tensors = list(official.writables(unflatten(flat), arch, kept, written))
     output.parent.mkdir(parents=True, exist_ok=True)
-    weights.save_file(output, tensors)
+    files.save_file(output, tensors)
     return sum(tensor.bytes for tensor in tensors)
 
 
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     folders = command("export-hf", "Three folders for plain transformers: decoder, encoder, lsa.")
     folders.add_argument("--checkpoint", required=True, help="folder of a COMI checkpoint")
     folders.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
-    folders.add_argument("--shard-gb", type=float, default=weights.SHARD_BYTES / 1e9, help="largest file (default: 5)")
+    folders.add_argument("--shard-gb", type=float, default=files.SHARD_BYTES / 1e9, help="largest file (default: 5)")
     for one in (back, folders):
         one.add_argument("--dtype", default="", help="of all weights: float32, float16 or bfloat16 (default: kept)")
     look = command("inspect", "What a folder or file of weights is.")
@@ -217,7 +217,7 @@ def _do(given: argparse.Namespace, console: Console) -> None:
     if given.command == "export-hf":
         if given.shard_gb <= 0:
             raise ConfigError(f"--shard-gb={given.shard_gb} is not a size")
-        sizes = export_hf.export_hf(given.checkpoint, given.output, given.dtype, int(given.shard_gb * 1e9))
+        sizes = export_models.export_hf(given.checkpoint, given.output, given.dtype, int(given.shard_gb * 1e9))
         words = ", ".join(f"{part}/ {size / 1e9:.2f} GB" for part, size in sizes.items())
         console.print(f"{given.output}: {words}", highlight=False)
         return
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(soft_wrap=True, markup=False)
     try:
         _do(_parser().parse_args(arguments), console)
-    except (ConfigError, weights.WeightsError, CheckpointError, OSError) as error:
+    except (ConfigError, files.WeightsError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -41,8 +41,8 @@ from comi_jax.model.batch import Batch
 from comi_jax.overrides import load
 from comi_jax.published import BACKBONES
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.start import backbone_folder, starting_backbone
 from comi_jax.step import CompiledStep, gradients_of
+from comi_jax.weights.starting_model import backbone_folder, starting_backbone
 
 EXAMPLES = 100_000  # that the paper trains on
 USABLE = 0.92  # share of a GPU's memory that JAX takes (launch/one_node.sh); of a TPU's the compiler decides

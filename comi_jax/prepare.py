@@ -19,7 +19,7 @@ from comi_jax.data.encode import LengthError
 from comi_jax.data.mixture import PARTS, PERCENTILES, prepare
 from comi_jax.data.records import DataError
 from comi_jax.overrides import load
-from comi_jax.start import starting_tokenizer
+from comi_jax.weights.starting_model import starting_tokenizer
 
 
 def print_report(report: dict[str, Any], output: Path, console: Console) -> None:

@@ -23,11 +23,11 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
-from comi_jax import hf
 from comi_jax.config import Backbone
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
 from comi_jax.params import Tree, count, initialize
+from comi_jax.weights import hf
 
 TEXT_WEIGHT = 0.1  # most words of a fact cannot be foreseen; answers can
 VOCABULARY = 1536  # at most: enough for every word of the generated text to be one token

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax import hf, official
 from comi_jax.config import Compression, Generation, max_groups
 from comi_jax.kernels.merge import merge
 from comi_jax.model import architecture, comi
@@ -18,6 +17,7 @@ from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.model.compress import compress as compress_batch
 from comi_jax.params import combine, partition
+from comi_jax.weights import hf, official
 
 SWITCHES = {
     "encoder_layers": "encoder_layers",

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax import hf
 from comi_jax.model import backbone as lm
 from comi_jax.model.cache import KVCache, empty_cache, write
+from comi_jax.weights import hf
 
 KINDS = list(tiny_models.BACKBONES)
 BATCH, LENGTH = 2, 24

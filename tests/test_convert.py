@@ -15,13 +15,14 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import Comi, convert, hf, inspection, official, start, train, weights
+from comi_jax import Comi, convert, train
 from comi_jax.config import Compression, Generation, Lora
 from comi_jax.model import architecture, comi, generate
 from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs import description, stored_weights
+from comi_jax.weights import files, hf, inspection, official, starting_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -281,22 +282,22 @@ def test_training_starts_from_an_imported_model(tmp_path):
     run = description.read_run(ours)
     before = stored_weights.load_flat(ours, run.architecture)
     mesh = train.sharding.make_mesh(run.config.mesh)
-    started = start.initial_params(run, ours, mesh)
+    started = starting_model.initial_params(run, ours, mesh)
     assert started.keys() == before.keys()
     for path, array in before.items():
         np.testing.assert_array_equal(started[path], array, err_msg=path)
-    backbone, _, stop = start.starting_point(run.config, ours)
+    backbone, _, stop = starting_model.starting_point(run.config, ours)
     assert (backbone, stop) == (run.backbone, run.stop)
     other = dataclasses.replace(run.config, lora=Lora(), compression=Compression(rates=(2,), encoder_layers=2))
     with pytest.raises(train.ConfigError, match="pass compression.encoder_layers=1 lora.rank=2$"):
-        start.starting_point(other, ours)
+        starting_model.starting_point(other, ours)
     sharper = dataclasses.replace(run.config, compression=dataclasses.replace(run.config.compression, alpha_fine=4.0))
     with pytest.raises(train.ConfigError, match="pass compression.alpha_fine=1.0$"):
-        start.starting_point(sharper, ours)
+        starting_model.starting_point(sharper, ours)
     # It may train what the run that made the checkpoint kept frozen.
     learning = dataclasses.replace(run.config.compression, learn_mig=True)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, compression=learning))
-    assert start.initial_params(run, ours, mesh).keys() == before.keys()
+    assert starting_model.initial_params(run, ours, mesh).keys() == before.keys()
 
 
 def test_the_card_has_what_evaluation_measured(tmp_path):
@@ -556,14 +557,14 @@ def test_every_process_reads_only_what_its_devices_keep(tmp_path, monkeypatch):
         path: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(rules.get(axis) for axis in spec.axes)))
         for path, spec in flatten(specs).items()
     }
-    read, original = {}, weights.Tensors.read
+    read, original = {}, files.Tensors.read
 
     def counted(self, name, index=()):
         block = original(self, name, index)
         read.setdefault(name, []).append(block.size)
         return block
 
-    monkeypatch.setattr(weights.Tensors, "read", counted)
+    monkeypatch.setattr(files.Tensors, "read", counted)
     arrays = hf.load_parts(tmp_path, backbone, {"lm": specs}, lambda path: (None, placed[path.partition("/")[2]]))
     whole = flatten(hf.load_backbone(tmp_path, backbone))
     for path, array in arrays.items():

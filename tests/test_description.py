@@ -12,7 +12,6 @@ import tiny_models
 import train_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax import hf
 from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
@@ -20,6 +19,7 @@ from comi_jax.params import flatten, partition
 from comi_jax.runs import checksums, description, selection, stored_weights
 from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.step import TrainState
+from comi_jax.weights import hf
 
 TOKENIZER = train_fixtures.tokenizer()
 CONFIG = Config(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax import hf
 from comi_jax.config import Compression, Generation
 from comi_jax.model import architecture, generate, lora
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
+from comi_jax.weights import hf
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 ARCH = tiny_models.architecture("qwen3", lora=2)

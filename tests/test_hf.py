@@ -11,11 +11,11 @@ import pytest
 import tiny_models
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import hf, weights
 from comi_jax.config import ConfigError, Llama3Rope
 from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
 from comi_jax.params import flatten
+from comi_jax.weights import files, hf
 
 KINDS = list(tiny_models.BACKBONES)
 
@@ -289,7 +289,7 @@ def test_every_tensor_that_does_not_fit_is_listed(copy):
     tensors["model.layers.2.self_attn.q_proj.weight"] = np.zeros((32, 31), np.float32)
     tensors["model.norm.weight"] = np.zeros((32, 1), np.float32)
     write()
-    with pytest.raises(weights.WeightsError) as error:
+    with pytest.raises(files.WeightsError) as error:
         load(folder)
     message = str(error.value)
     assert message.count("\n") == 6 and "6 problem(s)" in message
@@ -308,13 +308,13 @@ def test_a_truncated_file_is_refused(copy):
     folder, _, _ = copy("llama2")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(weights.WeightsError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(files.WeightsError, match="model.safetensors cannot be read as safetensors"):
         load(folder)
     path.write_bytes(b"")
-    with pytest.raises(weights.WeightsError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(files.WeightsError, match="model.safetensors cannot be read as safetensors"):
         load(folder)
     path.unlink()
-    with pytest.raises(weights.WeightsError, match="has none of model.safetensors.index.json, model.safetensors, "):
+    with pytest.raises(files.WeightsError, match="has none of model.safetensors.index.json, model.safetensors, "):
         load(folder)
 
 
@@ -330,7 +330,7 @@ def test_a_missing_shard_is_refused(sharded):
     folder, _, index = sharded
     (folder / index["weight_map"]["model.norm.weight"]).unlink()
     with pytest.raises(
-        weights.WeightsError, match=f"files that are not there: {index['weight_map']['model.norm.weight']}"
+        files.WeightsError, match=f"files that are not there: {index['weight_map']['model.norm.weight']}"
     ):
         load(folder)
 
@@ -342,7 +342,7 @@ def test_an_index_that_names_files_outside_is_refused(sharded, name):
     folder, path, index = sharded
     index["weight_map"]["model.norm.weight"] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(weights.WeightsError, match="outside its own folder"):
+    with pytest.raises(files.WeightsError, match="outside its own folder"):
         load(folder)
 
 
@@ -350,7 +350,7 @@ def test_an_index_that_names_files_outside_is_refused(sharded, name):
 def test_an_index_that_is_none_is_refused(sharded, text):
     folder, path, _ = sharded
     path.write_text(text)
-    with pytest.raises(weights.WeightsError, match="is not an index of weight files"):
+    with pytest.raises(files.WeightsError, match="is not an index of weight files"):
         load(folder)
 
 
@@ -359,9 +359,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(sharded):
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
     assert index["weight_map"]["lm_head.weight"] != index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(weights.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+    with pytest.raises(files.WeightsError, match="does not list what its files hold.*model.norm.weight"):
         load(folder)
     del index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(weights.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+    with pytest.raises(files.WeightsError, match="does not list what its files hold.*model.norm.weight"):
         load(folder)

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comi_jax import hf, overrides
+from comi_jax import overrides
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import adapters, sources
 from comi_jax.data.records import DataError, Record, Skipped, numbered_records, read_records, record_of
+from comi_jax.weights import hf
 
 pytestmark = pytest.mark.fault
 

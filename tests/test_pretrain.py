@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from comi_jax import hf, pretrain
+from comi_jax import pretrain
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
+from comi_jax.weights import hf
 
 CARRIED = Path(pretrain.__file__).parent / "tiny_lm"
 

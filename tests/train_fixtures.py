@@ -17,9 +17,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from comi_jax import hf, train
+from comi_jax import train
 from comi_jax.config import Backbone
 from comi_jax.model import backbone as backbone_module
+from comi_jax.weights import hf
 
 COLOURS = "red blue green white black brown pink grey".split()
 THINGS = "key coin ring cup pen lamp silver_coin gold_ring old_brass_lamp".split()

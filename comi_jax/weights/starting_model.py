@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from comi_jax import hf
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
@@ -16,12 +15,13 @@ from comi_jax.params import flatten
 from comi_jax.runs.description import Run, is_run, read_run
 from comi_jax.runs.stored_weights import load_flat
 from comi_jax.state import own_parameters
+from comi_jax.weights import hf
 
 
 def backbone_folder(config: Config) -> Path:
     """The folder of the pretrained language model, or ConfigError saying what to download."""
     if config.model.path == "tiny":
-        return Path(__file__).parent / "tiny_lm"
+        return Path(__file__).parent.parent / "tiny_lm"
     if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
         what = f"{config.model.path} is not one" if config.model.path else "model.path is not set"
         name = config.model.hub or "a LLaMA-2, LLaMA-3, Qwen2 or Qwen3 model"

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from comi_jax import weights
 from comi_jax.config import Backbone, ConfigError, Llama3Rope, shown
 from comi_jax.model.backbone import specs as lm_specs
 from comi_jax.overrides import from_dict
 from comi_jax.params import Placement, Tree, as_stored, flatten, unflatten
-from comi_jax.weights import Layout, Source, Tensors
+from comi_jax.weights import files
+from comi_jax.weights.files import Layout, Source, Tensors
 
 # --- config.json ------------------------------------------------------------------------------------------------------
 
@@ -268,9 +268,9 @@ def load_parts(
     }
     if backbone.tie_word_embeddings:
         optional[TABLE["head"][0]] = (backbone.vocab_size, backbone.hidden_size)
-    weights.check(whole, optional, held)
+    files.check(whole, optional, held)
     wanted = {f"{part}/{path}": s for part, specs in parts.items() for path, s in sources(specs).items()}
-    return weights.load(held, wanted, place)
+    return files.load(held, wanted, place)
 
 
 def load_backbone(folder: str | Path, backbone: Backbone) -> Tree:
@@ -287,7 +287,7 @@ def save_backbone(
     dtype: Any = None,
     *,
     base: bool = False,
-    shard_bytes: int = weights.SHARD_BYTES,
+    shard_bytes: int = files.SHARD_BYTES,
 ) -> int:
     """Write ``arrays`` (of ``specs``) as safetensors and ``config`` as config.json into ``folder``, which must exist.
 
@@ -296,4 +296,4 @@ def save_backbone(
     """
     named = sources(specs, (lambda name: name.removeprefix("model.")) if base else (lambda name: name))
     (Path(folder) / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    return weights.save(folder, weights.writables(named, flatten(arrays), dtype), shard_bytes)
+    return files.save(folder, files.writables(named, flatten(arrays), dtype), shard_bytes)

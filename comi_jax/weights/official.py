@@ -18,12 +18,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax import hf, weights
 from comi_jax.config import Backbone, Compression, ConfigError, Lora
 from comi_jax.model import architecture
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import Placement, as_stored, flatten, unflatten
-from comi_jax.weights import Layout, Shape, Source, Tensors, WeightsError
+from comi_jax.weights import files, hf
+from comi_jax.weights.files import Layout, Shape, Source, Tensors, WeightsError
 
 SCALARS = {
     "mig/alpha_coarse": "alpha_select",
@@ -99,7 +99,7 @@ class OfficialTensors(Tensors):
         self.shapes = {name: self.shapes[file] for name, file in self._files_name.items()}
         self.dtypes = {name: self.dtypes[file] for name, file in self._files_name.items()}
 
-    def read(self, name: str, index: weights.Index = ()) -> np.ndarray:
+    def read(self, name: str, index: files.Index = ()) -> np.ndarray:
         return super().read(self._files_name[name], index)
 
 
@@ -119,8 +119,8 @@ def load(
     tensors = OfficialTensors(path)
     arch = read_architecture(tensors.shapes, backbone, compression, lora_alpha, str(path))
     wanted = sources(arch)
-    weights.check(wanted, unused(arch), tensors)
-    return unflatten(weights.load(tensors, wanted, place)), arch
+    files.check(wanted, unused(arch), tensors)
+    return unflatten(files.load(tensors, wanted, place)), arch
 
 
 def read_architecture(
@@ -163,13 +163,13 @@ def read_architecture(
 
 def writables(
     params: Mapping[str, Any], arch: Architecture, kept: Tensors | None = None, dtype: Any = None
-) -> Iterator[weights.Writable]:
+) -> Iterator[files.Writable]:
     """Every tensor of the official state dict of ``params``, so that the release loads it with strict=True. ``kept``
     has unused tensors of the file that the model came from; the others are ``filled``."""
     arrays = flatten(params)
     names = sources(arch)
     for path, array in arrays.items():  # COMI's own scalars in whatever they have: the decoding depends on each digit
-        yield from weights.writables(names, {path: array}, None if path.startswith("mig/") else dtype)
+        yield from files.writables(names, {path: array}, None if path.startswith("mig/") else dtype)
     for name, shape in unused(arch).items():
         stored = kept is not None and name in kept.shapes
         width = jnp.dtype(dtype or (kept.dtypes[name] if stored else arrays["decoder/embed"].dtype))
@@ -177,9 +177,9 @@ def writables(
         def make(name: str = name, stored: bool = stored, width: Any = width) -> np.ndarray:
             return (kept.read(name) if stored else filled(name, arch, arrays)).astype(width, copy=False)
 
-        yield weights.Writable(name, shape, width, make)
+        yield files.Writable(name, shape, width, make)
 
 
 def tensors(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
     """``params``, whole or in part (gradients of what is trained, say), under their official names and layouts."""
-    return {one.name: one.make() for one in weights.writables(sources(arch), flatten(params))}
+    return {one.name: one.make() for one in files.writables(sources(arch), flatten(params))}

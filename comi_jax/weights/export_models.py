@@ -16,7 +16,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from comi_jax import hf, weights
 from comi_jax.config import Lora
 from comi_jax.model import lora as lora_module
 from comi_jax.model.architecture import SCALARS, Architecture
@@ -24,13 +23,14 @@ from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, check_new, read_run
 from comi_jax.runs.stored_weights import load_flat
+from comi_jax.weights import files, hf
 
 DTYPES = ("float32", "float16", "bfloat16")
 SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy", "lsa")
 
 
 def export_hf(
-    checkpoint: str | Path, output: str | Path, dtype: str = "", shard_bytes: int = weights.SHARD_BYTES
+    checkpoint: str | Path, output: str | Path, dtype: str = "", shard_bytes: int = files.SHARD_BYTES
 ) -> dict[str, int]:
     """Write the COMI checkpoint into the new folder ``output``. ``dtype`` is one of DTYPES; empty: as it came for an
     imported model, the model's dtype for a trained one. Returns the bytes of each part's weights."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from comi_jax import hf, official
 from comi_jax.config import Backbone
 from comi_jax.model import architecture
 from comi_jax.params import flatten
@@ -17,7 +16,8 @@ from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import is_run, read_run
 from comi_jax.runs.selection import newest
 from comi_jax.runs.stored_weights import stored_arrays
-from comi_jax.weights import Shape, Tensors
+from comi_jax.weights import hf, official
+from comi_jax.weights.files import Shape, Tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Other people's formats: Hugging Face folders and the release's checkpoints, in and out."""
