@@ -31,7 +31,7 @@ from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import load_params
-from comi_jax.weights import hf
+from comi_jax.weights.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Comi:
         ``overrides`` such as "data.on_long=truncate", split over the devices of ``mesh`` (None: on one). Raises
         CheckpointError if there is none."""
         run, params = load_params(folder, overrides, step, mesh)
-        return cls(run, params, hf.load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size, mesh=mesh)
+        return cls(run, params, load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size, mesh=mesh)
 
     def compress(
         self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None

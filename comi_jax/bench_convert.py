@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from comi_jax import convert
 from comi_jax.bench import peak_memory
 from comi_jax.config import Backbone, Compression, Config, Mesh
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.params import count
 from comi_jax.published import BACKBONES
-from comi_jax.weights import files, hf
+from comi_jax.weights import files, hf, hf_config, import_models, writing
+from comi_jax.weights.writing import Writable
 
 QWEN2_7B = BACKBONES["Qwen/Qwen2-7B-Instruct"]
 SHARD_BYTES = 3_950_000_000  # of the published files
@@ -54,15 +54,15 @@ def write_model(folder: Path, layers: int) -> int:
     backbone = _cut(layers)
     specs = hf.lm_specs(backbone, layers, embed=True, head=True)
     tensors = [
-        files.Writable(name, shape, np.dtype(ml_dtypes.bfloat16), functools.partial(random_bfloat16, shape, seed))
+        Writable(name, shape, np.dtype(ml_dtypes.bfloat16), functools.partial(random_bfloat16, shape, seed))
         for source in hf.sources(specs).values()
         for seed, (name, shape) in enumerate(source.expected().items())
     ]
-    config = hf.config_values(backbone, torch_dtype="bfloat16", eos_token_id=0)
+    config = hf_config.config_values(backbone, torch_dtype="bfloat16", eos_token_id=0)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in (Path(__file__).parent / "tiny_lm").glob("*token*"):
         shutil.copy(file, folder)
-    return files.save(folder, tensors, SHARD_BYTES)
+    return writing.save(folder, tensors, SHARD_BYTES)
 
 
 def _cut(layers: int) -> Backbone:
@@ -84,7 +84,7 @@ def load(folder: Path, devices: int) -> dict[str, float]:
     """The language model on ``devices``, split over them where there are several."""
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
-    backbone = hf.read_config(folder)
+    backbone = hf_config.read_config(folder)
     specs = {"lm": hf.lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True)}
     mesh = sharding.make_mesh(Mesh(data=1, fsdp=devices // 2, tensor=2) if devices > 1 else Mesh())
     placed = sharding.parameters(specs, mesh)
@@ -101,7 +101,7 @@ def import_hf(folder: Path, devices: int) -> dict[str, float]:
     output = folder / "comi"
     since = time.perf_counter()
     config = Config(compression=Compression(encoder_layers=2))
-    run = convert.import_hf(folder, output, config)
+    run = import_models.import_hf(folder, output, config)
     seconds = time.perf_counter() - since
     size = 2 * count(architecture.specs(run.architecture)) / GB
     shutil.rmtree(output)

@@ -33,10 +33,10 @@ from comi_jax.overrides import load
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
 from comi_jax.runs.examples import Examples, make
-from comi_jax.state import create
+from comi_jax.state import create, initial_params
 from comi_jax.step import CompiledStep
-from comi_jax.weights.files import WeightsError
-from comi_jax.weights.starting_model import backbone_folder, initial_params, starting_point, starting_tokenizer
+from comi_jax.weights.layout import WeightsError
+from comi_jax.weights.starting_model import backbone_folder, starting_point, starting_tokenizer
 
 WARM = 4  # batches, or steps, before the clock starts: those that were made ahead, and compilation
 

@@ -9,130 +9,19 @@ same, byte for byte.
 """
 
 import argparse
-import dataclasses
-import functools
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from comi_jax.config import Config, ConfigError
-from comi_jax.model import architecture
-from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.overrides import override
-from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.runs.description import Run, check_new, read_run
-from comi_jax.runs.stored_weights import load_flat, save_import
-from comi_jax.weights import export_models, files, hf, inspection, official
-
-UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads
-
-
-# --- in ---------------------------------------------------------------------------------------------------------------
-
-
-def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: str = "") -> Run:
-    """Write a fresh COMI around the language model in ``backbone`` into ``output``; ``config`` gives the layer counts,
-    switches and adapters, ``dtype`` that of activations (empty: float32 for float32 weights, else bfloat16). Raises
-    ConfigError, WeightsError or CheckpointError."""
-    check_new(output)
-    shape, tokenizer = hf.read_config(backbone), hf.load_tokenizer(backbone)
-    hf.check_tokenizer(tokenizer, shape)
-    arch = Architecture(shape, config.compression, config.lora)
-    params = hf.load_parts(backbone, shape, architecture.parts_of_backbone(arch))
-    params |= architecture.own_parameters(arch, config.train.seed)
-    run = _run_of(config, arch, params, backbone, tokenizer, dtype)
-    save_import(output, run, params, tokenizer)
-    return run
-
-
-def import_official(
-    checkpoint: str | Path,
-    backbone: str | Path,
-    output: str | Path,
-    config: Config,
-    lora_alpha: float | None = None,
-    dtype: str = "",
-) -> Run:
-    """Write the official COMI state dict in ``checkpoint`` into ``output``. Layer counts, rank and targets of LoRA come
-    from its tensors, rates and switches from ``config``, the scalars from the file. Raises as ``import_hf``."""
-    check_new(output)
-    shape, tokenizer = hf.read_config(backbone), hf.load_tokenizer(backbone)
-    hf.check_tokenizer(tokenizer, shape)
-    params, arch = official.load(checkpoint, shape, config.compression, lora_alpha)
-    flat = flatten(params)
-    scalars = {name: float(flat[f"mig/{name}"]) for name in SCALARS}
-    arch = dataclasses.replace(arch, compression=dataclasses.replace(arch.compression, **scalars))
-    run = _run_of(config, arch, flat, backbone, tokenizer, dtype)
-    kept = _unused(official.OfficialTensors(checkpoint), arch, flat)
-    save_import(output, run, flat, tokenizer)
-    if kept:
-        files.save_file(Path(output) / UNUSED, kept)
-    return run
-
-
-def _unused(held: files.Tensors, arch: Architecture, flat: Mapping[str, Any]) -> list[files.Writable]:
-    """The tensors of an official file that nothing reads, where the way back would not make them up the same."""
-    kept, bad = [], []
-    for name in official.unused(arch):
-        if name not in held.shapes:
-            continue
-        tensor = held.read(name)
-        if not files.is_finite(tensor):
-            bad.append(name)
-        elif not _same(tensor, official.filled(name, arch, flat)):
-            kept.append(files.Writable(name, tensor.shape, tensor.dtype, functools.partial(held.read, name)))
-    if bad:
-        raise files.WeightsError(f"{held.path}: infinities or NaN in {', '.join(bad)}")
-    return kept
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def _run_of(
-    config: Config, arch: Architecture, params: Mapping[str, Any], backbone: str | Path, tokenizer: Any, dtype: str
-) -> Run:
-    """The description of an imported model."""
-    dtype = dtype or ("float32" if params["decoder/embed"].dtype == jnp.float32 else "bfloat16")
-    model = dataclasses.replace(config.model, path=str(backbone), dtype=dtype)
-    config = dataclasses.replace(config, model=model, compression=arch.compression, lora=arch.lora)
-    stop = tuple(sorted({tokenizer.eos_token_id, *hf.stop_tokens(backbone)}))
-    return Run(config, arch.backbone, stop, imported=True)
-
-
-# --- out --------------------------------------------------------------------------------------------------------------
-
-
-def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool = False, dtype: str = "") -> int:
-    """Write the COMI checkpoint as the release's flat state dict, one safetensors file that the release loads with
-    strict=True. Returns the bytes of its tensors."""
-    output = Path(output)
-    if output.exists():
-        raise CheckpointError(f"{output} exists; choose another --output")
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"--output={output} is written as safetensors; give it that ending")
-    run = read_run(checkpoint)
-    arch, flat = run.architecture, load_flat(checkpoint, run.architecture)
-    if merge_lora:
-        arch, flat = export_models.merged(arch, flat)
-    unused = Path(checkpoint) / UNUSED
-    kept = files.Tensors(unused) if unused.is_file() else None
-    written = export_models.dtype_of(run, dtype)
-    tensors = list(official.writables(unflatten(flat), arch, kept, written))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    files.save_file(output, tensors)
-    return sum(tensor.bytes for tensor in tensors)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
+from comi_jax.weights import export_models, inspection
+from comi_jax.weights.export_models import export_official
+from comi_jax.weights.import_models import import_hf, import_official
+from comi_jax.weights.layout import WeightsError
+from comi_jax.weights.writing import SHARD_BYTES
 
 
 def print_inspection(found: inspection.Inspection, console: Console) -> None:
@@ -179,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     folders = command("export-hf", "Three folders for plain transformers: decoder, encoder, lsa.")
     folders.add_argument("--checkpoint", required=True, help="folder of a COMI checkpoint")
     folders.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
-    folders.add_argument("--shard-gb", type=float, default=files.SHARD_BYTES / 1e9, help="largest file (default: 5)")
+    folders.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file (default: 5)")
     for one in (back, folders):
         one.add_argument("--dtype", default="", help="of all weights: float32, float16 or bfloat16 (default: kept)")
     look = command("inspect", "What a folder or file of weights is.")
@@ -235,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(soft_wrap=True, markup=False)
     try:
         _do(_parser().parse_args(arguments), console)
-    except (ConfigError, files.WeightsError, CheckpointError, OSError) as error:
+    except (ConfigError, WeightsError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

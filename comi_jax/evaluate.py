@@ -32,7 +32,7 @@ from comi_jax.devices import distributed, sharding
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
-from comi_jax.weights.files import WeightsError
+from comi_jax.weights.layout import WeightsError
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from comi_jax.config import Backbone
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
 from comi_jax.params import Tree, count, initialize
-from comi_jax.weights import hf
+from comi_jax.weights import hf, hf_config
 
 TEXT_WEIGHT = 0.1  # most words of a fact cannot be foreseen; answers can
 VOCABULARY = 1536  # at most: enough for every word of the generated text to be one token
@@ -228,7 +228,7 @@ def save(folder: Path, params: Tree, backbone: Backbone, tokenizer: Any) -> None
     """A Hugging Face folder, weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = hf.config_values(backbone, torch_dtype="float16", **ends)
+    config = hf_config.config_values(backbone, torch_dtype="float16", **ends)
     specs = lm.specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
     hf.save_backbone(folder, specs, params, config, dtype="float16")
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")

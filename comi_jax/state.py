@@ -1,6 +1,7 @@
 """What a step starts from: the shape, dtype and place of every array, and the arrays themselves, born there."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,10 @@ from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.model.architecture import Architecture, frozen_dtype
 from comi_jax.params import flatten
+from comi_jax.runs.description import Run, is_run
+from comi_jax.runs.stored_weights import load_flat
 from comi_jax.step import TrainState
+from comi_jax.weights import hf
 
 
 def abstract(
@@ -74,3 +78,18 @@ def _at_home(array: Any, like: jax.ShapeDtypeStruct) -> Array:
 
 def _homes(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Array]:
+    """A model to start from, by flat path and on its devices: from the COMI checkpoint in ``folder``, or fresh around
+    the language model in it, with adapters, if any, at random."""
+    arch = run.architecture
+    placed = sharding.parameters(architecture.specs(arch), mesh)
+
+    def place(path: str) -> tuple[str, Any]:
+        return ("float32" if architecture.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
+
+    if is_run(folder):
+        return load_flat(folder, arch, place)
+    params = hf.load_parts(folder, run.backbone, architecture.parts_of_backbone(arch), place)
+    return params | own_parameters(arch, run.config.train.seed, mesh)

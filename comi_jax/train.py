@@ -32,10 +32,10 @@ from comi_jax.runs.examples import Examples
 from comi_jax.runs.logs import RunConsole
 from comi_jax.runs.selection import existing
 from comi_jax.runs.stored_weights import restore_frozen, save_frozen, weights_of
-from comi_jax.state import abstract, create
+from comi_jax.state import abstract, create, initial_params
 from comi_jax.stop import Stop
-from comi_jax.weights import files
-from comi_jax.weights.starting_model import backbone_folder, initial_params, starting_point
+from comi_jax.weights.layout import WeightsError
+from comi_jax.weights.starting_model import backbone_folder, starting_point
 
 # --- on the devices ---------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
     except jax.errors.JaxRuntimeError as error:
         distributed.leave(*distributed.failed(error))
-    except (ConfigError, DataError, LengthError, CheckpointError, files.WeightsError, OSError) as error:
+    except (ConfigError, DataError, LengthError, CheckpointError, WeightsError, OSError) as error:
         distributed.leave(str(error))
     except Exception as error:
         distributed.leave(distributed.unexpected(error))

@@ -17,7 +17,7 @@ from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.model.compress import compress as compress_batch
 from comi_jax.params import combine, partition
-from comi_jax.weights import hf, official
+from comi_jax.weights import hf_config, official
 
 SWITCHES = {
     "encoder_layers": "encoder_layers",
@@ -82,10 +82,10 @@ def load(checkpoint, backbone, options):
     )
     alpha = options.get("lora_alpha")
     alpha = None if alpha is None else float(alpha)
-    params, arch = official.load(checkpoint, hf.read_config(backbone), compression, alpha)
+    params, arch = official.load(checkpoint, hf_config.read_config(backbone), compression, alpha)
     arch = dataclasses.replace(arch, lora=dataclasses.replace(arch.lora, dropout=0.0))
     params["mig"] |= {ours: np.float32(options[theirs]) for theirs, ours in SCALARS.items() if theirs in options}
-    return Model(jax.tree.map(jnp.asarray, params), arch, options["merge_size"], hf.stop_tokens(backbone))
+    return Model(jax.tree.map(jnp.asarray, params), arch, options["merge_size"], hf_config.stop_tokens(backbone))
 
 
 def _batch(model, input_ids, query_ids, labels):

@@ -15,14 +15,14 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import Comi, convert, train
+from comi_jax import Comi, convert, state, train
 from comi_jax.config import Compression, Generation, Lora
 from comi_jax.model import architecture, comi, generate
 from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs import description, stored_weights
-from comi_jax.weights import files, hf, inspection, official, starting_model
+from comi_jax.weights import files, hf, hf_config, inspection, official, starting_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -88,7 +88,7 @@ def test_a_language_model_comes_back_byte_for_byte(kind, dtype, shard, tmp_path)
     assert_same(tensors_of(out / "encoder"), encoder)
     lsa = {name: tensor for name, tensor in encoder.items() if not name.startswith("layers.1.")}
     assert_same(tensors_of(out / "lsa"), lsa)
-    assert hf.read_config(out / "decoder") == tiny_models.BACKBONES[kind]
+    assert hf_config.read_config(out / "decoder") == tiny_models.BACKBONES[kind]
     assert json.loads((out / "decoder" / "config.json").read_text())["torch_dtype"] == dtype
 
 
@@ -282,7 +282,7 @@ def test_training_starts_from_an_imported_model(tmp_path):
     run = description.read_run(ours)
     before = stored_weights.load_flat(ours, run.architecture)
     mesh = train.sharding.make_mesh(run.config.mesh)
-    started = starting_model.initial_params(run, ours, mesh)
+    started = state.initial_params(run, ours, mesh)
     assert started.keys() == before.keys()
     for path, array in before.items():
         np.testing.assert_array_equal(started[path], array, err_msg=path)
@@ -297,7 +297,7 @@ def test_training_starts_from_an_imported_model(tmp_path):
     # It may train what the run that made the checkpoint kept frozen.
     learning = dataclasses.replace(run.config.compression, learn_mig=True)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, compression=learning))
-    assert starting_model.initial_params(run, ours, mesh).keys() == before.keys()
+    assert state.initial_params(run, ours, mesh).keys() == before.keys()
 
 
 def test_the_card_has_what_evaluation_measured(tmp_path):

@@ -19,7 +19,7 @@ from comi_jax.params import flatten, partition
 from comi_jax.runs import checksums, description, selection, stored_weights
 from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.step import TrainState
-from comi_jax.weights import hf
+from comi_jax.weights.tokenizer import load_tokenizer
 
 TOKENIZER = train_fixtures.tokenizer()
 CONFIG = Config(
@@ -64,7 +64,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path):
     run = run_of(dataclasses.replace(CONFIG, lora=Lora(rank=4)))
     description.open_run(tmp_path / "a" / "run", run, TOKENIZER)
     assert description.read_run(tmp_path / "a" / "run") == run
-    tokenizer = hf.load_tokenizer(tmp_path / "a" / "run" / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "a" / "run" / "tokenizer")
     text = "the red box holds a silver coin ."
     assert tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
     assert tokenizer.eos_token_id == TOKENIZER.eos_token_id

@@ -13,7 +13,7 @@ from comi_jax.config import Compression, Generation
 from comi_jax.model import architecture, generate, lora
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
-from comi_jax.weights import hf
+from comi_jax.weights import hf, hf_config
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 ARCH = tiny_models.architecture("qwen3", lora=2)
@@ -112,7 +112,7 @@ def test_the_penalty_divides_positive_and_multiplies_negative_scores():
 def test_a_trained_model_tells_its_own_story():
     """255 greedy tokens from BOS, as an independent implementation produced them from the same weights."""
     ids = json.loads((STORIES / "greedy.json").read_text())["ids"]
-    backbone = hf.read_config(STORIES / "hf")
+    backbone = hf_config.read_config(STORIES / "hf")
     arch = Architecture(backbone, Compression(encoder_layers=1))
     decoder = jax.tree.map(jnp.asarray, hf.load_backbone(STORIES / "hf", backbone))
     prompt = lm.embed_tokens(decoder, jnp.array([[ids[0]]], jnp.int32), jnp.float32)

@@ -15,7 +15,9 @@ from comi_jax.config import ConfigError, Llama3Rope
 from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
 from comi_jax.params import flatten
-from comi_jax.weights import files, hf
+from comi_jax.weights import hf, hf_config
+from comi_jax.weights.layout import WeightsError
+from comi_jax.weights.tokenizer import load_tokenizer
 
 KINDS = list(tiny_models.BACKBONES)
 
@@ -64,14 +66,14 @@ def test_config_is_read_in_both_dialects(kind, folders, tmp_path):
     folder, _ = folders(kind)
     backbone = tiny_models.BACKBONES[kind]
     assert "rope_parameters" in config_of(folder)
-    assert hf.read_config(folder) == backbone
+    assert hf_config.read_config(folder) == backbone
     rope = config_of(folder)["rope_parameters"]
     theta = rope.pop("rope_theta")
     scaled = rope if backbone.rope_scaling else None
     old = rewrite(folder, tmp_path, rope_parameters=None, rope_theta=theta, rope_scaling=scaled)
-    assert hf.read_config(old) == backbone
+    assert hf_config.read_config(old) == backbone
     older = {"type": rope.pop("rope_type"), **rope}  # the key before transformers 4.43
-    assert hf.read_config(rewrite(old, tmp_path, rope_scaling=older)) == backbone
+    assert hf_config.read_config(rewrite(old, tmp_path, rope_scaling=older)) == backbone
 
 
 def test_two_scalings_that_disagree_are_refused(folders, tmp_path):
@@ -79,7 +81,7 @@ def test_two_scalings_that_disagree_are_refused(folders, tmp_path):
     folder, _ = folders("qwen2")
     both = rewrite(folder, tmp_path, rope_scaling={"type": "yarn", "factor": 4.0})
     with pytest.raises(ConfigError, match="has rope_parameters .* and rope_scaling .*yarn.*; remove the other"):
-        hf.read_config(both)
+        hf_config.read_config(both)
 
 
 def real(**changes):
@@ -99,14 +101,14 @@ def real(**changes):
 
 
 def test_a_real_config_is_read():
-    backbone = hf.backbone_of(real(), "here")
+    backbone = hf_config.backbone_of(real(), "here")
     assert backbone.rope_scaling == Llama3Rope(32.0, 1.0, 4.0, 8192)
     assert (backbone.rope_theta, backbone.head_dim, backbone.tie_word_embeddings) == (500_000.0, 64, True)
     # The first LLaMA-2 files: no head_dim, no rope_theta, generation settings among the rest.
     old = real(
         head_dim=None, rope_theta=None, rope_scaling=None, max_length=4096, pad_token_id=0, tie_word_embeddings=False
     )
-    backbone = hf.backbone_of({k: v for k, v in old.items() if k != "head_dim"}, "here")
+    backbone = hf_config.backbone_of({k: v for k, v in old.items() if k != "head_dim"}, "here")
     assert (backbone.rope_theta, backbone.rope_scaling, backbone.head_dim) == (10_000.0, None, 64)
 
 
@@ -130,12 +132,14 @@ def test_a_real_config_is_read():
 )
 def test_what_is_not_implemented_is_refused_by_name(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
-        hf.backbone_of(real(**change), "here")
+        hf_config.backbone_of(real(**change), "here")
 
 
 def test_everything_that_is_refused_is_named_at_once():
     with pytest.raises(ConfigError, match="hidden_act='gelu'.*num_experts=8.*scale_embeddings=True"):
-        hf.backbone_of(real(hidden_act="gelu", num_experts=8, scale_embeddings=True, unknown_but_off=False), "here")
+        hf_config.backbone_of(
+            real(hidden_act="gelu", num_experts=8, scale_embeddings=True, unknown_but_off=False), "here"
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,37 +154,37 @@ def test_everything_that_is_refused_is_named_at_once():
 )
 def test_other_rotary_scalings_are_refused(rope):
     with pytest.raises(ConfigError, match="rotary embeddings of type '" + (rope.get("rope_type") or rope["type"])):
-        hf.backbone_of(real(rope_scaling=rope), "here")
+        hf_config.backbone_of(real(rope_scaling=rope), "here")
 
 
 def test_broken_configs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no config.json"):
-        hf.read_config(tmp_path)
+        hf_config.read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama",')
     with pytest.raises(ConfigError, match="config.json is not valid JSON"):
-        hf.read_config(tmp_path)
+        hf_config.read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="an object is expected"):
-        hf.read_config(tmp_path)
+        hf_config.read_config(tmp_path)
     with pytest.raises(ConfigError, match="whole numbers for hidden_size, num_hidden_layers"):
-        hf.backbone_of(real(hidden_size=None, num_hidden_layers="16"), "here")
+        hf_config.backbone_of(real(hidden_size=None, num_hidden_layers="16"), "here")
     with pytest.raises(ConfigError, match="not a multiple"):
-        hf.backbone_of(real(hidden_size=2050, head_dim=None), "here")
+        hf_config.backbone_of(real(hidden_size=2050, head_dim=None), "here")
 
 
 def test_stop_tokens_come_from_the_generation_config_first(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    assert hf.stop_tokens(tmp_path) == (2,)
+    assert hf_config.stop_tokens(tmp_path) == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert hf.stop_tokens(tmp_path) == (7, 9)
+    assert hf_config.stop_tokens(tmp_path) == (7, 9)
     (tmp_path / "generation_config.json").write_text("{}")
-    assert hf.stop_tokens(tmp_path) == (2,)
+    assert hf_config.stop_tokens(tmp_path) == (2,)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="names no eos_token_id"):
-        hf.stop_tokens(tmp_path)
+        hf_config.stop_tokens(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match="generation_config.json is not valid JSON"):
-        hf.stop_tokens(tmp_path)
+        hf_config.stop_tokens(tmp_path)
 
 
 def test_a_tokenizer_splits_words_as_its_file_says(tmp_path):
@@ -192,13 +196,13 @@ def test_a_tokenizer_splits_words_as_its_file_says(tmp_path):
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[E]", unk_token="[U]").save_pretrained(tmp_path)
-    tokenizer = hf.load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("red fox-y", add_special_tokens=False) == [2, 3] and tokenizer.eos_token_id == 0
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[U]").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
-        hf.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="holds no tokenizer"):
-        hf.load_tokenizer(tmp_path / "nowhere")
+        load_tokenizer(tmp_path / "nowhere")
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def test_a_folder_computes_what_transformers_computes(kind, dtype, shard, tmp_pa
     tiny_models.transformers_model(kind).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size=shard)
     sharded = (tmp_path / "model.safetensors.index.json").is_file()
     assert sharded == (shard == "20KB") and len(list(tmp_path.glob("*.safetensors"))) > 2 * sharded
-    params = hf.load_backbone(tmp_path, hf.read_config(tmp_path))
+    params = hf.load_backbone(tmp_path, hf_config.read_config(tmp_path))
     assert {str(leaf.dtype) for leaf in flatten(params).values()} == {dtype}
     ids = np.random.default_rng(0).integers(0, 61, (2, 16))
     with torch.no_grad():
@@ -230,7 +234,7 @@ def test_a_folder_computes_what_transformers_computes(kind, dtype, shard, tmp_pa
 def test_in_and_out_again_is_byte_identical(kind, folders, tmp_path):
     folder, _ = folders(kind)
     specs = specs_of(tiny_models.BACKBONES[kind])
-    hf.save_backbone(tmp_path, specs, hf.load_backbone(folder, hf.read_config(folder)), config_of(folder))
+    hf.save_backbone(tmp_path, specs, hf.load_backbone(folder, hf_config.read_config(folder)), config_of(folder))
     theirs, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
@@ -266,7 +270,7 @@ def test_a_fresh_model_is_cut_from_one_language_model(kind, folders):
 
 
 def load(folder):
-    return hf.load_backbone(folder, hf.read_config(folder))
+    return hf.load_backbone(folder, hf_config.read_config(folder))
 
 
 def test_a_tied_head_may_be_repeated_and_old_frequencies_stored(copy):
@@ -289,7 +293,7 @@ def test_every_tensor_that_does_not_fit_is_listed(copy):
     tensors["model.layers.2.self_attn.q_proj.weight"] = np.zeros((32, 31), np.float32)
     tensors["model.norm.weight"] = np.zeros((32, 1), np.float32)
     write()
-    with pytest.raises(files.WeightsError) as error:
+    with pytest.raises(WeightsError) as error:
         load(folder)
     message = str(error.value)
     assert message.count("\n") == 6 and "6 problem(s)" in message
@@ -308,13 +312,13 @@ def test_a_truncated_file_is_refused(copy):
     folder, _, _ = copy("llama2")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(files.WeightsError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(WeightsError, match="model.safetensors cannot be read as safetensors"):
         load(folder)
     path.write_bytes(b"")
-    with pytest.raises(files.WeightsError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(WeightsError, match="model.safetensors cannot be read as safetensors"):
         load(folder)
     path.unlink()
-    with pytest.raises(files.WeightsError, match="has none of model.safetensors.index.json, model.safetensors, "):
+    with pytest.raises(WeightsError, match="has none of model.safetensors.index.json, model.safetensors, "):
         load(folder)
 
 
@@ -329,9 +333,7 @@ def sharded(folders, tmp_path):
 def test_a_missing_shard_is_refused(sharded):
     folder, _, index = sharded
     (folder / index["weight_map"]["model.norm.weight"]).unlink()
-    with pytest.raises(
-        files.WeightsError, match=f"files that are not there: {index['weight_map']['model.norm.weight']}"
-    ):
+    with pytest.raises(WeightsError, match=f"files that are not there: {index['weight_map']['model.norm.weight']}"):
         load(folder)
 
 
@@ -342,7 +344,7 @@ def test_an_index_that_names_files_outside_is_refused(sharded, name):
     folder, path, index = sharded
     index["weight_map"]["model.norm.weight"] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(files.WeightsError, match="outside its own folder"):
+    with pytest.raises(WeightsError, match="outside its own folder"):
         load(folder)
 
 
@@ -350,7 +352,7 @@ def test_an_index_that_names_files_outside_is_refused(sharded, name):
 def test_an_index_that_is_none_is_refused(sharded, text):
     folder, path, _ = sharded
     path.write_text(text)
-    with pytest.raises(files.WeightsError, match="is not an index of weight files"):
+    with pytest.raises(WeightsError, match="is not an index of weight files"):
         load(folder)
 
 
@@ -359,9 +361,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(sharded):
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
     assert index["weight_map"]["lm_head.weight"] != index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(files.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+    with pytest.raises(WeightsError, match="does not list what its files hold.*model.norm.weight"):
         load(folder)
     del index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(files.WeightsError, match="does not list what its files hold.*model.norm.weight"):
+    with pytest.raises(WeightsError, match="does not list what its files hold.*model.norm.weight"):
         load(folder)

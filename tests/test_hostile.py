@@ -15,7 +15,8 @@ from comi_jax import overrides
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import adapters, sources
 from comi_jax.data.records import DataError, Record, Skipped, numbered_records, read_records, record_of
-from comi_jax.weights import hf
+from comi_jax.weights import hf_config
+from comi_jax.weights.hf_config import MAX_CONFIG_BYTES
 
 pytestmark = pytest.mark.fault
 
@@ -329,7 +330,7 @@ def test_a_models_config_of_anything_gives_a_backbone_or_one_sentence(trials, tm
     @given(damaged(REAL).map(lambda v: json.dumps(v).encode()) | bad_bytes, st.sampled_from([100, 100, 60]))
     def run(content, cut):
         path.write_bytes(content[: len(content) * cut // 100])
-        for read in (hf.read_config, hf.stop_tokens, hf.is_base):
+        for read in (hf_config.read_config, hf_config.stop_tokens, hf_config.is_base):
             try:
                 read(tmp_path)
             except ConfigError as error:
@@ -361,7 +362,7 @@ def test_a_models_config_of_anything_gives_a_backbone_or_one_sentence(trials, tm
 )
 def test_a_models_config_with_wrong_numbers_names_them(change, named):
     with pytest.raises(ConfigError, match=named) as refused:
-        hf.backbone_of(REAL | change, "here")
+        hf_config.backbone_of(REAL | change, "here")
     assert one_sentence(refused.value)
 
 
@@ -384,10 +385,10 @@ def test_settings_with_wrong_values_are_named(cls, section, change, named):
 
 def test_the_undamaged_ones_are_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(REAL))
-    assert hf.read_config(tmp_path).rope_scaling.factor == 32.0 and hf.stop_tokens(tmp_path) == (128_001,)
-    (tmp_path / "config.json").write_text(json.dumps(REAL) + " " * hf.MAX_CONFIG_BYTES)
+    assert hf_config.read_config(tmp_path).rope_scaling.factor == 32.0 and hf_config.stop_tokens(tmp_path) == (128_001,)
+    (tmp_path / "config.json").write_text(json.dumps(REAL) + " " * MAX_CONFIG_BYTES)
     with pytest.raises(ConfigError, match="has 1049... bytes"):
-        hf.read_config(tmp_path)
+        hf_config.read_config(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="not valid JSON"):
-        hf.read_config(tmp_path)
+        hf_config.read_config(tmp_path)

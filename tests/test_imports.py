@@ -105,7 +105,7 @@ def test_no_module_reaches_itself():
 
 @pytest.mark.parametrize("package", ["transformers", "datasets", "tokenizers"])
 def test_hugging_face_is_known_in_few_places(package):
-    places = ("comi_jax.weights.hf", "comi_jax.data.")
+    places = ("comi_jax.weights.tokenizer", "comi_jax.data.")
     assert [name for name in SOURCES if package in OUTSIDE[name] and not name.startswith(places)] == []
 
 

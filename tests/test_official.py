@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from comi_jax.config import Compression, ConfigError
 from comi_jax.model import architecture
 from comi_jax.params import flatten
-from comi_jax.weights import files, hf, official
+from comi_jax.weights import hf, hf_config, official
+from comi_jax.weights.layout import WeightsError
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 WHOLE_GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -151,7 +152,9 @@ def test_out_and_in_again_is_byte_identical(kind, lora, tmp_path):
 @pytest.mark.parametrize("arch_name, kind", [("llama2", "full"), ("qwen2", "full"), ("qwen3", "lora")])
 def test_a_real_checkpoint_comes_back_without_what_nothing_computes_with(arch_name, kind):
     path = GOLDEN / arch_name / f"official_{kind}.safetensors"
-    params, arch = official.load(path, hf.read_config(GOLDEN / arch_name / "hf"), Compression(encoder_layers=1), ALPHA)
+    params, arch = official.load(
+        path, hf_config.read_config(GOLDEN / arch_name / "hf"), Compression(encoder_layers=1), ALPHA
+    )
     assert (arch.compression.encoder_layers, arch.compression.lsa_layers) == (2, 1)
     theirs, ours = load_file(path), official.tensors(params, arch)
     unused = {"memory_fusion_layer.lm_head.weight", "semantic_alignment_layer.weight", "semantic_alignment_layer.bias"}
@@ -192,7 +195,7 @@ def test_names_of_older_files_are_understood(tmp_path):
     params, found = load(old, arch, tmp_path)
     assert official.tensors(params, found).keys() == tensors.keys()
     both = tensors | {"icae.model.norm.weight": np.zeros(32, np.float32)}
-    with pytest.raises(files.WeightsError, match="under encoder. too: .*model.norm.weight"):
+    with pytest.raises(WeightsError, match="under encoder. too: .*model.norm.weight"):
         load(both, arch, tmp_path)
 
 
@@ -243,7 +246,7 @@ def test_every_key_that_does_not_fit_is_listed(kind, lora, tmp_path):
         lines.append("missing decoder.base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight (")
         tensors["decoder.model.layers.0.self_attn.q_proj.weight"] = np.zeros((32, 32), np.float32)
         lines.append("unexpected decoder.model.layers.0.self_attn.q_proj.weight")
-    with pytest.raises(files.WeightsError) as error:
+    with pytest.raises(WeightsError) as error:
         load(tensors, arch, tmp_path)
     message = str(error.value)
     assert f"{len(lines)} problem(s)" in message and message.count("\n") == len(lines)
@@ -255,10 +258,10 @@ def test_what_the_file_cannot_say_must_be_given(tmp_path):
     tensors, arch = checkpoint("qwen2", 2)
     with pytest.raises(ConfigError, match="adapters of rank 2; their alpha is not stored"):
         load(tensors, arch, tmp_path, alpha=None)
-    with pytest.raises(files.WeightsError, match="no tensors for lsa_layers"):
+    with pytest.raises(WeightsError, match="no tensors for lsa_layers"):
         load({k: v for k, v in tensors.items() if not k.startswith("memory_fusion_layer.")}, arch, tmp_path)
     name = "decoder.base_model.model.model.layers.1.self_attn.o_proj.lora_A.default.weight"
-    with pytest.raises(files.WeightsError, match=r"several ranks \[2, 3\]"):
+    with pytest.raises(WeightsError, match=r"several ranks \[2, 3\]"):
         load(tensors | {name: np.zeros((3, 32), np.float32)}, arch, tmp_path)
 
 
@@ -266,5 +269,5 @@ def test_a_plain_language_model_is_no_comi_checkpoint(tmp_path):
     arch = tiny_models.architecture("llama2")
     decoder = architecture.specs(arch)["decoder"]
     hf.save_backbone(tmp_path, decoder, tiny_models.shaken(decoder), {})
-    with pytest.raises(files.WeightsError, match="is not an official COMI checkpoint"):
+    with pytest.raises(WeightsError, match="is not an official COMI checkpoint"):
         official.load(tmp_path / "model.safetensors", arch.backbone, arch.compression)

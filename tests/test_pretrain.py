@@ -11,14 +11,15 @@ import pytest
 from comi_jax import pretrain
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
-from comi_jax.weights import hf
+from comi_jax.weights import hf, hf_config
+from comi_jax.weights.tokenizer import load_tokenizer
 
 CARRIED = Path(pretrain.__file__).parent / "tiny_lm"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return hf.load_tokenizer(CARRIED)
+    return load_tokenizer(CARRIED)
 
 
 def test_the_first_block_starts_by_looking_at_the_tokens_just_before():
@@ -66,24 +67,24 @@ def test_a_saved_folder_is_read_back(tokenizer, tmp_path):
     backbone = pretrain.shape(len(tokenizer))
     params = pretrain.initial(backbone, 0)
     pretrain.save(tmp_path / "lm", params, backbone, tokenizer)
-    assert hf.read_config(tmp_path / "lm") == backbone
+    assert hf_config.read_config(tmp_path / "lm") == backbone
     read = hf.load_backbone(tmp_path / "lm", backbone)
     np.testing.assert_allclose(read["layers"]["q"], params["layers"]["q"], atol=1e-3)
-    assert hf.load_tokenizer(tmp_path / "lm")("Lisbon").input_ids == tokenizer("Lisbon").input_ids
-    assert hf.stop_tokens(tmp_path / "lm") == (tokenizer.eos_token_id,)
+    assert load_tokenizer(tmp_path / "lm")("Lisbon").input_ids == tokenizer("Lisbon").input_ids
+    assert hf_config.stop_tokens(tmp_path / "lm") == (tokenizer.eos_token_id,)
     with pytest.raises(SystemExit, match="already holds a model"):
         pretrain.main([f"--output={tmp_path / 'lm'}"])
 
 
 def test_the_carried_model_is_small_and_made_by_this_file(tokenizer):
     assert sum(file.stat().st_size for file in CARRIED.iterdir()) <= 4 * 2**20
-    assert hf.read_config(CARRIED) == pretrain.shape(len(tokenizer))
+    assert hf_config.read_config(CARRIED) == pretrain.shape(len(tokenizer))
     texts = synthetic.corpus(0, 3000) + synthetic.corpus(1, 1000, notes=0.5)
     assert synthetic.train_tokenizer(texts, pretrain.VOCABULARY).get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_carried_model_answers_from_a_text_about_people_it_never_met(tokenizer):
-    backbone = hf.read_config(CARRIED)
+    backbone = hf_config.read_config(CARRIED)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hf.load_backbone(CARRIED, backbone))
     records = synthetic.records("eval", 64, seed=3)
     contexts = tokenizer([record.context_text() for record in records]).input_ids

@@ -16,27 +16,30 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from comi_jax.config import Lora
+from comi_jax.config import ConfigError, Lora
 from comi_jax.model import lora as lora_module
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, check_new, read_run
 from comi_jax.runs.stored_weights import load_flat
-from comi_jax.weights import files, hf
+from comi_jax.weights import files, hf, hf_config, official, writing
+from comi_jax.weights.official import UNUSED
+from comi_jax.weights.tokenizer import load_tokenizer
+from comi_jax.weights.writing import SHARD_BYTES
 
 DTYPES = ("float32", "float16", "bfloat16")
 SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy", "lsa")
 
 
 def export_hf(
-    checkpoint: str | Path, output: str | Path, dtype: str = "", shard_bytes: int = files.SHARD_BYTES
+    checkpoint: str | Path, output: str | Path, dtype: str = "", shard_bytes: int = SHARD_BYTES
 ) -> dict[str, int]:
     """Write the COMI checkpoint into the new folder ``output``. ``dtype`` is one of DTYPES; empty: as it came for an
     imported model, the model's dtype for a trained one. Returns the bytes of each part's weights."""
     check_new(output)
     run, output = read_run(checkpoint), Path(output)
-    tokenizer = hf.load_tokenizer(Path(checkpoint) / "tokenizer")
+    tokenizer = load_tokenizer(Path(checkpoint) / "tokenizer")
     arch, flat = merged(run.architecture, load_flat(checkpoint, run.architecture))
     kept, results = dtype_of(run, dtype), results_of(checkpoint)
     params = unflatten(flat)
@@ -65,7 +68,7 @@ def _save_part(
     specs = hf.lm_specs(backbone, layers, embed=True, head=head)
     stored = dtype or str(tree["embed"].dtype)
     more = _special(tokenizer) if head else {}
-    values = hf.config_values(backbone, head=head, torch_dtype=stored, eos_token_id=list(run.stop), **more)
+    values = hf_config.config_values(backbone, head=head, torch_dtype=stored, eos_token_id=list(run.stop), **more)
     return hf.save_backbone(folder, specs, tree, values, dtype, base=not head, shard_bytes=shard_bytes)
 
 
@@ -113,6 +116,27 @@ def protocol(run: Run, arch: Architecture, scalars: Mapping[str, Any]) -> dict[s
         },
         "generation": {"method": "greedy", **dataclasses.asdict(run.config.generation)},
     }
+
+
+def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool = False, dtype: str = "") -> int:
+    """Write the COMI checkpoint as the release's flat state dict, one safetensors file that the release loads with
+    strict=True. Returns the bytes of its tensors."""
+    output = Path(output)
+    if output.exists():
+        raise CheckpointError(f"{output} exists; choose another --output")
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output={output} is written as safetensors; give it that ending")
+    run = read_run(checkpoint)
+    arch, flat = run.architecture, load_flat(checkpoint, run.architecture)
+    if merge_lora:
+        arch, flat = merged(arch, flat)
+    unused = Path(checkpoint) / UNUSED
+    kept = files.Tensors(unused) if unused.is_file() else None
+    written = dtype_of(run, dtype)
+    tensors = list(official.writables(unflatten(flat), arch, kept, written))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    writing.save_file(output, tensors)
+    return sum(tensor.bytes for tensor in tensors)
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------

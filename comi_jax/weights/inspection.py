@@ -16,8 +16,9 @@ from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import is_run, read_run
 from comi_jax.runs.selection import newest
 from comi_jax.runs.stored_weights import stored_arrays
-from comi_jax.weights import hf, official
-from comi_jax.weights.files import Shape, Tensors
+from comi_jax.weights import hf, hf_config, official
+from comi_jax.weights.files import Tensors
+from comi_jax.weights.layout import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +116,15 @@ def _run(path: Path) -> Inspection:
 
 
 def _language_model(path: Path) -> Inspection:
-    backbone = hf.read_config(path)
-    tensors, base = Tensors(path), hf.is_base(path)
+    backbone = hf_config.read_config(path)
+    tensors, base = Tensors(path), hf_config.is_base(path)
     rename = (lambda name: name.removeprefix("model.")) if base else (lambda name: name)
     specs = hf.lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=not base)
     wanted = {n: s for source in hf.sources(specs, rename).values() for n, s in source.expected().items()}
     held = {name: (tensors.shapes[name], tensors.dtypes[name]) for name in tensors.shapes}
     kind = "Hugging Face model without a head" if base else "Hugging Face causal language model"
     try:
-        hf.stop_tokens(path)
+        hf_config.stop_tokens(path)
         notes: tuple[str, ...] = ()
     except ValueError as error:
         notes = (str(error),)

@@ -22,8 +22,12 @@ from comi_jax.config import Backbone, Compression, ConfigError, Lora
 from comi_jax.model import architecture
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import Placement, as_stored, flatten, unflatten
-from comi_jax.weights import files, hf
-from comi_jax.weights.files import Layout, Shape, Source, Tensors, WeightsError
+from comi_jax.weights import files, hf, loading, writing
+from comi_jax.weights.files import Tensors
+from comi_jax.weights.layout import Index, Layout, Shape, Source, WeightsError
+from comi_jax.weights.writing import Writable
+
+UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads
 
 SCALARS = {
     "mig/alpha_coarse": "alpha_select",
@@ -99,7 +103,7 @@ class OfficialTensors(Tensors):
         self.shapes = {name: self.shapes[file] for name, file in self._files_name.items()}
         self.dtypes = {name: self.dtypes[file] for name, file in self._files_name.items()}
 
-    def read(self, name: str, index: files.Index = ()) -> np.ndarray:
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
         return super().read(self._files_name[name], index)
 
 
@@ -120,7 +124,7 @@ def load(
     arch = read_architecture(tensors.shapes, backbone, compression, lora_alpha, str(path))
     wanted = sources(arch)
     files.check(wanted, unused(arch), tensors)
-    return unflatten(files.load(tensors, wanted, place)), arch
+    return unflatten(loading.load(tensors, wanted, place)), arch
 
 
 def read_architecture(
@@ -163,13 +167,13 @@ def read_architecture(
 
 def writables(
     params: Mapping[str, Any], arch: Architecture, kept: Tensors | None = None, dtype: Any = None
-) -> Iterator[files.Writable]:
+) -> Iterator[Writable]:
     """Every tensor of the official state dict of ``params``, so that the release loads it with strict=True. ``kept``
     has unused tensors of the file that the model came from; the others are ``filled``."""
     arrays = flatten(params)
     names = sources(arch)
     for path, array in arrays.items():  # COMI's own scalars in whatever they have: the decoding depends on each digit
-        yield from files.writables(names, {path: array}, None if path.startswith("mig/") else dtype)
+        yield from writing.writables(names, {path: array}, None if path.startswith("mig/") else dtype)
     for name, shape in unused(arch).items():
         stored = kept is not None and name in kept.shapes
         width = jnp.dtype(dtype or (kept.dtypes[name] if stored else arrays["decoder/embed"].dtype))
@@ -177,9 +181,9 @@ def writables(
         def make(name: str = name, stored: bool = stored, width: Any = width) -> np.ndarray:
             return (kept.read(name) if stored else filled(name, arch, arrays)).astype(width, copy=False)
 
-        yield files.Writable(name, shape, width, make)
+        yield Writable(name, shape, width, make)
 
 
 def tensors(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
     """``params``, whole or in part (gradients of what is trained, say), under their official names and layouts."""
-    return {one.name: one.make() for one in files.writables(sources(arch), flatten(params))}
+    return {one.name: one.make() for one in writing.writables(sources(arch), flatten(params))}

@@ -3,19 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-from jaxtyping import Array
-
 from comi_jax.config import Backbone, Config, ConfigError
-from comi_jax.devices import sharding
-from comi_jax.model import architecture
-from comi_jax.model.architecture import SCALARS, frozen_dtype
+from comi_jax.model.architecture import SCALARS
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
 from comi_jax.runs.description import Run, is_run, read_run
-from comi_jax.runs.stored_weights import load_flat
-from comi_jax.state import own_parameters
-from comi_jax.weights import hf
+from comi_jax.weights import hf_config
+from comi_jax.weights.tokenizer import check_tokenizer, load_tokenizer
 
 
 def backbone_folder(config: Config) -> Path:
@@ -35,15 +29,15 @@ def backbone_folder(config: Config) -> Path:
 
 def starting_backbone(folder: Path) -> Backbone:
     """The backbone of the language model, or of the COMI checkpoint, in ``folder``."""
-    return read_run(folder).backbone if is_run(folder) else hf.read_config(folder)
+    return read_run(folder).backbone if is_run(folder) else hf_config.read_config(folder)
 
 
 def starting_tokenizer(config: Config, folder: Path | None = None) -> Any:
     """The tokenizer that ``config`` names, or that of the model in ``folder``, by default the one it starts from."""
     if config.model.tokenizer:
-        return hf.load_tokenizer(config.model.tokenizer)
+        return load_tokenizer(config.model.tokenizer)
     folder = folder or backbone_folder(config)
-    return hf.load_tokenizer(folder / "tokenizer" if is_run(folder) else folder)
+    return load_tokenizer(folder / "tokenizer" if is_run(folder) else folder)
 
 
 def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[int, ...]]:
@@ -53,9 +47,9 @@ def starting_point(config: Config, folder: Path) -> tuple[Backbone, Any, tuple[i
         check_same_parts(start, config, folder)
         backbone, known = start.backbone, start.stop
     else:
-        backbone, known = hf.read_config(folder), hf.stop_tokens(folder)
+        backbone, known = hf_config.read_config(folder), hf_config.stop_tokens(folder)
     tokenizer = starting_tokenizer(config, folder)
-    hf.check_tokenizer(tokenizer, backbone)
+    check_tokenizer(tokenizer, backbone)
     stop = {tokenizer.eos_token_id} | set(() if config.model.tokenizer else known)
     return backbone, tokenizer, tuple(sorted(stop))
 
@@ -73,18 +67,3 @@ def check_same_parts(start: Run, config: Config, folder: Path) -> None:
         texts = (",".join(map(str, value)) if isinstance(value, list) else value for value in values)
         words = (f"{name}={text}" for name, text in zip(other, texts, strict=True))
         raise ConfigError(f"the COMI checkpoint in {folder} has other parts than this run; pass {' '.join(words)}")
-
-
-def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Array]:
-    """A model to start from, by flat path and on its devices: from the COMI checkpoint in ``folder``, or fresh around
-    the language model in it, with adapters, if any, at random."""
-    arch = run.architecture
-    placed = sharding.parameters(architecture.specs(arch), mesh)
-
-    def place(path: str) -> tuple[str, Any]:
-        return ("float32" if architecture.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
-
-    if is_run(folder):
-        return load_flat(folder, arch, place)
-    params = hf.load_parts(folder, run.backbone, architecture.parts_of_backbone(arch), place)
-    return params | own_parameters(arch, run.config.train.seed, mesh)
