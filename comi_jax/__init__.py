@@ -13,7 +13,7 @@ from comi_jax.version import __version__ as __version__  # noqa: E402
 def __getattr__(name: str):
     """Import ``Comi`` when it is asked for, so that importing a part of the package does not import all of it."""
     if name == "Comi":
-        from comi_jax.answer import Comi
+        from comi_jax.serving.compressor import Comi
 
         return Comi
     raise AttributeError(f"module 'comi_jax' has no attribute {name!r}")

@@ -272,7 +272,7 @@ class Mesh:
         require(min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, one of them may be 0: {self}")
 
 
-MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")  # of comi_jax.metrics
+MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")  # of evaluation.metrics
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import optax
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import evaluate, optim
-from comi_jax.answer import Comi
+from comi_jax import optim
 from comi_jax.data.batches import Plan
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
+from comi_jax.evaluation import predictions
 from comi_jax.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
 from comi_jax.model.architecture import frozen_dtype
 from comi_jax.model.batch import Batch
@@ -27,6 +27,7 @@ from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
 from comi_jax.runs.logs import RunLog, SilentLog
+from comi_jax.serving.compressor import Comi
 from comi_jax.step import CompiledStep, TrainState
 from comi_jax.stop import Stop
 
@@ -185,7 +186,7 @@ class Loop:
             flat = {path: x.astype(frozen_dtype(path, arch)) for path, x in job.state.trained.items()}
             model = Comi(job.run, combine(flat, job.frozen), job.tokenizer, mesh=job.mesh)
             output = job.output / "evaluations" / f"step_{step}.jsonl"
-            result = evaluate.evaluate(
+            result = predictions.evaluate(
                 model, job.held_out, output, weights=stored_weights.weights_of(job.output, step), console=self.console
             )
             if distributed.is_first():

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import answer, estimate, hlo, optim, state, sweep
+from comi_jax import estimate, hlo, optim, state, sweep
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import batches
@@ -41,6 +41,7 @@ from comi_jax.model.batch import Batch
 from comi_jax.overrides import load
 from comi_jax.published import BACKBONES
 from comi_jax.runs.checksums import CheckpointError
+from comi_jax.serving import compressor
 from comi_jax.step import CompiledStep, gradients_of
 from comi_jax.weights.starting_model import backbone_folder, starting_backbone
 
@@ -132,10 +133,10 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=home), params["mig"])
     lengths, options = estimate.longest(config), config.generation
     batch = abstract_batch(config, batch_size, 1, home)
-    compress = answer.remember.lower(params, batch, arch, lengths.rate)
+    compress = compressor.remember.lower(params, batch, arch, lengths.rate)
     memory = jax.eval_shape(lambda p, b: comi.remember(p, arch, b, lengths.rate), params, batch)
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), memory)
-    reply = answer.reply.lower(params, memory, batch, arch, options, (0,))
+    reply = compressor.reply.lower(params, memory, batch, arch, options, (0,))
     held = {"parameters": estimate.on_one_device(params)}
     division = f"one device, {batch_size} at a time"
     own = batch_size * flops.compress(arch, lengths)

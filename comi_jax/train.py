@@ -15,13 +15,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from comi_jax import evaluate, loop, optim
-from comi_jax.answer import Comi
+from comi_jax import loop, optim
 from comi_jax.config import Config, ConfigError
 from comi_jax.data.batches import Plan, Shapes, collate, training_batches
 from comi_jax.data.encode import LengthError, check_positions
 from comi_jax.data.records import DataError, Record
 from comi_jax.devices import distributed, sharding
+from comi_jax.evaluation import predictions, tables
 from comi_jax.overrides import load
 from comi_jax.reading import check_held_out, read_examples, read_held_out
 from comi_jax.runs import lock
@@ -32,6 +32,7 @@ from comi_jax.runs.examples import Examples
 from comi_jax.runs.logs import RunConsole
 from comi_jax.runs.selection import existing
 from comi_jax.runs.stored_weights import restore_frozen, save_frozen, weights_of
+from comi_jax.serving.compressor import Comi
 from comi_jax.state import abstract, create, initial_params
 from comi_jax.stop import Stop
 from comi_jax.weights.layout import WeightsError
@@ -214,13 +215,13 @@ def closing_table(places: dict[str, Path], records: list[Record], output: Path, 
         model = Comi.load(place, mesh=sharding.make_mesh(read_run(place).config.mesh))
         same = weights_of(place, existing(place))
         path = place / "predictions.jsonl"
-        rows[title] = evaluate.evaluate(model, records, path, weights=same, console=console)
+        rows[title] = predictions.evaluate(model, records, path, weights=same, console=console)
         if title == "COMI":
             path = output / "predictions_closed_book.jsonl"
-            closed = evaluate.evaluate(model, records, path, closed_book=True, weights=same, console=console)
+            closed = predictions.evaluate(model, records, path, closed_book=True, weights=same, console=console)
     if distributed.is_first():
-        evaluate.save_table({**rows, "closed book": closed}, output / "results.json")
-        evaluate.print_table({**rows, "closed book": closed}, console)
+        tables.save_table({**rows, "closed book": closed}, output / "results.json")
+        tables.print_table({**rows, "closed book": closed}, console)
     distributed.meet("the table is written")
 
 

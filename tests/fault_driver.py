@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401, imported here once for all children
 
-from comi_jax import evaluate, loop, train
+from comi_jax import loop, train
+from comi_jax.evaluation import predictions
 from comi_jax.runs import checksums
 from comi_jax.runs.arrays import SealedWriter
 from comi_jax.runs.checkpoints import REMOVING, Checkpoints, Progress
@@ -85,14 +86,14 @@ POINTS = {
     "before the commit": lambda n: around(checksums, "seal", behind=after(n)),
     "after the commit": lambda n: around(SealedWriter, "wait", behind=after(n)),
     "mid-prune": half_removed,
-    "in an evaluation": lambda n: around(evaluate, "_prediction", before=after(n)),
-    "after an evaluation": lambda n: around(evaluate, "_finish", behind=after(n)),
+    "in an evaluation": lambda n: around(predictions, "_prediction", before=after(n)),
+    "after an evaluation": lambda n: around(predictions, "_finish", behind=after(n)),
     "slow save": lambda n: around(SealedWriter, "wait", before=after(n, lambda: time.sleep(20))),
     "SIGTERM before the first step": lambda n: around(
         loop.Loop, "describe", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
     ),
     "SIGTERM in an evaluation": lambda n: around(
-        evaluate, "_prediction", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        predictions, "_prediction", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
     ),
 }
 

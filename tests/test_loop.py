@@ -12,8 +12,6 @@ import pytest
 import train_fixtures
 from train_fixtures import SAVE_EVERY, STEPS
 
-from comi_jax.config import MEASURES
-from comi_jax.metrics import MEASURES as MEASURED
 from comi_jax.model import comi
 from comi_jax.runs import checkpoints, description
 from comi_jax.runs.arrays import SealedWriter
@@ -104,10 +102,6 @@ def test_a_dry_run_ends_with_the_summary_and_writes_nothing(files, quick_step, t
     before = contents(tmp_path / "run")
     said = run(files, tmp_path / "run", "train.steps=20", "--dry-run")
     assert f"going on from step {SAVE_EVERY} of 20" in said and contents(tmp_path / "run") == before
-
-
-def test_the_metrics_that_choose_the_best_checkpoint_are_those_there_are():
-    assert MEASURES == MEASURED
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------

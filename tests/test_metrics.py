@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comi_jax.metrics import MEASURES, normalize, score, summarize
+from comi_jax.config import MEASURES
+from comi_jax.evaluation.metrics import normalize, score, summarize
 
 
 @pytest.mark.parametrize(

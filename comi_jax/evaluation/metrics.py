@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")
-
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ROUGE_TOKENS = re.compile(r"[a-z0-9]+")

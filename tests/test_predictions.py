@@ -5,7 +5,8 @@ import json
 import pytest
 import train_fixtures
 
-from comi_jax import evaluate, metrics
+from comi_jax import evaluate
+from comi_jax.evaluation import metrics
 from comi_jax.overrides import to_dict
 from comi_jax.runs.description import read_run
 

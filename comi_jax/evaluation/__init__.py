@@ -1,0 +1,1 @@
+"""Answers measured: predictions, metrics and tables."""

@@ -1,0 +1,33 @@
+"""Summaries of evaluations as a file and as a table."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def save_table(rows: Mapping[str, dict[str, Any]], path: str | Path) -> None:
+    """Write the summaries as JSON."""
+    draft = Path(f"{path}.draft")
+    draft.write_text(json.dumps(dict(rows), indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def print_table(rows: Mapping[str, dict[str, Any]], console: Console, shown: Sequence[str] = ("em", "f1_max")) -> None:
+    """Print the metrics ``shown`` of every system with their intervals, and the achieved ratio; a column a system."""
+    table = Table(title=f"{next(iter(rows.values()))['n']} held-out questions, 95 % bootstrap intervals")
+    table.add_column("")
+    for title in rows:
+        table.add_column(title, justify="right")
+    for name in shown:
+        table.add_row(name, *(_interval(row["metrics"][name]) for row in rows.values()))
+    table.add_row("compression ratio", *(f"{row['ratio']:.1f}" if row["ratio"] else "-" for row in rows.values()))
+    console.print(table)
+
+
+def _interval(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

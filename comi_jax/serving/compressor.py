@@ -1,0 +1,201 @@
+"""The object a user holds: text in, text out.
+
+memory = align(compress(encode(context, question)));   answer = greedy(decoder, [memory; embed(question)])
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from comi_jax.config import ConfigError, Generation
+from comi_jax.data import batches, encode
+from comi_jax.data.encode import Example
+from comi_jax.data.records import Record
+from comi_jax.devices import sharding
+from comi_jax.model import comi, generate
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
+from comi_jax.runs.description import Run
+from comi_jax.runs.stored_weights import load_params
+from comi_jax.weights.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class CompressedContext:
+    """A context as the decoder reads it."""
+
+    vectors: np.ndarray  # [memory vectors, hidden size], after the LSA, float32
+    context_tokens: int
+    truncated: bool  # the context or the question was cut to fit the settings in data
+
+    @property
+    def ratio(self) -> float:
+        """Context tokens per memory vector: the compression ratio that was achieved."""
+        return self.context_tokens / max(len(self.vectors), 1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the decoder said, and what it had read."""
+
+    text: str
+    tokens: tuple[int, ...]  # generated ids, the end-of-sequence token included where it came
+    context_tokens: int
+    memory_vectors: int
+    truncated: bool
+
+    @property
+    def ratio(self) -> float:
+        """Context tokens per memory vector; 0 without a context."""
+        return self.context_tokens / max(self.memory_vectors, 1)
+
+
+class Comi:
+    """A trained compressor. An example's result is the same alone, padded, or in any batch."""
+
+    def __init__(
+        self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16, mesh: Mesh | None = None
+    ):
+        """``mesh``: of the devices that ``params`` are split over, if they are. The examples of a batch, at least
+        ``batch_size``, are split over them too; of several processes, all ask the same at the same time."""
+        if batch_size < 1:
+            raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
+        self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
+        self.parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // self.parts) * self.parts
+        runtime = run.architecture.runtime.replace(remat="off", mesh=mesh)
+        self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        batch_size: int = 16,
+        overrides: Sequence[str] = (),
+        step: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> "Comi":
+        """The model of a run's folder after its newest checkpoint, or that of ``step``, with settings changed by
+        ``overrides`` such as "data.on_long=truncate", split over the devices of ``mesh`` (None: on one). Raises
+        CheckpointError if there is none."""
+        run, params = load_params(folder, overrides, step, mesh)
+        return cls(run, params, load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size, mesh=mesh)
+
+    def compress(
+        self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None
+    ) -> CompressedContext | list[CompressedContext]:
+        """The memory of ``context`` for ``question``, at ``rate`` tokens a vector (None: the first the model was
+        trained for). Lists give a list: element i of one goes with element i of the other."""
+        examples = self._examples(context, question)
+        results: list[Any] = [None] * len(examples)
+        for rows, batch, rate_now in self._batches(examples, rate, 1):
+            memory = remember(self.params, batch, self.architecture, rate_now)
+            vectors, lengths = (fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
+            for i, row in enumerate(rows):
+                kept, example = vectors[i, : lengths[i]], examples[row]
+                results[row] = CompressedContext(kept, len(example.context), example.truncated)
+        return results[0] if isinstance(question, str) else results
+
+    def answer(
+        self,
+        context: str | Sequence[str],
+        question: str | Sequence[str],
+        *,
+        rate: int | None = None,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Answer | list[Answer]:
+        """The greedy answer to ``question`` from the compressed ``context``; lists as in ``compress``."""
+        options = self._generation(max_new_tokens, repetition_penalty)
+        results = self.generate(self._examples(context, question), rate, options)
+        return results[0] if isinstance(question, str) else results
+
+    def generate(self, examples: Sequence[Example], rate: int | None, options: Generation) -> list[Answer]:
+        """Answers to tokenised examples; one with an empty context is answered closed book."""
+        results: list[Any] = [None] * len(examples)
+        for rows, batch, rate_now in self._batches(examples, rate, options.max_new_tokens):
+            memory = remember(self.params, batch, self.architecture, rate_now)
+            out = reply(self.params, memory, batch, self.architecture, options, self.run.stop)
+            ids, lengths, vectors = (fetch(x) for x in (out.ids, out.length, memory.length))
+            for i, row in enumerate(rows):
+                tokens = tuple(int(t) for t in ids[i, : lengths[i]])
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                example = examples[row]
+                results[row] = Answer(text, tokens, len(example.context), int(vectors[i]), example.truncated)
+        return results
+
+    def check(self, examples: Sequence[Example], rate: int | None, new_tokens: int) -> int:
+        """The rate, if ``examples`` can be answered at it. Raises ConfigError or LengthError, before any work."""
+        compression = self.run.config.compression
+        rate = compression.rates[0] if rate is None else rate
+        if not isinstance(rate, int) or rate < 1:
+            raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
+        encode.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
+        return rate
+
+    def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
+        given = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self.run.config.generation, **changes)
+
+    def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[Example]:
+        contexts = [context] if isinstance(context, str) else list(context)
+        questions = [question] if isinstance(question, str) else list(question)
+        if isinstance(context, str) != isinstance(question, str) or len(contexts) != len(questions):
+            given = ("a text" if isinstance(g, str) else f"a list of {len(g)}" for g in (context, question))
+            raise ValueError(
+                f"context and question must be two texts or two lists of equal length, not {' and '.join(given)}; "
+                "repeat a context to ask it several questions"
+            )
+        records = [Record((c,), q, ("",)) for c, q in zip(contexts, questions, strict=True)]
+        return encode.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
+
+    def _batches(self, examples: Sequence[Example], rate: int | None, new_tokens: int):
+        """Rows, padded batch and rate, contexts of like length together."""
+        rate = self.check(examples, rate, new_tokens)
+        if not examples:
+            return
+        compression = self.run.config.compression
+        shapes = batches.Shapes.of(examples, self.run.config.data, compression)
+        # Calls of like length share a compilation.
+        shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
+        for first in range(0, len(order), self.batch_size):
+            rows = order[first : first + self.batch_size]
+            wanted = min(self.batch_size, -(-len(order) // self.parts) * self.parts)  # one batch shape, one compilation
+            full = rows + rows[:1] * (wanted - len(rows))
+            batch = batches.collate([dataclasses.replace(examples[i], rate=rate) for i in full], shapes)
+            yield rows, sharding.put_batch(batch, self.mesh) if self.mesh else jax.tree.map(jnp.asarray, batch), rate
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """``x`` on the host of every process."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "rate"))
+def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.Memory:
+    return comi.remember(params, arch, batch, rate)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
+def reply(
+    params: Any,
+    memory: comi.Memory,
+    batch: Batch,
+    arch: Architecture,
+    options: Generation,
+    stop: tuple[int, ...],
+) -> generate.Generated:
+    rows, lengths = comi.prompt(params, arch, memory, batch)
+    return generate.greedy(params, arch, rows, lengths, options, stop)
