@@ -20,7 +20,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import optim
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Compression, Generation, Optimizer
 from comi_jax.model import architecture, comi, generate
@@ -28,7 +27,8 @@ from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.params import initialize, partition
-from comi_jax.step import CompiledStep, TrainState
+from comi_jax.training import optim
+from comi_jax.training.step import CompiledStep, TrainState
 
 RATE, QUERY, ANSWER, NEW_TOKENS = 32, 24, 16, 20
 BACKBONE = Backbone(

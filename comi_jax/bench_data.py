@@ -21,20 +21,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import optim, reading
 from comi_jax.cli import at_least
 from comi_jax.config import Config, ConfigError
 from comi_jax.data import batches, order
 from comi_jax.data.encode import LengthError
 from comi_jax.data.records import DataError
 from comi_jax.devices import sharding
-from comi_jax.meter import Tally
 from comi_jax.overrides import load
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
 from comi_jax.runs.examples import Examples, make
-from comi_jax.state import create, initial_params
-from comi_jax.step import CompiledStep
+from comi_jax.training import dataset, optim
+from comi_jax.training.meter import Tally
+from comi_jax.training.state import create, initial_params
+from comi_jax.training.step import CompiledStep
 from comi_jax.weights.layout import WeightsError
 from comi_jax.weights.starting_model import backbone_folder, starting_point, starting_tokenizer
 
@@ -46,7 +46,7 @@ def tokenise(config: Config, folder: Path) -> tuple[Examples, float]:
     said: list[str] = []
     tokenizer = starting_tokenizer(config)
     since = time.perf_counter()
-    examples = make(folder, reading.new_examples(config, tokenizer, said), "", said)
+    examples = make(folder, dataset.new_examples(config, tokenizer, said), "", said)
     seconds = time.perf_counter() - since
     total = sum(len(part) for e in examples for part in (e.context, e.query, e.answer))
     return examples, total / seconds

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax import estimate, hlo, optim, state, sweep
+from comi_jax import estimate, hlo, sweep
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.data import batches
@@ -42,7 +42,8 @@ from comi_jax.overrides import load
 from comi_jax.published import BACKBONES
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.serving import compressor
-from comi_jax.step import CompiledStep, gradients_of
+from comi_jax.training import optim, state
+from comi_jax.training.step import CompiledStep, gradients_of
 from comi_jax.weights.starting_model import backbone_folder, starting_backbone
 
 EXAMPLES = 100_000  # that the paper trains on

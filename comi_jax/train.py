@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from comi_jax import loop, optim
 from comi_jax.config import Config, ConfigError
 from comi_jax.data.batches import Plan, Shapes, collate, training_batches
 from comi_jax.data.encode import LengthError, check_positions
@@ -23,7 +22,6 @@ from comi_jax.data.records import DataError, Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.evaluation import predictions, tables
 from comi_jax.overrides import load
-from comi_jax.reading import check_held_out, read_examples, read_held_out
 from comi_jax.runs import lock
 from comi_jax.runs.checkpoints import Checkpoints, Progress, begun
 from comi_jax.runs.checksums import CheckpointError
@@ -33,8 +31,10 @@ from comi_jax.runs.logs import RunConsole
 from comi_jax.runs.selection import existing
 from comi_jax.runs.stored_weights import restore_frozen, save_frozen, weights_of
 from comi_jax.serving.compressor import Comi
-from comi_jax.state import abstract, create, initial_params
-from comi_jax.stop import Stop
+from comi_jax.training import loop, optim
+from comi_jax.training.dataset import check_held_out, read_examples, read_held_out
+from comi_jax.training.signals import Stop
+from comi_jax.training.state import abstract, create, initial_params
 from comi_jax.weights.layout import WeightsError
 from comi_jax.weights.starting_model import backbone_folder, starting_point
 

@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401, imported here once for all children
 
-from comi_jax import loop, train
+from comi_jax import train
 from comi_jax.evaluation import predictions
 from comi_jax.runs import checksums
 from comi_jax.runs.arrays import SealedWriter
 from comi_jax.runs.checkpoints import REMOVING, Checkpoints, Progress
-from comi_jax.step import TrainState
+from comi_jax.training import loop
+from comi_jax.training.step import TrainState
 
 
 def die():

@@ -21,7 +21,7 @@ from comi_jax.data import encode, order
 from comi_jax.data.encode import Example, LengthError
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
-from comi_jax.meter import Tally
+from comi_jax.training.meter import Tally
 
 TOKENIZER = train_fixtures.tokenizer()
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id

@@ -9,9 +9,9 @@ import train_fixtures
 
 from comi_jax import bench_data, bench_restart
 from comi_jax.data import batches
-from comi_jax.meter import Tally
 from comi_jax.overrides import load
 from comi_jax.runs import examples as stored
+from comi_jax.training.meter import Tally
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 

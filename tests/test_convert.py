@@ -15,13 +15,14 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import Comi, convert, state, train
+from comi_jax import Comi, convert, train
 from comi_jax.config import Compression, Generation, Lora
 from comi_jax.model import architecture, comi, generate
 from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs import description, stored_weights
+from comi_jax.training import state
 from comi_jax.weights import files, hf, hf_config, inspection, official, starting_model
 
 torch = pytest.importorskip("torch")

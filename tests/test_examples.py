@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from comi_jax import reading
 from comi_jax.data import encode
 from comi_jax.data.encode import Example
 from comi_jax.overrides import load
 from comi_jax.runs import description, examples
 from comi_jax.runs.checksums import CheckpointError
+from comi_jax.training import dataset
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=9)
 EXAMPLE = st.builds(
@@ -56,7 +56,7 @@ def config_of(data, *words):
 def read(config, folder, tokenizer=None):
     printed = io.StringIO()
     console = Console(file=printed, soft_wrap=True)
-    return reading.read_examples(config, tokenizer or train_fixtures.tokenizer(), folder, console), printed.getvalue()
+    return dataset.read_examples(config, tokenizer or train_fixtures.tokenizer(), folder, console), printed.getvalue()
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_damage_is_noticed_and_mended(data, tmp_path):
 
 def train_examples(data):
     config = config_of(data)
-    return [e for chunk in reading.new_examples(config, train_fixtures.tokenizer(), []) for e in chunk]
+    return [e for chunk in dataset.new_examples(config, train_fixtures.tokenizer(), []) for e in chunk]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

@@ -16,7 +16,7 @@ from comi_jax.model import comi
 from comi_jax.runs import checkpoints, description
 from comi_jax.runs.arrays import SealedWriter
 from comi_jax.runs.logs import RunConsole
-from comi_jax.step import Gradients
+from comi_jax.training.step import Gradients
 
 quick_compilation = train_fixtures.quick_compilation
 
@@ -45,8 +45,8 @@ def quick_step(monkeypatch):
             numbers = dict.fromkeys(names, jnp.float32(8)) | {"loss": loss, "skipped": skipped}
             return state.replace(step=step), numbers
 
-        monkeypatch.setattr("comi_jax.step.add_gradients", add_gradients)
-        monkeypatch.setattr("comi_jax.step.apply_gradients", apply_gradients)
+        monkeypatch.setattr("comi_jax.training.step.add_gradients", add_gradients)
+        monkeypatch.setattr("comi_jax.training.step.apply_gradients", apply_gradients)
 
     use()
     return use

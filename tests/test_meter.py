@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from tiny_models import architecture
 
-from comi_jax import meter
 from comi_jax.devices import chips
 from comi_jax.model import flops
 from comi_jax.model.batch import Batch
+from comi_jax.training import meter
 
 ARCH = architecture()
 

@@ -7,11 +7,11 @@ import pytest
 import tiny_models
 from jax import numpy_dtype_promotion
 
-from comi_jax import optim
 from comi_jax.config import Optimizer
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS
 from comi_jax.params import flatten
+from comi_jax.training import optim
 
 
 @pytest.mark.parametrize(

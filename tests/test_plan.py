@@ -14,13 +14,14 @@ import jax
 import pytest
 import train_fixtures
 
-from comi_jax import hlo_text, optim, plan, published, state
+from comi_jax import hlo_text, plan, published
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train
 from comi_jax.devices import chips, sharding, topology
 from comi_jax.model import architecture, flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import load
-from comi_jax.step import CompiledStep, gradients_of
+from comi_jax.training import optim, state
+from comi_jax.training.step import CompiledStep, gradients_of
 
 CHIP = chips.Chip("test", flops=1e12, memory=1e9, bandwidth=1e11, link=1e10, network=1e9)
 

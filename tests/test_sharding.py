@@ -21,7 +21,7 @@ from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import ParamSpec, partition
-from comi_jax.step import CompiledStep, TrainState
+from comi_jax.training.step import CompiledStep, TrainState
 
 ARCH = Architecture(
     train_fixtures.backbone(num_hidden_layers=1),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax import optim, state
 from comi_jax.config import Compression, Lora, Mesh, Optimizer
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import flatten, initialize
+from comi_jax.training import optim, state
 
 ARCH = Architecture(
     train_fixtures.backbone(num_hidden_layers=2),

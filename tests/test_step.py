@@ -7,7 +7,6 @@ import pytest
 import train_fixtures
 from tiny_models import architecture, shaken
 
-from comi_jax import optim
 from comi_jax.config import Data, Optimizer
 from comi_jax.data import batches, encode
 from comi_jax.data.encode import Example
@@ -16,7 +15,8 @@ from comi_jax.model import comi
 from comi_jax.model.architecture import is_trained, specs
 from comi_jax.model.batch import Batch
 from comi_jax.params import partition
-from comi_jax.step import CompiledStep, TrainState, add_gradients, apply_gradients
+from comi_jax.training import optim
+from comi_jax.training.step import CompiledStep, TrainState, add_gradients, apply_gradients
 
 ARCH = architecture()
 pytestmark = pytest.mark.fault
@@ -92,7 +92,7 @@ def test_gradients_alone_that_are_not_finite_are_enough(parts):
         return comi.LossSums(jnp.sqrt(zero) + 1, jnp.float32(0), jnp.float32(1), jnp.float32(1))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("comi_jax.step.comi.loss", loss)
+        patch.setattr("comi_jax.training.step.comi.loss", loss)
         batch = Batch(*(np.zeros(shape, np.int32) for shape in ((2, 4), 2, (2, 3), 2, (2, 2), 2, 2)))
         state = jax.tree.map(jnp.copy, state)  # it is used up
         before = bits((state.trained, state.optimizer))

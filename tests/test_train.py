@@ -13,13 +13,14 @@ import train_fixtures
 from rich.console import Console
 from train_fixtures import LOG_EVERY, SAVE_EVERY, STEPS
 
-from comi_jax import convert, overrides, reading, train
+from comi_jax import convert, overrides, train
 from comi_jax.devices import sharding
 from comi_jax.model import architecture, comi
 from comi_jax.params import flatten
 from comi_jax.runs import stored_weights
-from comi_jax.state import initial_params
-from comi_jax.step import Gradients
+from comi_jax.training import dataset
+from comi_jax.training.state import initial_params
+from comi_jax.training.step import Gradients
 from comi_jax.weights import hf
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
@@ -85,7 +86,7 @@ def test_the_step_is_compiled_once_for_each_bucket(world, tmp_path, monkeypatch)
         width, one = jnp.float32(rows.context.shape[1]), jnp.float32(1)
         return Gradients(jax.tree.map(jnp.zeros_like, state.trained), comi.LossSums(width, one, one, one))
 
-    monkeypatch.setattr("comi_jax.step.add_gradients", add_gradients)
+    monkeypatch.setattr("comi_jax.training.step.add_gradients", add_gradients)
     # One of 16 records is long: every epoch has a batch with it and one without.
     rows = train_fixtures.records(15, facts=2) + train_fixtures.records(1, facts=4)
     data = train_fixtures.write(tmp_path / "data.jsonl", rows)
@@ -249,7 +250,7 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
     settings = overrides.load("qwen2", [f"data.train={data}", "data.skip_bad_records=true"])
     printed = io.StringIO()
     console = Console(file=printed, soft_wrap=True)
-    kept = reading.read_examples(settings, train_fixtures.tokenizer(), tmp_path / "examples", console)
+    kept = dataset.read_examples(settings, train_fixtures.tokenizer(), tmp_path / "examples", console)
     assert [len(e.query) for e in kept] == [len(row["prompt"].split()) for row in (rows[0], rows[2])]
     assert "left out 2 bad records:" in printed.getvalue()
     assert f"{data}, line 2: " in printed.getvalue() and f"{data}, line 4: " in printed.getvalue()
@@ -258,4 +259,4 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
 def test_only_the_first_records_are_evaluated_if_asked(world):
     quiet, dev = Console(file=io.StringIO()), f"data.eval={world.dev}"
     for words, count in (([dev, "data.eval_examples=2"], 2), ([dev], 6), ([], 0)):
-        assert len(reading.read_held_out(overrides.load("qwen2", words), quiet)) == count
+        assert len(dataset.read_held_out(overrides.load("qwen2", words), quiet)) == count

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from comi_jax import stop as stop_module
 from comi_jax.devices.distributed import Peers
-from comi_jax.stop import SECOND, Stop
+from comi_jax.training import signals as stop_module
+from comi_jax.training.signals import SECOND, Stop
 
 
 class Ended(Exception):

@@ -13,12 +13,10 @@ import optax
 from jaxtyping import Array
 from rich.console import Console
 
-from comi_jax import optim
 from comi_jax.data.batches import Plan
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.evaluation import predictions
-from comi_jax.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
 from comi_jax.model.architecture import frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import combine, count
@@ -28,8 +26,10 @@ from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
 from comi_jax.runs.logs import RunLog, SilentLog
 from comi_jax.serving.compressor import Comi
-from comi_jax.step import CompiledStep, TrainState
-from comi_jax.stop import Stop
+from comi_jax.training import optim
+from comi_jax.training.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
+from comi_jax.training.signals import Stop
+from comi_jax.training.step import CompiledStep, TrainState
 
 PEEKED = 4  # batches that the tokens and FLOP of a step are estimated from
 

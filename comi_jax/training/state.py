@@ -16,7 +16,7 @@ from comi_jax.model.architecture import Architecture, frozen_dtype
 from comi_jax.params import flatten
 from comi_jax.runs.description import Run, is_run
 from comi_jax.runs.stored_weights import load_flat
-from comi_jax.step import TrainState
+from comi_jax.training.step import TrainState
 from comi_jax.weights import hf
 
 
