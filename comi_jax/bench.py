@@ -28,7 +28,8 @@ from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.params import initialize, partition
 from comi_jax.training import optim
-from comi_jax.training.step import CompiledStep, TrainState
+from comi_jax.training.state import TrainState
+from comi_jax.training.step import CompiledStep
 
 RATE, QUERY, ANSWER, NEW_TOKENS = 32, 24, 16, 20
 BACKBONE = Backbone(

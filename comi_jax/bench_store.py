@@ -27,7 +27,7 @@ from comi_jax.bench import peak_memory
 from comi_jax.cli import at_least
 from comi_jax.runs import checksums
 from comi_jax.runs.checkpoints import Checkpoints, Progress
-from comi_jax.training.step import TrainState
+from comi_jax.training.state import TrainState
 
 GB = 1e9
 ARRAY = 1 << 26  # numbers in an array: 268 MB

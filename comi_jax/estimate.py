@@ -13,7 +13,7 @@ import jax
 from comi_jax.config import Config
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
-from comi_jax.training.step import TrainState
+from comi_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

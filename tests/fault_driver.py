@@ -29,7 +29,7 @@ from comi_jax.runs import checksums
 from comi_jax.runs.arrays import SealedWriter
 from comi_jax.runs.checkpoints import REMOVING, Checkpoints, Progress
 from comi_jax.training import loop
-from comi_jax.training.step import TrainState
+from comi_jax.training.state import TrainState
 
 
 def die():

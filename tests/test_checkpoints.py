@@ -15,7 +15,7 @@ from comi_jax.runs import checksums
 from comi_jax.runs.arrays import SealedWriter, frugal, reading, write_once
 from comi_jax.runs.checkpoints import Checkpoints, Progress, begun, distributed, ocp, steps_in
 from comi_jax.runs.checksums import CheckpointError
-from comi_jax.training.step import TrainState
+from comi_jax.training.state import TrainState
 
 pytestmark = pytest.mark.fault
 driver = fault_fixtures.driver

@@ -18,7 +18,7 @@ from comi_jax.model import architecture
 from comi_jax.params import flatten, partition
 from comi_jax.runs import checksums, description, selection, stored_weights
 from comi_jax.runs.checkpoints import Checkpoints, Progress
-from comi_jax.training.step import TrainState
+from comi_jax.training.state import TrainState
 from comi_jax.weights.tokenizer import load_tokenizer
 
 TOKENIZER = train_fixtures.tokenizer()

@@ -11,6 +11,8 @@ import pytest
 from comi_jax import pretrain
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
+from comi_jax.training import pretraining
+from comi_jax.training.pretraining import VOCABULARY, Stage
 from comi_jax.weights import hf, hf_config
 from comi_jax.weights.tokenizer import load_tokenizer
 
@@ -23,8 +25,8 @@ def tokenizer():
 
 
 def test_the_first_block_starts_by_looking_at_the_tokens_just_before():
-    backbone = pretrain.shape(300)
-    layers = pretrain.initial(backbone, 0)["layers"]
+    backbone = pretraining.shape(300)
+    layers = pretraining.initial(backbone, 0)["layers"]
     rope = lm.rotation(backbone, jnp.arange(40)[None])
     q, k = (lm.rotate(jnp.tile(layers[f"{name}_bias"][:1, None], (1, 40, 1, 1)), rope)[0] for name in ("q", "k"))
     for head in range(backbone.num_attention_heads):
@@ -34,9 +36,9 @@ def test_the_first_block_starts_by_looking_at_the_tokens_just_before():
 
 
 def test_the_loss_is_about_every_answer_and_no_padding(tokenizer):
-    stage = pretrain.Stage(1, 3, 144, 8, ((4, 3),), 0.5)
-    ids, weight = next(pretrain.question_answering(tokenizer, stage, seed=5))
-    rows = next(pretrain.rows_of(pretrain.question_answering(tokenizer, stage, seed=5), stage, seed=0))
+    stage = Stage(1, 3, 144, 8, ((4, 3),), 0.5)
+    ids, weight = next(pretraining.question_answering(tokenizer, stage, seed=5))
+    rows = next(pretraining.rows_of(pretraining.question_answering(tokenizer, stage, seed=5), stage, seed=0))
     asked = rows.at[0][rows.weight[0] == 1.0]
     assert set(asked) == set(np.flatnonzero(weight == 1.0)) and len(asked) == 16
     assert ids[np.sort(asked)[1::2]].tolist() == [tokenizer.eos_token_id] * 8
@@ -45,18 +47,18 @@ def test_the_loss_is_about_every_answer_and_no_padding(tokenizer):
 
 
 def test_word_lists_ask_only_for_what_was_said(tokenizer):
-    stage = pretrain.Stage(1, 1, 48)
-    for ids, weight in islice(pretrain.word_lists(tokenizer, stage, seed=1), 20):
+    stage = Stage(1, 1, 48)
+    for ids, weight in islice(pretraining.word_lists(tokenizer, stage, seed=1), 20):
         for place in np.flatnonzero(weight):
             assert ids[place] in ids[: place - 1]
 
 
 @pytest.mark.slow
 def test_two_short_runs_from_one_seed_are_equal(tokenizer, capsys):
-    stages = (pretrain.Stage(2, 2, 48),)
+    stages = (Stage(2, 2, 48),)
     with jax.numpy_dtype_promotion("standard"):  # optax's muon counts on it
         first, again, other = (
-            pretrain.pretrain(tokenizer, pretrain.shape(len(tokenizer)), s, stages) for s in (0, 0, 1)
+            pretraining.pretrain(tokenizer, pretraining.shape(len(tokenizer)), s, stages) for s in (0, 0, 1)
         )
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     assert not np.array_equal(first["embed"], other["embed"])
@@ -64,9 +66,9 @@ def test_two_short_runs_from_one_seed_are_equal(tokenizer, capsys):
 
 
 def test_a_saved_folder_is_read_back(tokenizer, tmp_path):
-    backbone = pretrain.shape(len(tokenizer))
-    params = pretrain.initial(backbone, 0)
-    pretrain.save(tmp_path / "lm", params, backbone, tokenizer)
+    backbone = pretraining.shape(len(tokenizer))
+    params = pretraining.initial(backbone, 0)
+    pretraining.save(tmp_path / "lm", params, backbone, tokenizer)
     assert hf_config.read_config(tmp_path / "lm") == backbone
     read = hf.load_backbone(tmp_path / "lm", backbone)
     np.testing.assert_allclose(read["layers"]["q"], params["layers"]["q"], atol=1e-3)
@@ -78,9 +80,9 @@ def test_a_saved_folder_is_read_back(tokenizer, tmp_path):
 
 def test_the_carried_model_is_small_and_made_by_this_file(tokenizer):
     assert sum(file.stat().st_size for file in CARRIED.iterdir()) <= 4 * 2**20
-    assert hf_config.read_config(CARRIED) == pretrain.shape(len(tokenizer))
+    assert hf_config.read_config(CARRIED) == pretraining.shape(len(tokenizer))
     texts = synthetic.corpus(0, 3000) + synthetic.corpus(1, 1000, notes=0.5)
-    assert synthetic.train_tokenizer(texts, pretrain.VOCABULARY).get_vocab() == tokenizer.get_vocab()
+    assert synthetic.train_tokenizer(texts, VOCABULARY).get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_carried_model_answers_from_a_text_about_people_it_never_met(tokenizer):

@@ -21,7 +21,8 @@ from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import ParamSpec, partition
-from comi_jax.training.step import CompiledStep, TrainState
+from comi_jax.training.state import TrainState
+from comi_jax.training.step import CompiledStep
 
 ARCH = Architecture(
     train_fixtures.backbone(num_hidden_layers=1),

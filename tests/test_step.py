@@ -16,7 +16,8 @@ from comi_jax.model.architecture import is_trained, specs
 from comi_jax.model.batch import Batch
 from comi_jax.params import partition
 from comi_jax.training import optim
-from comi_jax.training.step import CompiledStep, TrainState, add_gradients, apply_gradients
+from comi_jax.training.state import TrainState
+from comi_jax.training.step import CompiledStep, add_gradients, apply_gradients
 
 ARCH = architecture()
 pytestmark = pytest.mark.fault

@@ -29,7 +29,8 @@ from comi_jax.serving.compressor import Comi
 from comi_jax.training import optim
 from comi_jax.training.meter import Meter, Tally, TooManySkipped, batch_flops, bytes_per_device
 from comi_jax.training.signals import Stop
-from comi_jax.training.step import CompiledStep, TrainState
+from comi_jax.training.state import TrainState
+from comi_jax.training.step import CompiledStep
 
 PEEKED = 4  # batches that the tokens and FLOP of a step are estimated from
 

@@ -2,13 +2,14 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
@@ -16,8 +17,18 @@ from comi_jax.model.architecture import Architecture, frozen_dtype
 from comi_jax.params import flatten
 from comi_jax.runs.description import Run, is_run
 from comi_jax.runs.stored_weights import load_flat
-from comi_jax.training.step import TrainState
 from comi_jax.weights import hf
+
+
+@no_type_check
+@struct.dataclass
+class TrainState:
+    """All that a step changes. ``trained`` is flat ("encoder/layers/q") and float32; ``step`` counts batches, those
+    whose update was left out included."""
+
+    step: Int[Array, ""]
+    trained: dict[str, Array]
+    optimizer: Any
 
 
 def abstract(

@@ -25,17 +25,7 @@ from comi_jax.model import comi
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.params import combine
-
-
-@no_type_check
-@struct.dataclass
-class TrainState:
-    """All that a step changes. ``trained`` is flat ("encoder/layers/q") and float32; ``step`` counts batches, those
-    whose update was left out included."""
-
-    step: Int[Array, ""]
-    trained: dict[str, Array]
-    optimizer: Any
+from comi_jax.training.state import TrainState
 
 
 @no_type_check
