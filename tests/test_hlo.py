@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from comi_jax import hlo
+from comi_jax.planning import hlo
 
 L, M, D = 5, 8, 16
 

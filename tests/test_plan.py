@@ -14,12 +14,15 @@ import jax
 import pytest
 import train_fixtures
 
-from comi_jax import hlo_text, plan, published
+from comi_jax import plan
 from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train
 from comi_jax.devices import chips, sharding, topology
 from comi_jax.model import architecture, flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import load
+from comi_jax.params import flatten
+from comi_jax.planning import hlo_text, programs, published_models
+from comi_jax.planning.programs import Program
 from comi_jax.training import optim, state
 from comi_jax.training.step import CompiledStep, gradients_of
 
@@ -58,11 +61,11 @@ def test_the_plan_of_a_step(whole, model, tmp_path):
     printed, (step,) = whole
     assert step["fits"] and "fits" in printed
     run_of = load("qwen2", train_fixtures.command(model, "none.jsonl", tmp_path)[1:])
-    specs = plan.comi.specs(Architecture.of(plan.backbone_of(run_of), run_of))
+    specs = architecture.specs(Architecture.of(programs.backbone_of(run_of), run_of))
     trained = sum(
         math.prod(s.shape)
-        for p, s in plan.comi.flatten(specs).items()
-        if architecture.is_trained(p, Architecture.of(plan.backbone_of(run_of), run_of))
+        for p, s in flatten(specs).items()
+        if architecture.is_trained(p, Architecture.of(programs.backbone_of(run_of), run_of))
     )
     assert step["memory"]["trained parameters"] == pytest.approx(trained, rel=0.1)  # 4 bytes over 4 devices
     assert step["memory"]["optimizer"] == pytest.approx(2 * step["memory"]["trained parameters"], rel=0.01)
@@ -82,14 +85,14 @@ def test_the_plan_of_micro_batches_is_theirs_and_the_updates(whole, model, tmp_p
 
 def test_programs_in_turn_need_what_the_largest_needs_and_do_what_all_do():
     seconds, sent = {"compute": 1.0, "memory": 2.0}, {"all-gather": 3.0}
-    small = plan.Program("step", "", True, 10, 100, {"program": 1}, 2.0, 1.0, sent, seconds, ("a",))
+    small = Program("step", "", True, 10, 100, {"program": 1}, 2.0, 1.0, sent, seconds, ("a",))
     other = {"sent": {"all-reduce": 5.0}, "seconds": {"compute": 4.0}, "kernels": ("b",)}
     large = dataclasses.replace(small, bytes_needed=20, **other)
-    both = plan.in_turn([(3, small), (1, large)])
+    both = programs.in_turn([(3, small), (1, large)])
     assert (both.bytes_needed, both.flops, both.own_flops, both.kernels) == (20, 8.0, 4.0, ("a", "b"))
     assert both.sent == {"all-gather": 9.0, "all-reduce": 5.0} and both.seconds == {"compute": 7.0, "memory": 6.0}
     refused = dataclasses.replace(small, fits=False, refusal="Used 2G of 1G hbm", flops=0.0, seconds={})
-    assert plan.in_turn([(3, refused), (1, large)]) == dataclasses.replace(refused, own_flops=4.0)
+    assert programs.in_turn([(3, refused), (1, large)]) == dataclasses.replace(refused, own_flops=4.0)
 
 
 def test_what_does_not_fit_is_said(capsys):
@@ -97,7 +100,7 @@ def test_what_does_not_fit_is_said(capsys):
     x = jax.ShapeDtypeStruct((32, 32), "float32")
     for memory, words in ((1e5, "fits"), (1e4, "DOES NOT FIT")):
         where = four(dataclasses.replace(CHIP, memory=memory))
-        found = plan.measure("product", "one device", jax.jit(lambda x, y: x @ y).lower(x, x), where, {}, 65536.0)
+        found = programs.measure("product", "one device", jax.jit(lambda x, y: x @ y).lower(x, x), where, {}, 65536.0)
         assert found.fits == (memory == 1e5) and found.bytes_needed >= 3 * 4096 and found.waste == 1.0
         plan.show([found], where, Config(), plan.Console())
         assert f"): {words}, 0.00 GB" in capsys.readouterr().out
@@ -123,10 +126,10 @@ def test_a_missing_compiler_is_one_sentence(name, extra, monkeypatch):
 
 def test_the_models_that_the_configs_name_are_known():
     names = [load(name).model.hub for name in ("qwen2", "llama2", "qwen3")]
-    assert set(names) == set(published.BACKBONES)
+    assert set(names) == set(published_models.BACKBONES)
     sizes = {
         name: sum(flops.attention_weights(b) + flops.mlp_weights(b) for _ in range(b.num_hidden_layers))
-        for name, b in published.BACKBONES.items()
+        for name, b in published_models.BACKBONES.items()
     }
     billions = {name.split("/")[1]: round(size / 1e9, 2) for name, size in sizes.items()}
     assert billions == {"Qwen2-7B-Instruct": 6.53, "Llama-2-7b-chat-hf": 6.48, "Qwen3-8B": 6.95}
@@ -150,7 +153,7 @@ def compiled_step(mesh, batch_size):
     arch = Architecture.of(backbone, config).on(mesh)
     update = optim.optimizer(config.optimizer, 10)
     held, frozen = state.abstract(arch, update, mesh)
-    batch = plan.abstract_batch(config, batch_size, 1, sharding.rows(mesh))
+    batch = programs.abstract_batch(config, batch_size, 1, sharding.rows(mesh))
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jax.numpy.int32(0)))
     step, total = CompiledStep(arch, update), gradients_of(held)
     compiled = step.lower_gradients(total, held, frozen, batch, key, number).compile()
@@ -171,7 +174,7 @@ def test_no_whole_stack_of_weights_is_gathered(step_text):
     text, arch = step_text
     stacks = {
         spec.shape
-        for path, spec in plan.comi.flatten(architecture.specs(arch)).items()
+        for path, spec in flatten(architecture.specs(arch)).items()
         if "/layers/" in path and len(spec.shape) > 2
     }
     computations, _ = hlo_text.parse(text)

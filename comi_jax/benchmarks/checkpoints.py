@@ -1,4 +1,4 @@
-"""What a checkpoint costs: ``python -m comi_jax.bench_store [--gb 2]``.
+"""What a checkpoint costs: ``python -m comi_jax.benchmarks.checkpoints [--gb 2]``.
 
 A state of random numbers, a third of them weights and the rest AdamW's, is saved and restored in a temporary folder.
 
@@ -23,7 +23,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.bench import peak_memory
+from comi_jax.benchmarks.speed import peak_memory
 from comi_jax.cli import at_least
 from comi_jax.runs import checksums
 from comi_jax.runs.checkpoints import Checkpoints, Progress
@@ -73,7 +73,9 @@ def measure(folder: Path, given: TrainState, step: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_store", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m comi_jax.benchmarks.checkpoints", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--gb", type=float, default=2.0, help="of state, at least 0.8")
     parser.add_argument("--runs", type=at_least(1), default=3, help="the median is told")
     options = parser.parse_args()

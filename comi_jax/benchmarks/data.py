@@ -1,4 +1,4 @@
-"""How fast training data comes, and how much of it is padding: ``python -m comi_jax.bench_data --config=NAME [...]``.
+"""How fast training data comes, and its padding: ``python -m comi_jax.benchmarks.data --config=NAME [...]``.
 
     tokenised   records read and tokenised: once in a run, however many its epochs and restarts
     batches     cut, padded and placed on the devices as the loop of a run takes them, with nothing else going on
@@ -117,7 +117,7 @@ def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, print a table; what a user can mend is one sentence and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.data", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--batches", type=at_least(1), default=100, help="how many are timed")
     parser.add_argument("--steps", type=at_least(0), default=20, help="updates that are timed; 0 needs no weights")

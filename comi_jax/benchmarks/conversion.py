@@ -1,4 +1,4 @@
-"""Memory and speed of reading and importing a large checkpoint: ``python -m comi_jax.bench_convert --folder=DIR``.
+"""Memory and speed of importing a large checkpoint: ``python -m comi_jax.benchmarks.conversion --folder=DIR``.
 
 Writes a Hugging Face folder with the tensor shapes and shard sizes of Qwen2-7B, cut to --layers, filled at random in
 bfloat16, and removes it again. Each line of the table is a process of its own over the same files:
@@ -29,12 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from comi_jax.bench import peak_memory
+from comi_jax.benchmarks.speed import peak_memory
 from comi_jax.config import Backbone, Compression, Config, Mesh
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.params import count
-from comi_jax.published import BACKBONES
+from comi_jax.planning.published_models import BACKBONES
 from comi_jax.weights import files, hf, hf_config, import_models, writing
 from comi_jax.weights.writing import Writable
 
@@ -60,7 +60,7 @@ def write_model(folder: Path, layers: int) -> int:
     ]
     config = hf_config.config_values(backbone, torch_dtype="bfloat16", eos_token_id=0)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for file in (Path(__file__).parent / "tiny_lm").glob("*token*"):
+    for file in (Path(__file__).parent.parent / "tiny_lm").glob("*token*"):
         shutil.copy(file, folder)
     return writing.save(folder, tensors, SHARD_BYTES)
 
@@ -114,7 +114,9 @@ TASKS = {"read": (read, 1), "load": (load, 1), "load on 8 devices": (load, 8), "
 
 def main() -> None:
     """Write the model, run every task in a process of its own, print the table, remove the model."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_convert", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m comi_jax.benchmarks.conversion", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--folder", type=Path, help="where to write the model (default: the temporary folder)")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", choices=list(TASKS), nargs="+", default=list(TASKS))
@@ -130,7 +132,7 @@ def main() -> None:
         console.print(f"{given.layers} layers of Qwen2-7B's shapes, {size / GB:.2f} GB in bfloat16")
         table = Table("", "s", "GB/s", "result, GB", "peak memory, GB", "result + largest tensor + 1 GB")
         for name in given.only:
-            command = [sys.executable, "-m", "comi_jax.bench_convert", f"--here={folder}", "--only", name]
+            command = [sys.executable, "-m", "comi_jax.benchmarks.conversion", f"--here={folder}", "--only", name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 table.add_row(name, "failed", (done.stderr.strip().splitlines() or ["?"])[-1][:60])

@@ -1,4 +1,4 @@
-"""Time and memory on this machine: ``python -m comi_jax.bench [--tokens 2048 8192 32768] [--only compress]``.
+"""Time and memory on this machine: ``python -m comi_jax.benchmarks.speed [--tokens 2048 8192] [--only compress]``.
 
 Random weights of a small Qwen2 (hidden 512, 8 heads over 2 key/value heads, feed-forward 1,408, 8 decoder and 4 encoder
 layers, vocabulary 32,000), one context, rate 32, query 24, answer 16, float32. Each figure is taken in a process of its
@@ -119,7 +119,7 @@ TASKS = ("compress", "train step", "compress + 20 tokens")
 
 def main() -> None:
     """Measure every task at every length, one process each, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--only", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--runs", type=at_least(1), default=3)
@@ -134,7 +134,16 @@ def main() -> None:
     table = Table("task", "context tokens", "first run (compiles), s", "median, s", "peak memory, GB")
     for tokens in given.tokens:
         for task in given.only:
-            command = [sys.executable, "-m", "comi_jax.bench", "--here", "--only", task, "--tokens", str(tokens)]
+            command = [
+                sys.executable,
+                "-m",
+                "comi_jax.benchmarks.speed",
+                "--here",
+                "--only",
+                task,
+                "--tokens",
+                str(tokens),
+            ]
             command += ["--runs", str(given.runs)] + ["--no-remat"] * given.no_remat
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:

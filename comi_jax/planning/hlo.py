@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from comi_jax.hlo_text import Computation, Instruction, parse, trip_count
+from comi_jax.planning.hlo_text import Computation, Instruction, parse, trip_count
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # Products of T x S x H that an attention kernel makes for each head; the model's own are 2 forward and 4 backward.

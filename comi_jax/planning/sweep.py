@@ -15,12 +15,12 @@ from typing import Any
 
 from rich.console import Console
 
-from comi_jax import estimate
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.devices import sharding
 from comi_jax.devices.topology import Topology
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
+from comi_jax.planning import estimate
 from comi_jax.training import optim, state
 
 RECOMPUTED = {"off": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}  # of the forward pass

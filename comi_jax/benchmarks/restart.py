@@ -1,4 +1,4 @@
-"""From kill -9 to the next new step: ``python -m comi_jax.bench_restart [--config=tiny] [path=value ...]``.
+"""From kill -9 to the next new step: ``python -m comi_jax.benchmarks.restart [--config=tiny] [path=value ...]``.
 
 A run in a temporary folder is killed at random moments, and its command given again at once, as a supervisor would.
 
@@ -94,7 +94,7 @@ def measure(command: list[str], folder: Path, kills: int, every: int, rng: rando
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.bench_restart", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.restart", description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="tiny", help="a name from comi_jax/configs")
     parser.add_argument("--kills", type=at_least(1), default=5)
     parser.add_argument("--every", type=at_least(1), default=10, help="steps between two checkpoints")

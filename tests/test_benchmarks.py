@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax import bench_data, bench_restart
+from comi_jax.benchmarks import data, restart
 from comi_jax.data import batches
 from comi_jax.overrides import load
 from comi_jax.runs import examples as stored
@@ -22,7 +22,7 @@ def settings(world, *more):
 
 def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tmp_path):
     config = settings(world)
-    title, rows = bench_data.measure(config, tmp_path, count=4, steps=1)
+    title, rows = data.measure(config, tmp_path, count=4, steps=1)
     figures = {name: value for name, value, _ in rows}
     assert list(figures) == ["tokenised", "batches", "trained", "padding", "padding, shuffled alone"]
     examples = stored.load(tmp_path)
@@ -32,17 +32,17 @@ def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tm
     assert figures["padding"] == f"{np.mean(shares):.1%}"  # both batches have one shape
     assert title == "16 examples, micro-batches of 8 in 1 shapes, 2 an epoch"
     assert all(float(value.split()[0].replace(",", "")) > 0 for value in list(figures.values())[:3])
-    assert [row[2] for row in bench_data.measure(config, tmp_path, count=1, steps=0)[1]] == [""] * 4
+    assert [row[2] for row in data.measure(config, tmp_path, count=1, steps=0)[1]] == [""] * 4
 
 
 def test_what_cannot_be_read_is_said_in_a_sentence(world):
     words = train_fixtures.command(world.lm, "nowhere.jsonl", "unused")
     with pytest.raises(SystemExit, match="^error: .*nowhere.jsonl"):
-        bench_data.main(words)
+        data.main(words)
 
 
 def test_a_run_that_ends_by_itself_is_not_waited_for(tmp_path):
-    run = bench_restart.Run([sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path)
+    run = restart.Run([sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path)
     with pytest.raises(SystemExit, match="status 1: no such model"):
         run.wait_for_step(1)
 
@@ -50,7 +50,7 @@ def test_a_run_that_ends_by_itself_is_not_waited_for(tmp_path):
 @pytest.mark.slow
 def test_a_kill_costs_the_steps_since_the_checkpoint(world, tmp_path):
     words = world.command(tmp_path / "run", "train.steps=500", "train.log_every=1", "train.checkpoint_every=4")
-    rows = bench_restart.measure([sys.executable, "-m", "comi_jax.train", *words], tmp_path, 2, 4, random.Random(0))
+    rows = restart.measure([sys.executable, "-m", "comi_jax.train", *words], tmp_path, 2, 4, random.Random(0))
     for row in rows:
         assert 0 < row["back, s"] < row["a new step, s"]
         assert row["steps made again"] >= 0
