@@ -4,9 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from comi_jax import cli
 from comi_jax.config import ConfigError
-from comi_jax.data.encode import LengthError
-from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Comi
 
@@ -27,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="path=value", help="another setting, e.g. data.on_long=truncate"
     )
     options = parser.parse_args(arguments)
-    try:
+    with cli.one_way_out():
         context = _read_text(options.context)
         step = choose_step(options.checkpoint, options.step)
         model = Comi.load(options.checkpoint, overrides=options.set, step=step)
@@ -38,8 +37,6 @@ def main(arguments: list[str] | None = None) -> None:
             max_new_tokens=options.max_new_tokens,
             repetition_penalty=options.repetition_penalty,
         )
-    except (CheckpointError, ConfigError, LengthError) as error:
-        sys.exit(f"error: {error}")
     print(answer.text)
     print(
         f"[{answer.context_tokens} context tokens{' (cut)' if answer.truncated else ''} in {answer.memory_vectors} "

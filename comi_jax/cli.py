@@ -1,7 +1,29 @@
-"""What the commands share: reading their arguments."""
+"""What the commands share: types of their arguments, and the one way out of them."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from comi_jax.errors import UserError
+
+
+def leave(message: str) -> NoReturn:
+    """End this process with ``message`` on standard error and status 1."""
+    sys.exit(f"error: {message}")
+
+
+@contextlib.contextmanager
+def one_way_out(leave: Callable[[str], NoReturn] = leave) -> Iterator[None]:
+    """What a user can mend, and what the system refuses, ends a command by ``leave`` with one sentence; any other
+    exception is a fault of ours and goes on as a traceback."""
+    try:
+        yield
+    except UserError as error:
+        leave(str(error))
+    except OSError as error:
+        leave(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
 
 def at_least(least: int) -> Callable[[str], int]:

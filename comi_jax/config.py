@@ -21,8 +21,10 @@ import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from comi_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that does not exist or cannot work; the message says which and what would."""
 
 

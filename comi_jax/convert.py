@@ -9,18 +9,16 @@ same, byte for byte.
 """
 
 import argparse
-import sys
 
 from rich.console import Console
 from rich.table import Table
 
+from comi_jax import cli
 from comi_jax.config import Config, ConfigError
 from comi_jax.overrides import override
-from comi_jax.runs.checksums import CheckpointError
 from comi_jax.weights import export_models, inspection
 from comi_jax.weights.export_models import export_official
 from comi_jax.weights.import_models import import_hf, import_official
-from comi_jax.weights.layout import WeightsError
 from comi_jax.weights.writing import SHARD_BYTES
 
 
@@ -122,10 +120,8 @@ def _do(given: argparse.Namespace, console: Console) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, convert, and turn what a user can mend into one sentence and exit status 1."""
     console = Console(soft_wrap=True, markup=False)
-    try:
+    with cli.one_way_out():
         _do(_parser().parse_args(arguments), console)
-    except (ConfigError, WeightsError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -2,23 +2,20 @@
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
+from comi_jax import cli
 from comi_jax.config import ConfigError, Mesh
-from comi_jax.data.encode import LengthError
-from comi_jax.data.records import DataError, read_records
+from comi_jax.data.records import read_records
 from comi_jax.devices import sharding
 from comi_jax.evaluation.predictions import evaluate
 from comi_jax.evaluation.tables import print_table, save_table
-from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
 from comi_jax.serving.compressor import Comi
-from comi_jax.weights.layout import WeightsError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
-    try:
+    with cli.one_way_out():
         if given.limit is not None and given.limit < 1:
             raise ConfigError(f"--limit={given.limit} leaves no records; it must be at least 1")
         step = choose_step(given.checkpoint, given.step)
@@ -69,8 +66,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
         result["skipped_records"] = len(report.skipped)
         save_table({"model": result}, output / "results.json")
-    except (CheckpointError, ConfigError, DataError, LengthError, WeightsError, OSError) as error:
-        sys.exit(f"error: {error}")
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(
         f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts cut, "

@@ -3,20 +3,18 @@
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.cli import at_least
+from comi_jax import cli
 from comi_jax.config import Config, ConfigError
 from comi_jax.devices import topology
 from comi_jax.overrides import load
 from comi_jax.planning import sweep
 from comi_jax.planning.programs import Program, backbone_of, serving, train_step
-from comi_jax.runs.checksums import CheckpointError
 
 EXAMPLES = 100_000  # that the paper trains on
 
@@ -85,14 +83,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--topology", required=True, help="v5e:8x8, v5p:2x2x1, v6e:4x4, h100:8, h100:64, ...")
     parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; name the best")
-    parser.add_argument("--compiles", type=at_least(1), default=6, help="how many candidates a sweep compiles")
+    parser.add_argument("--compiles", type=cli.at_least(1), default=6, help="how many candidates a sweep compiles")
     parser.add_argument("--serve", action="store_true", help="plan compressing and answering, on one device")
-    parser.add_argument("--batch-size", type=at_least(1), default=1, help="examples served at once")
+    parser.add_argument("--batch-size", type=cli.at_least(1), default=1, help="examples served at once")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as of comi_jax.train")
     given = parser.parse_intermixed_args(arguments)
     console = Console()
-    try:
+    with cli.one_way_out():
         if given.json and not Path(given.json).absolute().parent.is_dir():
             raise ConfigError(f"--json={given.json} cannot be written: there is no such folder")
         config = load(given.config, given.overrides)
@@ -108,8 +106,6 @@ def main(arguments: list[str] | None = None) -> None:
         if given.json:
             text = json.dumps(to_json(programs, where, config), indent=2)
             Path(given.json).write_text(text + "\n", encoding="utf-8")
-    except (ConfigError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ it, and refuses when the records are not those of the report. Sources are read t
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.config import ConfigError
-from comi_jax.data.encode import LengthError
+from comi_jax import cli
 from comi_jax.data.mixture import PARTS, PERCENTILES, prepare
-from comi_jax.data.records import DataError
 from comi_jax.overrides import load
 from comi_jax.weights.starting_model import starting_tokenizer
 
@@ -57,14 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
     console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
-    try:
+    with cli.one_way_out():
         config = load(options.config, overrides)
         output = Path(os.path.abspath(options.output))
         print_report(prepare(config, starting_tokenizer(config), output, console), options.output, console)
-    except (ConfigError, DataError, LengthError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {options.output} cannot be written: {error.strerror} ({error.filename})")
 
 
 if __name__ == "__main__":

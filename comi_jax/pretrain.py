@@ -1,10 +1,11 @@
 """Pretrain the tiny language model that the package carries: ``python -m comi_jax.pretrain --output=DIR``."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from comi_jax import cli
 from comi_jax.data import synthetic
+from comi_jax.errors import UserError
 from comi_jax.training.pretraining import VOCABULARY, pretrain, save, shape
 
 
@@ -16,12 +17,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to write; it must not hold a model yet")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if (options.output / "config.json").exists():
-        sys.exit(f"error: {options.output} already holds a model; give another --output")
-    texts = synthetic.corpus(options.seed, 3000) + synthetic.corpus(options.seed + 1, 1000, notes=0.5)
-    tokenizer = synthetic.train_tokenizer(texts, VOCABULARY)
-    backbone = shape(len(tokenizer))
-    save(options.output, pretrain(tokenizer, backbone, options.seed), backbone, tokenizer)
+    with cli.one_way_out():
+        if (options.output / "config.json").exists():
+            raise UserError(f"{options.output} already holds a model; give another --output")
+        texts = synthetic.corpus(options.seed, 3000) + synthetic.corpus(options.seed + 1, 1000, notes=0.5)
+        tokenizer = synthetic.train_tokenizer(texts, VOCABULARY)
+        backbone = shape(len(tokenizer))
+        save(options.output, pretrain(tokenizer, backbone, options.seed), backbone, tokenizer)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ report.png has the curves; report.html has them too, with settings and results, 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from comi_jax.runs.checksums import CheckpointError
+from comi_jax import cli
 from comi_jax.runs.report import draw, page, read
 
 
@@ -18,14 +17,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", help="folder for report.png and report.html (default: the first RUN_DIR)")
     given = parser.parse_args(arguments)
     output = Path(given.output or given.runs[0])
-    try:
+    with cli.one_way_out():
         courses = [course for folder in given.runs for course in read(Path(folder))]
         picture = draw(courses)
         output.mkdir(parents=True, exist_ok=True)
         (output / "report.png").write_bytes(picture)
         (output / "report.html").write_text(page(courses, picture), encoding="utf-8")
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{output / 'report.png'}\n{output / 'report.html'}")
 
 

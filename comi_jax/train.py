@@ -7,15 +7,11 @@ import argparse
 
 import jax
 
-from comi_jax.config import ConfigError
-from comi_jax.data.encode import LengthError
-from comi_jax.data.records import DataError
+from comi_jax import cli
 from comi_jax.devices import distributed
 from comi_jax.overrides import load
-from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.logs import RunConsole
 from comi_jax.training.run import run
-from comi_jax.weights.layout import WeightsError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,15 +29,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
     try:
-        distributed.start()
-        # Paths and data may hold brackets; what all processes know is said once.
-        console = RunConsole(soft_wrap=True, markup=False, quiet=not distributed.is_first())
-        config = load(options.config, overrides)
-        run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
+        with cli.one_way_out(distributed.leave):
+            distributed.start()
+            # Paths and data may hold brackets; what all processes know is said once.
+            console = RunConsole(soft_wrap=True, markup=False, quiet=not distributed.is_first())
+            config = load(options.config, overrides)
+            run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
     except jax.errors.JaxRuntimeError as error:
         distributed.leave(*distributed.failed(error))
-    except (ConfigError, DataError, LengthError, CheckpointError, WeightsError, OSError) as error:
-        distributed.leave(str(error))
     except Exception as error:
         distributed.leave(distributed.unexpected(error))
 

@@ -15,8 +15,9 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax import Comi, convert, train
-from comi_jax.config import Compression, Generation, Lora
+from comi_jax import Comi, convert
+from comi_jax.config import Compression, ConfigError, Generation, Lora
+from comi_jax.devices import sharding
 from comi_jax.model import architecture, comi, generate
 from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch
@@ -282,7 +283,7 @@ def test_training_starts_from_an_imported_model(tmp_path):
     command("import-hf", f"--backbone={lm}", f"--output={ours}", "--encoder-layers=1", "--rates=2", "lora.rank=2")
     run = description.read_run(ours)
     before = stored_weights.load_flat(ours, run.architecture)
-    mesh = train.sharding.make_mesh(run.config.mesh)
+    mesh = sharding.make_mesh(run.config.mesh)
     started = state.initial_params(run, ours, mesh)
     assert started.keys() == before.keys()
     for path, array in before.items():
@@ -290,10 +291,10 @@ def test_training_starts_from_an_imported_model(tmp_path):
     backbone, _, stop = starting_model.starting_point(run.config, ours)
     assert (backbone, stop) == (run.backbone, run.stop)
     other = dataclasses.replace(run.config, lora=Lora(), compression=Compression(rates=(2,), encoder_layers=2))
-    with pytest.raises(train.ConfigError, match="pass compression.encoder_layers=1 lora.rank=2$"):
+    with pytest.raises(ConfigError, match="pass compression.encoder_layers=1 lora.rank=2$"):
         starting_model.starting_point(other, ours)
     sharper = dataclasses.replace(run.config, compression=dataclasses.replace(run.config.compression, alpha_fine=4.0))
-    with pytest.raises(train.ConfigError, match="pass compression.alpha_fine=1.0$"):
+    with pytest.raises(ConfigError, match="pass compression.alpha_fine=1.0$"):
         starting_model.starting_point(sharper, ours)
     # It may train what the run that made the checkpoint kept frozen.
     learning = dataclasses.replace(run.config.compression, learn_mig=True)

@@ -9,11 +9,12 @@ import numpy as np
 
 from comi_jax.config import Backbone, Compression, Data, max_groups
 from comi_jax.data.records import Record
+from comi_jax.errors import UserError
 
 CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
 
 
-class LengthError(ValueError):
+class LengthError(UserError):
     """Records longer than the settings allow; the message says how many, which first, and which settings decide."""
 
 

@@ -215,23 +215,33 @@ def _replacing(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` that takes its name when all is written, and is removed when that fails. What a killed
     process left there is used again; two processes at once are refused."""
     partial = output.parent / f".{output.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with _alone_in(partial, output):
+            try:
+                for old in partial.iterdir():
+                    old.unlink()
+                yield partial
+                for path in partial.iterdir():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+                partial.rename(output)
+            except BaseException:
+                shutil.rmtree(partial)
+                raise
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror} ({error.filename})") from None
+
+
+@contextlib.contextmanager
+def _alone_in(partial: Path, output: Path) -> Iterator[None]:
+    """The lock of the folder ``partial``, which the system releases when the process is gone."""
     handle = os.open(partial, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"another process is preparing {output} in {partial}; wait for it") from None
-        try:
-            for old in partial.iterdir():
-                old.unlink()
-            yield partial
-            for path in partial.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            partial.rename(output)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
+        yield
     finally:
         os.close(handle)

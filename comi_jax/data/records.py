@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from comi_jax.errors import UserError
+
 # JSON can take 24 times its length once parsed ("[{},{},..."): 16 MiB, a dozen novels, stay well under 1 GB.
 MAX_LINE_BYTES = 16 * 2**20
 MAX_SKIPPED = 100_000  # bad lines that one reading lists; a file with more is no data file
@@ -37,7 +39,7 @@ class Record:
         return "\n".join(self.context)
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file, or one line of it (counted from 1), that cannot be read; the message begins with where.
 
     The three parts are kept as `path`, `line` (None when the whole file is meant) and `reason`.

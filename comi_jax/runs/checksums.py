@@ -7,6 +7,8 @@ from pathlib import Path
 
 import xxhash
 
+from comi_jax.errors import UserError
+
 SUMS = "checksums.json"
 FORMAT = 1
 SEAL = {"checksums": FORMAT}  # Orbax keeps this in its own metadata: a folder that has it must have checksums
@@ -17,7 +19,7 @@ BLOCK = 1 << 20  # bytes; what is read stays in the processor's cache until it i
 THREADS = 2
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A folder that holds no usable run, or another one; the message says which and what to do."""
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from comi_jax.errors import UserError
+
 TRANSPOSED = 64  # rows of a tensor that are transposed at a time
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that do not fit the model or cannot be read; the message lists every one of them."""
 
 
