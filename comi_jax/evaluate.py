@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -13,6 +12,7 @@ from comi_jax.data.records import read_records
 from comi_jax.devices import sharding
 from comi_jax.evaluation.predictions import evaluate
 from comi_jax.evaluation.tables import print_table, save_table
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
 from comi_jax.serving.compressor import Comi
@@ -51,13 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
         records, report = read_records(given.data, skip_bad=given.skip_bad_records)
         for line in report.skipped:
             console.print(f"left out {line}", highlight=False)
-        output = Path(given.output or Path(given.checkpoint) / "evaluation")
+        output = Folder(given.output or Folder(given.checkpoint).evaluation)
         changes = {"max_new_tokens": given.max_new_tokens, "repetition_penalty": given.repetition_penalty}
         changes = {name: value for name, value in changes.items() if value is not None}
         result = evaluate(
             model,
             records[: given.limit],
-            output / "predictions.jsonl",
+            output.predictions,
             rate=given.rate,
             options=dataclasses.replace(model.run.config.generation, **changes),
             closed_book=given.closed_book,
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             console=console,
         )
         result["skipped_records"] = len(report.skipped)
-        save_table({"model": result}, output / "results.json")
+        save_table({"model": result}, output.results)
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(
         f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts cut, "

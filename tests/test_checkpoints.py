@@ -13,8 +13,9 @@ import pytest
 
 from comi_jax.runs import checksums
 from comi_jax.runs.arrays import SealedWriter, frugal, reading, write_once
-from comi_jax.runs.checkpoints import Checkpoints, Progress, begun, distributed, ocp, steps_in
+from comi_jax.runs.checkpoints import Checkpoints, Progress, distributed, ocp
 from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.folder import Folder
 from comi_jax.training.state import TrainState
 
 pytestmark = pytest.mark.fault
@@ -146,7 +147,7 @@ def test_what_fails_for_another_reason_than_damage_sets_nothing_aside(folder, mo
     message = "checkpoints/3 is as it was written, but cannot be restored here: RESOURCE_EXHAUSTED: out of memory$"
     with pytest.raises(CheckpointError, match=message):
         restored(folder)
-    assert steps_in(folder / "checkpoints") == [1, 2, 3]
+    assert Folder(folder).steps() == [1, 2, 3]
 
 
 def test_weights_that_find_no_room_on_the_disk_are_said_in_one_sentence(tmp_path, monkeypatch):
@@ -165,7 +166,7 @@ def test_with_every_checkpoint_damaged_nothing_begins_anew(folder):
     with pytest.raises(CheckpointError, match="none of the checkpoints .* can be read.* choose another train.output"):
         checkpoints.restore_newest(state(0))
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["1.damaged", "2.damaged", "3.damaged"]
-    assert begun(folder / "checkpoints")
+    assert Folder(folder).has_begun()
 
 
 def test_a_second_damaged_checkpoint_of_a_step_replaces_none(folder):

@@ -16,7 +16,8 @@ import train_fixtures
 
 from comi_jax.runs import selection
 from comi_jax.runs.arrays import restore_arrays, stored
-from comi_jax.runs.checkpoints import Checkpoints, steps_in
+from comi_jax.runs.checkpoints import Checkpoints
+from comi_jax.runs.folder import Folder
 
 STEPS, SAVE_EVERY = fault_fixtures.STEPS, fault_fixtures.SAVE_EVERY
 POINTS = [
@@ -106,7 +107,7 @@ def check_kills(driver, undisturbed, name, kills, rng):
             shutil.rmtree(output)
             continue
         assert kills.pop(0) == die and status == -signal.SIGKILL, child.printed()
-        kept = max(steps_in(output / "checkpoints"), default=0)
+        kept = max(Folder(output).steps(), default=0)
         assert last_step(output) - kept <= 2 * SAVE_EVERY
 
 
@@ -134,7 +135,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_one_that_was_not(driver, 
 
 def check_store(driver, folder, die, rng):
     """A process that saves is killed; what is then restored is the newest that was committed."""
-    before = max(steps_in(folder / "checkpoints"), default=0)
+    before = max(Folder(folder).steps(), default=0)
     child = driver.start(store=str(folder), die=die)
     if die is None:
         child.wait_for("settled")
@@ -143,7 +144,7 @@ def check_store(driver, folder, die, rng):
     assert child.status() == -signal.SIGKILL, child.printed()
     settled = [line.split()[1] for line in child.printed().splitlines() if line.startswith("settled")]
     settled = max((int(step) for step in settled if step != "None"), default=before)
-    there = max(steps_in(folder / "checkpoints"), default=0)
+    there = max(Folder(folder).steps(), default=0)
     assert settled <= there <= settled + 2
     said = []
     checkpoints = Checkpoints(folder, say=said.append)
@@ -181,7 +182,7 @@ def test_a_signal_saves_and_ends_and_no_step_is_lost(driver, undisturbed, number
     assert time.monotonic() - since < 10
     reached = last_step(output)
     assert f"stopped by {number.name} after step {reached} of {STEPS}" in child.printed()
-    assert reached < STEPS and max(steps_in(output / "checkpoints")) == reached
+    assert reached < STEPS and max(Folder(output).steps()) == reached
     child = driver.train(output)
     assert child.status() == 0 and f"going on from step {reached} of" in child.printed()
     assert result(output) == undisturbed
@@ -207,7 +208,7 @@ def test_a_signal_before_the_first_step_ends_at_once(driver):
     child = driver.train(output, die=("SIGTERM before the first step", 0))
     assert child.status() == 0 and "there is nothing to save" in child.printed()
     assert "step 1/" not in child.printed() and not (output / "lock").exists()
-    assert not steps_in(output / "checkpoints")
+    assert not Folder(output).steps()
 
 
 # --- evaluation on the way --------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def test_a_run_goes_on_with_another_number_of_devices(driver, undisturbed):
     """The same examples in the same order: the losses are those of the run that stayed where it was."""
     output = driver.folder / "moved"
     assert driver.train(output, die=("after the commit", 1)).status() == -9
-    kept = max(steps_in(output / "checkpoints"))
+    kept = max(Folder(output).steps())
     child = driver.train(output, devices=4)
     assert child.status() == 0 and f"going on from step {kept} of {STEPS}" in child.printed()
     losses, expected = ([row["loss"] for row in rows] for rows in (result(output)[0], undisturbed[0]))

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.fault
 
 def write(folder, **changes):
     owner = lock._owner(os.getpid()) | changes
-    (folder / lock.NAME).write_text(json.dumps(owner))
+    (folder / "lock").write_text(json.dumps(owner))
     return owner
 
 
 def test_the_lock_is_there_while_it_is_held_and_then_gone(tmp_path):
     with lock.held(tmp_path / "a" / "run"):
-        assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == [lock.NAME]
+        assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["lock"]
     assert not (tmp_path / "a" / "run").exists()  # it was made for the lock, and nothing came into it
     with lock.held(tmp_path):
         pass
@@ -41,7 +41,7 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
     gone.wait()
     write(tmp_path, pid=gone.pid, start="some boot/7")
     with lock.held(tmp_path):
-        assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
 
@@ -53,7 +53,7 @@ def test_a_later_process_of_the_same_number_is_not_taken_for_the_dead_one(tmp_pa
 
 def elsewhere(folder, **changes):
     owner = write(folder, host="elsewhere", pid=1, **changes)
-    return folder / lock.NAME, owner
+    return folder / "lock", owner
 
 
 def test_the_lock_of_another_host_stands_while_it_is_touched(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_lock_from_elsewhere_that_never_gave_a_sign_stands(tmp_path):
 
 def test_the_lock_is_touched_while_it_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.05)
-    path = tmp_path / lock.NAME
+    path = tmp_path / "lock"
     with lock.held(tmp_path):
         os.utime(path, (1, 1))
         assert lock._beats(path, 30.0) and path.stat().st_mtime > 1
@@ -100,21 +100,21 @@ def test_a_process_whose_lock_was_taken_over_ends(tmp_path):
         "import json, pathlib, sys, time; from comi_jax.runs import lock\n"
         "lock.BEAT, folder = 0.05, pathlib.Path(sys.argv[1])\n"
         "with lock.held(folder):\n"
-        "    path = folder / lock.NAME\n"
+        "    path = folder / 'lock'\n"
         "    path.write_text(json.dumps(json.loads(path.read_text()) | {'host': 'elsewhere', 'pid': 7}))\n"
         "    time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1 and "was taken over by process 7 on elsewhere" in done.stderr
-    assert json.loads((tmp_path / lock.NAME).read_text())["host"] == "elsewhere"
+    assert json.loads((tmp_path / "lock").read_text())["host"] == "elsewhere"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])
 def test_what_is_no_lock_of_ours_stands(tmp_path, text):
-    (tmp_path / lock.NAME).write_text(text)
+    (tmp_path / "lock").write_text(text)
     with pytest.raises(CheckpointError, match="not a lock that this program wrote; remove it"), lock.held(tmp_path):
         pass
-    assert (tmp_path / lock.NAME).read_text() == text
+    assert (tmp_path / "lock").read_text() == text
 
 
 def test_a_file_system_without_links_has_locks_too(tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ import train_fixtures
 from train_fixtures import SAVE_EVERY, STEPS
 
 from comi_jax.model import comi
-from comi_jax.runs import checkpoints, description
+from comi_jax.runs import description
 from comi_jax.runs.arrays import SealedWriter
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.logs import RunConsole
 from comi_jax.training.step import Gradients
 
@@ -117,7 +118,7 @@ def test_settings_that_leave_the_weights_as_they_are_may_change(files, quick_ste
     assert "; train.keep_checkpoints 2 -> 1" in said
     assert f"going on from step {SAVE_EVERY} of {STEPS}" in said
     assert description.read_run(tmp_path / "run").config.train.checkpoint_every == 4
-    assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [STEPS]
+    assert Folder(tmp_path / "run").steps() == [STEPS]
 
 
 def test_other_changes_need_consent_and_are_written_down(files, quick_step, tmp_path):
@@ -196,7 +197,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step
     assert "of 3 steps in a row, up to step 6, is not finite" in said and str(path) in said
     batch = np.load(path)
     assert batch["context"].shape == (8, 32) and batch["query_text"][0].startswith("what does the")
-    (step,) = checkpoints.steps_in(tmp_path / "run" / "checkpoints")
+    (step,) = Folder(tmp_path / "run").steps()
     assert step == 7 and [row["skipped"] for row in lines(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4]
     # Behind them, it goes on.
     said = run(files, tmp_path / "run", "train.max_skipped=3", f"optimizer.accumulate={parts}")
@@ -222,7 +223,7 @@ def test_a_full_disk_costs_a_checkpoint_and_two_the_run(files, quick_step, tmp_p
         return
     said = run(files, tmp_path / "run")
     assert f"checkpoints/{full[0]} (" in said and "No space left on device; the run goes on until the next one" in said
-    assert 30 in checkpoints.steps_in(tmp_path / "run" / "checkpoints") and len(lines(tmp_path / "run")) == STEPS
+    assert 30 in Folder(tmp_path / "run").steps() and len(lines(tmp_path / "run")) == STEPS
 
 
 @pytest.mark.fault

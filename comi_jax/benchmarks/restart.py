@@ -22,7 +22,7 @@ from rich.table import Table
 
 from comi_jax.cli import at_least
 from comi_jax.runs import journal
-from comi_jax.runs.checkpoints import steps_in
+from comi_jax.runs.folder import Folder
 
 WAIT = 0.02  # seconds between two looks at the run's files
 
@@ -31,7 +31,7 @@ class Run:
     """One process of the run in ``folder``."""
 
     def __init__(self, command: list[str], folder: Path):
-        self.metrics, self.log = folder / "run" / "metrics.jsonl", folder / "log"
+        self.metrics, self.log = Folder(folder / "run").metrics, folder / "log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -47,7 +47,7 @@ class Run:
 
     def wait_for_checkpoint(self) -> None:
         """Until there is one to go on from."""
-        while not steps_in(self.metrics.parent / "checkpoints"):
+        while not Folder(self.metrics.parent).steps():
             self._look_again()
 
     def wait_to_go_on(self) -> tuple[float, int]:

@@ -6,6 +6,7 @@ the next start. Restoring goes from the newest to the oldest and takes none whos
 
 import concurrent.futures
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from comi_jax.devices import distributed
 from comi_jax.runs import checksums
 from comi_jax.runs.arrays import WRITING, Say, SealedWriter, intact, read_json, reason_of, restore_arrays, stored
 from comi_jax.runs.checksums import CheckpointError, DamageError
+from comi_jax.runs.folder import DAMAGED, Folder
 
-REMOVING, DAMAGED = ".removing", ".damaged"
+REMOVING = ".removing"  # ends the name of a checkpoint that is being removed
 COUNTERS = ("skipped", "in_a_row", "examples")
 
 
@@ -40,8 +42,9 @@ class Checkpoints:
     """The checkpoints of a run: the newest ``keep`` and the one that ``best`` names. If ``read_only``, all are left as
     they are, damaged ones too."""
 
-    def __init__(self, folder: str | Path, keep: int = 2, say: Say = print, read_only: bool = False):
-        self.folder, self._keep, self._say = (Path(folder) / "checkpoints").absolute(), keep, say
+    def __init__(self, folder: str | os.PathLike, keep: int = 2, say: Say = print, read_only: bool = False):
+        self._of, self._keep, self._say = Folder(Path(folder).absolute()), keep, say
+        self.folder = self._of.checkpoints
         self._writes = not read_only and jax.process_index() == 0
         if self._writes:
             self._sweep()
@@ -56,7 +59,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The checkpoints that there are, rising."""
-        return steps_in(self.folder)
+        return self._of.steps()
 
     def latest(self) -> int | None:
         """The number of updates in the newest complete checkpoint."""
@@ -87,7 +90,7 @@ class Checkpoints:
             if self._writer is None:
                 self._writer = SealedWriter(_handler())
             self.folder.mkdir(exist_ok=True)
-            self._writer.save(self.folder / str(progress.step), ocp.args.Composite(**items))
+            self._writer.save(self._of.checkpoint(progress.step), ocp.args.Composite(**items))
             self._under_way = (progress.step, size)
         except Exception as error:
             self._missed(progress.step, size, error)
@@ -109,7 +112,7 @@ class Checkpoints:
         if distributed.of_all(error):
             raise error
         free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
-        place = f"{self.folder / str(step)} ({size:,} bytes, {free:,} free there)"
+        place = f"{self._of.checkpoint(step)} ({size:,} bytes, {free:,} free there)"
         what = f"checkpoint {place} cannot be saved: {reason_of(error)}"
         several = jax.process_count() > 1  # the others would wait for this one's part
         if self._failed or several:
@@ -126,14 +129,14 @@ class Checkpoints:
             for step in self.steps()[: -self._keep]:
                 if step != self.best:
                     going = self.folder / f"{step}{REMOVING}"
-                    (self.folder / str(step)).rename(going)  # half of a checkpoint never has a checkpoint's name
+                    self._of.checkpoint(step).rename(going)  # half of a checkpoint never has a checkpoint's name
                     shutil.rmtree(going)
 
     def restore(self, step: int, state: Any) -> tuple[Any, Progress]:
         """The state after ``step``, placed like the arrays of ``state``. Its checksums are not looked at here.
 
         Raises CheckpointError with the list of differences if other arrays are stored than ``state`` has."""
-        place = self.folder / str(step)
+        place = self._of.checkpoint(step)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         differences = [
             f"{part}/{line}"
@@ -159,13 +162,13 @@ class Checkpoints:
         while (step := self._newest_but(bad)) is not None:
             try:
                 sealed = self._verify(step)
-                with intact(self.folder / str(step)) if sealed else contextlib.nullcontext():
+                with intact(self._of.checkpoint(step)) if sealed else contextlib.nullcontext():
                     restored = self.restore(step, state)
             except DamageError as error:
                 self._set_aside(step, error, bad)
                 continue
             if not sealed:
-                self._say(f"{self.folder / str(step)} was written before there were checksums: not verified")
+                self._say(f"{self._of.checkpoint(step)} was written before there were checksums: not verified")
             return restored
         raise CheckpointError(
             f"none of the checkpoints in {self.folder} can be read, damaged ones are kept as STEP{DAMAGED}; choose "
@@ -174,7 +177,7 @@ class Checkpoints:
 
     def _verify(self, step: int) -> bool:
         """Whether checkpoint ``step`` has checksums, which the first process compares for all. Raises DamageError."""
-        verdict, error = 0, DamageError(f"{self.folder / str(step)} is damaged")
+        verdict, error = 0, DamageError(f"{self._of.checkpoint(step)} is damaged")
         if jax.process_index() == 0:
             try:
                 ahead, self._ahead = self._ahead, (None, None)
@@ -187,15 +190,15 @@ class Checkpoints:
         return bool(verdict)
 
     def _start_verifying(self, step: int) -> concurrent.futures.Future[bool]:
-        return self._thread.submit(checksums.verify, self.folder / str(step))
+        return self._thread.submit(checksums.verify, self._of.checkpoint(step))
 
     def _newest_but(self, bad: set[int]) -> int | None:
         """The newest checkpoint that is not in ``bad``, as the first process sees it."""
         step = int(distributed.agreed(np.int32(max((step for step in self.steps() if step not in bad), default=-1))))
-        if step >= 0 and not (self.folder / str(step)).is_dir():
+        if step >= 0 and not self._of.checkpoint(step).is_dir():
             raise CheckpointError(
-                f"process 0 sees {self.folder / str(step)}, process {jax.process_index()} does not; all processes of a "
-                "run need one train.output that every one of them can see"
+                f"process 0 sees {self._of.checkpoint(step)}, process {jax.process_index()} does not; all processes of "
+                "a run need one train.output that every one of them can see"
             )
         return step if step >= 0 else None
 
@@ -204,7 +207,7 @@ class Checkpoints:
         names = (f"{step}{DAMAGED}{number or ''}" for number in range(1000))
         name = next(name for name in names if not (self.folder / name).exists())
         if self._writes:
-            (self.folder / str(step)).rename(self.folder / name)
+            self._of.checkpoint(step).rename(self.folder / name)
         self._say(f"{error}; {'kept as ' + name if self._writes else 'left there'}, the checkpoint before it is tried")
 
     def close(self) -> None:
@@ -224,17 +227,6 @@ def _handler() -> ocp.CompositeCheckpointHandler:
     return ocp.CompositeCheckpointHandler(
         **names, data=ocp.JsonCheckpointHandler(), counters=ocp.JsonCheckpointHandler()
     )
-
-
-def begun(folder: Path) -> bool:
-    """Whether there is a checkpoint in ``folder``, or was one that is damaged."""
-    return bool(steps_in(folder) or list(folder.glob(f"*{DAMAGED}*")))
-
-
-def steps_in(folder: Path) -> list[int]:
-    """The complete checkpoints in ``folder``, rising."""
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _differences(there: Any, here: Any) -> list[str]:

@@ -1,34 +1,19 @@
-"""A run's folder: its config, tokenizer, frozen weights (written once) and checkpoints of what changes (Orbax).
-
-config.json        resolved config, backbone and stop tokens; which settings were changed on the way, and when
-tokenizer/         as transformers saves it
-frozen/            weights that are not trained, by flat path
-checkpoints/N/     after step N: trained weights, optimizer state, position in the data, counters
-examples.*         the tokenised training examples (data.tokens)
-metrics.jsonl      the numbers of each logged step, for TensorBoard in tensorboard/
-evaluations.jsonl  what was measured on the held-out records on the way; the answers are in evaluations/
-results.json       the closing table; its answers are in predictions*.jsonl
-bad_batches/       batches whose loss or gradient was not finite when the run gave up
-lock               while a run is in the folder
-
-There is no random state to keep: the key of a step is made of train.seed and the step's number. Every folder of weights
-and the tokenizer's has a checksums.json; what was written before there were checksums is read all the same.
-"""
+"""What a run is, as its folder's config.json says: settings, backbone and stop tokens; and who may go on with it."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from comi_jax.config import Backbone, Config, ConfigError
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import from_dict, override, to_dict
 from comi_jax.params import flatten
-from comi_jax.runs import checkpoints, checksums, lock
+from comi_jax.runs import checksums
 from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.folder import Folder
 
 FORMAT = 1
 # Settings that a trained model can be used with in another way than it was trained with.
@@ -45,8 +30,6 @@ HARMLESS = (
     "train.best_by", "train.max_skipped", "train.compare_mean_pooling", "mesh.", "data.eval", "data.eval_examples",
     "generation.", "model.attention", "model.kernels", "model.remat", "data.examples_per_source",
 )  # fmt: skip
-DRAFT = "config.json.draft"
-EXAMPLES = "examples."  # what the names of the files of data.tokens begin with
 
 
 @dataclass(frozen=True)
@@ -66,17 +49,17 @@ class Run:
         return Architecture.of(self.backbone, self.config)
 
 
-def is_run(folder: str | Path) -> bool:
+def is_run(folder: str | os.PathLike) -> bool:
     """Whether ``folder`` has the description of a COMI run, as opposed to a language model's config.json."""
     try:
-        return "format" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return "format" in json.loads(Folder(folder).config.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | os.PathLike) -> Run:
     """The description of the run in ``folder``. Raises CheckpointError if it holds none."""
-    path = Path(folder) / "config.json"
+    path = Folder(folder).config
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a COMI checkpoint: it has no config.json")
     try:
@@ -96,17 +79,18 @@ def read_run(folder: str | Path) -> Run:
         raise CheckpointError(f"{path} does not describe a COMI checkpoint: {error}") from None
 
 
-def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> list[str]:
+def check_folder(folder: str | os.PathLike, run: Run, allow_change: bool = False) -> list[str]:
     """Whether ``run`` can begin or go on in ``folder``; returns the settings with which it would go on otherwise than
     it began, "name old -> new", HARMLESS ones first.
 
     Raises CheckpointError if the folder holds files that belong to no run, or checkpoints of a run with other settings,
     unless they are HARMLESS or ``allow_change`` is given.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        ours = (lock.NAME, DRAFT, EXAMPLES)  # all that is left of a run that was killed as it began
-        if folder.exists() and not (folder.is_dir() and all(p.name.startswith(ours) for p in folder.iterdir())):
+    folder = Folder(folder)
+    if not folder.config.is_file():
+        path = folder.path  # all that is left of a run that was killed as it began:
+        ours = (folder.lock.name, folder.config_draft.name, f"{folder.examples.name}.")
+        if path.exists() and not (path.is_dir() and all(p.name.startswith(ours) for p in path.iterdir())):
             raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
         return []
     before = read_run(folder)
@@ -114,7 +98,7 @@ def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> li
         raise CheckpointError(
             f"{folder} holds an imported model; choose another train.output, and model.path={folder} to train it"
         )
-    if not checkpoints.begun(folder / "checkpoints"):
+    if not folder.has_begun():
         return []
     harmless, differences = _differences(before, run)
     if differences and not allow_change:
@@ -125,38 +109,38 @@ def check_folder(folder: str | Path, run: Run, allow_change: bool = False) -> li
     return harmless + differences
 
 
-def open_run(folder: str | Path, run: Run, tokenizer: Any, allow_change: bool = False) -> list[str]:
+def open_run(folder: str | os.PathLike, run: Run, tokenizer: Any, allow_change: bool = False) -> list[str]:
     """Make ``folder`` the folder of ``run``, or check that it already is; returns and raises as ``check_folder``."""
-    folder = Path(folder)
+    folder = Folder(folder)
     changes = check_folder(folder, run, allow_change)
-    if not checkpoints.begun(folder / "checkpoints"):
+    if not folder.has_begun():
         write_run(folder, run, tokenizer)
     elif changes:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        after = max(checkpoints.steps_in(folder / "checkpoints"), default=0)
+        values = json.loads(folder.config.read_text(encoding="utf-8"))
+        after = max(folder.steps(), default=0)
         history = [*values.get("changes", []), {"after_step": after, "settings": changes}]
         _write_config(folder, run, changes=history)
     return changes
 
 
-def write_run(folder: str | Path, run: Run, tokenizer: Any) -> None:
+def write_run(folder: str | os.PathLike, run: Run, tokenizer: Any) -> None:
     """The description of ``run`` and its tokenizer, as files in ``folder``."""
-    folder = Path(folder)
+    folder = Folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         _write_config(folder, run)
-        tokenizer.save_pretrained(folder / "tokenizer")
-        checksums.seal(folder / "tokenizer")
+        tokenizer.save_pretrained(folder.tokenizer)
+        checksums.seal(folder.tokenizer)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
 
 
-def _write_config(folder: Path, run: Run, **more: Any) -> None:
+def _write_config(folder: Folder, run: Run, **more: Any) -> None:
     values = {"format": FORMAT, "config": to_dict(run.config), "backbone": to_dict(run.backbone), "stop": run.stop}
     if run.imported:
         values["imported"] = True
-    (folder / DRAFT).write_text(json.dumps(values | more, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / DRAFT, folder / "config.json")
+    folder.config_draft.write_text(json.dumps(values | more, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder.config_draft, folder.config)
 
 
 def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:
@@ -172,9 +156,9 @@ def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:
     return harmless, others
 
 
-def check_new(folder: str | Path) -> None:
+def check_new(folder: str | os.PathLike) -> None:
     """Refuse a folder that holds anything."""
-    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+    if Folder(folder).exists():
         raise CheckpointError(f"{folder} exists and is not empty; choose another --output")
 
 

@@ -26,8 +26,8 @@ from comi_jax.data import sources
 from comi_jax.data.encode import Example
 from comi_jax.data.records import DataError
 from comi_jax.runs.checksums import CheckpointError, checksum
+from comi_jax.runs.folder import Folder
 
-NAME = "examples"  # of all files; a folder that holds nothing else is free for a run (checkpoint.check_folder)
 FORMAT = 1  # to be raised when other examples are made of the same records
 PARTS = ("context", "query", "answer")
 SCHEMA = pa.schema([*((part, pa.list_(pa.int32())) for part in PARTS), ("truncated", pa.bool_())])
@@ -94,9 +94,13 @@ def origin(config: Config, tokenizer: Any) -> str:
     return of.hexdigest()
 
 
-def find(folder: Path, made_from: str) -> Examples | None:
+def _file(folder: str | os.PathLike, kind: str) -> Path:
+    return Folder(folder).examples.with_suffix(f".{kind}")
+
+
+def find(folder: str | os.PathLike, made_from: str) -> Examples | None:
     """The examples in ``folder``, if they were made from ``made_from`` and are what they were then."""
-    if not made_from or not (folder / f"{NAME}.json").is_file():
+    if not made_from or not _file(folder, "json").is_file():
         return None
     try:
         found = load(folder)
@@ -105,12 +109,12 @@ def find(folder: Path, made_from: str) -> Examples | None:
     return found if found.about.origin == made_from and fingerprint(found) == found.about.fingerprint else None
 
 
-def load(folder: Path) -> Examples:
+def load(folder: str | os.PathLike) -> Examples:
     """The examples in ``folder``, as they are. Raises CheckpointError if there are none that can be read."""
     try:
-        values = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
+        values = json.loads(_file(folder, "json").read_text(encoding="utf-8"))
         about = About(str(values["origin"]), str(values["fingerprint"]), tuple(map(str, values["said"])))
-        return Examples(folder / f"{NAME}.arrow", about)
+        return Examples(_file(folder, "arrow"), about)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise CheckpointError(
             f"the examples that process 0 has made cannot be read from {folder}: {error}; all processes of a run need "
@@ -118,11 +122,11 @@ def load(folder: Path) -> Examples:
         ) from None
 
 
-def make(folder: Path, chunks: Iterable[list[Example]], made_from: str, said: Sequence[str]) -> Examples:
+def make(folder: str | os.PathLike, chunks: Iterable[list[Example]], made_from: str, said: Sequence[str]) -> Examples:
     """Write ``chunks`` as the examples of ``folder``; ``said`` is looked at when they have ended. If they fail, nothing
     is left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place, draft = folder / f"{NAME}.arrow", folder / f"{NAME}.part"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    place, draft = _file(folder, "arrow"), _file(folder, "part")
     whole = ExamplesHash()
     try:
         with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
@@ -135,7 +139,7 @@ def make(folder: Path, chunks: Iterable[list[Example]], made_from: str, said: Se
         os.replace(draft, place)
         about = About(made_from, str(whole), tuple(said))
         draft.write_text(json.dumps(dataclasses.asdict(about), indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, folder / f"{NAME}.json")
+        os.replace(draft, _file(folder, "json"))
     finally:
         draft.unlink(missing_ok=True)
     return Examples(place, about)

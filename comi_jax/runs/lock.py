@@ -16,24 +16,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from comi_jax.runs.checksums import CheckpointError
+from comi_jax.runs.folder import Folder
 
-NAME = "lock"
 BEAT, PATIENCE = 15.0, 90.0  # seconds
 
 
 @contextlib.contextmanager
-def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def held(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if it is not there; one that is left empty is removed again.
 
     Raises CheckpointError, naming host and process, while another process holds it. The lock of a process that is gone
     is taken over.
     """
-    path, own = folder / NAME, json.dumps(_owner(os.getpid()))
+    folder = Folder(folder)
+    path, own = folder.lock, json.dumps(_owner(os.getpid()))
     ended = threading.Event()
     beats = threading.Thread(target=_keep_fresh, args=(path, json.loads(own), ended), daemon=True, name="lock")
-    new = not folder.exists()
+    new = not folder.path.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         for _ in range(3):  # two may find the same stale lock
             if _create(path, own):
                 break
@@ -51,19 +52,19 @@ def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         release(folder)
         if new:
             with contextlib.suppress(OSError):  # it is no longer empty
-                folder.rmdir()
+                folder.path.rmdir()
 
 
-def release(folder: Path) -> None:
+def release(folder: str | os.PathLike) -> None:
     """Remove the lock of ``folder`` if this process holds it."""
-    path = folder / NAME
+    path = Folder(folder).lock
     if _read(path) == _owner(os.getpid()) | {"since": _read(path).get("since")}:
         path.unlink(missing_ok=True)
 
 
 def _create(path: Path, text: str) -> bool:
     """Make the file with its text in one go, which a link does on network file systems too."""
-    draft = path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     try:
         os.link(draft, path)
@@ -130,7 +131,7 @@ def _remove_stale(path: Path, say: Callable[[str], None]) -> None:
             f"{path.parent} is in use by process {owner['pid']} on {owner['host']}, since {owner['since']}; wait for "
             f"it, choose another train.output or, if that process is gone, remove {path}"
         )
-    stale = path.with_name(f"{NAME}.stale.{os.getpid()}")
+    stale = path.with_name(f"{path.name}.stale.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(stale)
         if _read(stale) != owner:  # another one was quicker, and this is its new lock

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from comi_jax.runs import journal
+from comi_jax.runs.folder import Folder
 
 
 class RunConsole(Console):
@@ -30,13 +30,14 @@ class RunConsole(Console):
 class RunLog:
     """Metrics of one run, written into its folder as they come and shown on the way."""
 
-    def __init__(self, folder: str | Path, title: str, steps: int, start: int, console: Console):
+    def __init__(self, folder: str | os.PathLike, title: str, steps: int, start: int, console: Console):
         self._title, self._steps, self._start, self._console = title, steps, start, console
         self._since = time.monotonic()
-        journal.keep_until(Path(folder) / "metrics.jsonl", start)
-        self._lines = (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8")
+        folder = Folder(folder)
+        journal.keep_until(folder.metrics, start)
+        self._lines = folder.metrics.open("a", encoding="utf-8")
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (

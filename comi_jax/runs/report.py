@@ -16,6 +16,7 @@ from comi_jax.params import flatten
 from comi_jax.runs import journal
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, is_run, read_run
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import best_of, evaluations
 from comi_jax.version import __version__
 
@@ -52,16 +53,16 @@ def read(folder: Path) -> list[Course]:
     """The run in ``folder`` and the one beneath it that it was compared with. Raises CheckpointError if there is
     nothing to draw."""
     run = read_run(folder)
-    steps = journal.rows(folder / "metrics.jsonl")
+    steps = journal.rows(Folder(folder).metrics)
     if not steps:
         raise CheckpointError(f"{folder} has no metrics yet: metrics.jsonl is missing or empty; nothing can be drawn")
-    table = folder / "results.json"
+    table = Folder(folder).results
     results = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     courses = [Course(folder.resolve().name, run, steps, evaluations(folder), results)]
-    below = folder / "mean_pooling"
-    if is_run(below) and journal.rows(below / "metrics.jsonl"):
+    below = Folder(folder).of_system("mean-pooling")
+    if is_run(below) and journal.rows(below.metrics):
         name = f"{courses[0].name}, mean-pooling"
-        courses.append(Course(name, read_run(below), journal.rows(below / "metrics.jsonl"), evaluations(below), {}))
+        courses.append(Course(name, read_run(below), journal.rows(below.metrics), evaluations(below), {}))
     return courses
 
 

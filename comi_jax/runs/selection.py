@@ -1,26 +1,24 @@
 """Which checkpoint of a run is meant: the newest, a number, or the best by the evaluations on the way."""
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from comi_jax.runs import checkpoints, journal
+from comi_jax.runs import journal
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import read_run
+from comi_jax.runs.folder import Folder
 
 
-def newest(folder: str | Path) -> int | None:
+def newest(folder: str | os.PathLike) -> int | None:
     """The number of updates in the newest complete checkpoint of ``folder``, if it has one."""
-    return (
-        max(checkpoints.steps_in(Path(folder) / "checkpoints"), default=None)
-        if (Path(folder) / "frozen").is_dir()
-        else None
-    )
+    folder = Folder(folder)
+    return max(folder.steps(), default=None) if folder.frozen.is_dir() else None
 
 
-def existing(folder: str | Path, step: int | None = None) -> int:
+def existing(folder: str | os.PathLike, step: int | None = None) -> int:
     """``step`` if ``folder`` has that checkpoint, for None the newest. Raises CheckpointError if it has none."""
-    found = checkpoints.steps_in(Path(folder) / "checkpoints")
+    found = Folder(folder).steps()
     if newest(folder) is None:
         raise CheckpointError(f"{folder} has no complete checkpoint yet")
     if step is not None and step not in found:
@@ -28,7 +26,7 @@ def existing(folder: str | Path, step: int | None = None) -> int:
     return found[-1] if step is None else step
 
 
-def choose_step(folder: str | Path, text: str) -> int:
+def choose_step(folder: str | os.PathLike, text: str) -> int:
     """The checkpoint that ``text`` names: "newest", "best" (on the held-out records) or a number."""
     metric = read_run(folder).config.train.best_by
     if text == "newest":
@@ -45,14 +43,14 @@ def choose_step(folder: str | Path, text: str) -> int:
     return existing(folder, int(text))
 
 
-def evaluations(folder: str | Path) -> list[dict[str, Any]]:
+def evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """What was measured on the way, a line a step."""
-    return journal.rows(Path(folder) / "evaluations.jsonl")
+    return journal.rows(Folder(folder).evaluations)
 
 
-def best_step(folder: str | Path, metric: str) -> int | None:
+def best_step(folder: str | os.PathLike, metric: str) -> int | None:
     """The checkpoint in ``folder`` that ``best_of`` the evaluations of those that are there is."""
-    there = checkpoints.steps_in(Path(folder) / "checkpoints")  # a save may have failed
+    there = Folder(folder).steps()  # a save may have failed
     return best_of([row for row in evaluations(folder) if row["step"] in there], metric)
 
 

@@ -5,9 +5,9 @@ memory = align(compress(encode(context, question)));   answer = greedy(decoder, 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from comi_jax.model import comi, generate
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.runs.description import Run
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_params
 from comi_jax.weights.tokenizer import load_tokenizer
 
@@ -78,7 +79,7 @@ class Comi:
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        folder: str | os.PathLike,
         *,
         batch_size: int = 16,
         overrides: Sequence[str] = (),
@@ -89,7 +90,7 @@ class Comi:
         ``overrides`` such as "data.on_long=truncate", split over the devices of ``mesh`` (None: on one). Raises
         CheckpointError if there is none."""
         run, params = load_params(folder, overrides, step, mesh)
-        return cls(run, params, load_tokenizer(Path(folder) / "tokenizer"), batch_size=batch_size, mesh=mesh)
+        return cls(run, params, load_tokenizer(Folder(folder).tokenizer), batch_size=batch_size, mesh=mesh)
 
     def compress(
         self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None

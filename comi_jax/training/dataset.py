@@ -1,5 +1,6 @@
 """What a run reads: training examples, tokenised once for all its processes and restarts, and held-out records."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from comi_jax.runs import examples as stored
 
 
 def read_examples(
-    config: Config, tokenizer: Any, folder: Path, console: Console, scratch: Path | None = None
+    config: Config, tokenizer: Any, folder: str | os.PathLike, console: Console, scratch: Path | None = None
 ) -> stored.Examples:
     """The training examples, tokenised: those in ``folder`` if they are of the same data, or else made and put there by
     the first process for all; with ``scratch``, by each process there. Raises DataError, LengthError, ConfigError."""

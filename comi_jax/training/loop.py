@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from comi_jax.runs import journal, selection, stored_weights
 from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.logs import RunLog, SilentLog
 from comi_jax.serving.compressor import Comi
 from comi_jax.training import optim
@@ -41,7 +41,7 @@ class Job:
 
     title: str
     run: Run
-    output: Path
+    output: Folder
     mesh: jax.sharding.Mesh
     update: optax.GradientTransformation
     state: TrainState
@@ -82,7 +82,7 @@ class Loop:
         """Train to the last step; whether it came there, or was asked to end before."""
         job, start, settings = self.job, self.job.progress.step, self.settings
         if distributed.is_first():
-            journal.keep_until(job.output / "evaluations.jsonl", start)
+            journal.keep_until(job.output.evaluations, start)
         job.checkpoints.best = selection.best_step(job.output, settings.best_by)
         log_class = RunLog if distributed.is_first() else SilentLog
         with log_class(job.output, job.title, job.steps, start, self.console) as self.log:
@@ -152,7 +152,7 @@ class Loop:
             self.meter.drain()
         step = int(self.job.state.step)
         self._save(step, wait=True)
-        path = self.job.output / "bad_batches" / f"step_{error.step}.npz"
+        path = self.job.output.bad_batch(error.step)
         rates = np.concatenate([rows.rate for rows in error.batch])
         ids = dataclasses.asdict(*dataclasses.replace(self.job.plan, parts=1).batch(error.step - 1, rates))
         words = {
@@ -181,17 +181,16 @@ class Loop:
         """Measure the weights of the checkpoint of ``step``, which is on disk before, and mark the best one."""
         job = self.job
         job.checkpoints.settle()
-        folder = job.output / "checkpoints" / str(step)
         arch = job.run.architecture
-        with self.stop.saved() if folder.is_dir() else contextlib.nullcontext():
+        with self.stop.saved() if job.output.checkpoint(step).is_dir() else contextlib.nullcontext():
             flat = {path: x.astype(frozen_dtype(path, arch)) for path, x in job.state.trained.items()}
             model = Comi(job.run, combine(flat, job.frozen), job.tokenizer, mesh=job.mesh)
-            output = job.output / "evaluations" / f"step_{step}.jsonl"
+            output = job.output.evaluation_at(step)
             result = predictions.evaluate(
                 model, job.held_out, output, weights=stored_weights.weights_of(job.output, step), console=self.console
             )
             if distributed.is_first():
-                with (job.output / "evaluations.jsonl").open("a", encoding="utf-8") as lines:
+                with job.output.evaluations.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps({"step": step, **result}) + "\n")
                     lines.flush()
                     os.fsync(lines.fileno())

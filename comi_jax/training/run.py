@@ -21,10 +21,11 @@ from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.evaluation import predictions, tables
 from comi_jax.runs import lock
-from comi_jax.runs.checkpoints import Checkpoints, Progress, begun
+from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, check_folder, open_run, read_run
 from comi_jax.runs.examples import Examples
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import existing
 from comi_jax.runs.stored_weights import restore_frozen, save_frozen, weights_of
 from comi_jax.serving.compressor import Comi
@@ -56,7 +57,7 @@ class Task:
     dry_run: bool
 
 
-def prepare(task: Task, title: str, run: Run, output: Path, console: Console) -> loop.Job:
+def prepare(task: Task, title: str, run: Run, output: Folder, console: Console) -> loop.Job:
     """``run`` on its devices, as its newest whole checkpoint in ``output`` has it, or at its beginning. Of what is in
     ``output``, damaged checkpoints are renamed, and nothing else is changed."""
     say = functools.partial(console.print, highlight=False)
@@ -71,7 +72,7 @@ def prepare(task: Task, title: str, run: Run, output: Path, console: Console) ->
         own=sharding.own_contexts(mesh, plan.contexts_at_once), put=functools.partial(sharding.put_batch, mesh=mesh),
     )  # fmt: skip
     progress = Progress(0, batches.get_state(), examples=examples.about.fingerprint)
-    if begun(checkpoints.folder):
+    if output.has_begun():
         like = abstract(run.architecture, update, mesh)
         state, found = checkpoints.restore_newest(like[0])
         frozen = restore_frozen(output, like[1], say)
@@ -102,13 +103,13 @@ def enter(job: loop.Job, allow_change: bool, console: Console) -> None:
         if changes:
             console.print(f"{job.title}: settings changed: {'; '.join(changes)}", highlight=False)
     distributed.meet(f"{job.title} is open")
-    if not begun(job.checkpoints.folder):
+    if not job.output.has_begun():
         save_frozen(job.output, job.frozen)
 
 
 def run(config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False) -> None:
     """All of one training run: data, weights, loop, closing table. Raises the errors that ``main`` reports."""
-    output = Path(config.train.output or f"runs/{config.name}")
+    output = Folder(config.train.output or f"runs/{config.name}")
     scratch = tempfile.TemporaryDirectory(prefix="comi_jax-") if dry_run else None  # in place of the run's folder
 
     def leave() -> None:
@@ -150,12 +151,12 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
 
 def begin(
     config: Config,
-    output: Path,
+    output: Folder,
     console: Console,
     until_end: contextlib.ExitStack,
     allow_change: bool,
     scratch: tempfile.TemporaryDirectory | None,
-) -> tuple[Task, dict[str, Run], dict[str, Path]]:
+) -> tuple[Task, dict[str, Run], dict[str, Folder]]:
     """Refuse what cannot work, what is quickly known first, and read the data; the systems to train, by their titles,
     and their folders. Only the examples are written, into ``output``, whose lock is held ``until_end``; with
     ``scratch``, there."""
@@ -163,7 +164,7 @@ def begin(
     folder = backbone_folder(config)
     backbone, tokenizer, stop = starting_point(config, folder)
     runs = {title: Run(settings, backbone, stop) for title, settings in systems(config).items()}
-    places = {title: output if title == "COMI" else output / title.replace("-", "_") for title in runs}
+    places = {title: output.of_system(title) for title in runs}
     for title, place in places.items():
         devices(runs[title])
         check_folder(place, runs[title], allow_change)
@@ -198,19 +199,19 @@ def systems(config: Config) -> dict[str, Config]:
     return {"COMI": config, "mean-pooling": dataclasses.replace(config, compression=plain)}
 
 
-def closing_table(places: dict[str, Path], records: list[Record], output: Path, console: Console) -> None:
+def closing_table(places: dict[str, Folder], records: list[Record], output: Folder, console: Console) -> None:
     """Evaluate every variant, and COMI's decoder without any context, on the held-out records; print and save the
     table."""
     rows = {}
     for title, place in places.items():
         model = Comi.load(place, mesh=sharding.make_mesh(read_run(place).config.mesh))
         same = weights_of(place, existing(place))
-        path = place / "predictions.jsonl"
+        path = place.predictions
         rows[title] = predictions.evaluate(model, records, path, weights=same, console=console)
         if title == "COMI":
-            path = output / "predictions_closed_book.jsonl"
+            path = output.closed_book_predictions
             closed = predictions.evaluate(model, records, path, closed_book=True, weights=same, console=console)
     if distributed.is_first():
-        tables.save_table({**rows, "closed book": closed}, output / "results.json")
+        tables.save_table({**rows, "closed book": closed}, output.results)
         tables.print_table({**rows, "closed book": closed}, console)
     distributed.meet("the table is written")

@@ -22,9 +22,9 @@ from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, check_new, read_run
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_flat
 from comi_jax.weights import files, hf, hf_config, official, writing
-from comi_jax.weights.official import UNUSED
 from comi_jax.weights.tokenizer import load_tokenizer
 from comi_jax.weights.writing import SHARD_BYTES
 
@@ -39,7 +39,7 @@ def export_hf(
     imported model, the model's dtype for a trained one. Returns the bytes of each part's weights."""
     check_new(output)
     run, output = read_run(checkpoint), Path(output)
-    tokenizer = load_tokenizer(Path(checkpoint) / "tokenizer")
+    tokenizer = load_tokenizer(Folder(checkpoint).tokenizer)
     arch, flat = merged(run.architecture, load_flat(checkpoint, run.architecture))
     kept, results = dtype_of(run, dtype), results_of(checkpoint)
     params = unflatten(flat)
@@ -130,7 +130,7 @@ def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool
     arch, flat = run.architecture, load_flat(checkpoint, run.architecture)
     if merge_lora:
         arch, flat = merged(arch, flat)
-    unused = Path(checkpoint) / UNUSED
+    unused = Folder(checkpoint).official_unused
     kept = files.Tensors(unused) if unused.is_file() else None
     written = dtype_of(run, dtype)
     tensors = list(official.writables(unflatten(flat), arch, kept, written))
@@ -144,7 +144,8 @@ def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool
 
 def results_of(checkpoint: str | Path) -> dict[str, Any]:
     """The summaries that training or ``comi_jax.evaluate`` left beside the checkpoint, by system."""
-    for path in (Path(checkpoint) / "evaluation" / "results.json", Path(checkpoint) / "results.json"):
+    folder = Folder(checkpoint)
+    for path in (Folder(folder.evaluation).results, folder.results):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -14,10 +14,10 @@ from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten
 from comi_jax.runs.description import Run, check_new
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import save_import
 from comi_jax.weights import files, hf, hf_config, loading, official, writing
 from comi_jax.weights.layout import WeightsError
-from comi_jax.weights.official import UNUSED
 from comi_jax.weights.tokenizer import check_tokenizer, load_tokenizer
 from comi_jax.weights.writing import Writable
 
@@ -58,7 +58,7 @@ def import_official(
     kept = _unused(official.OfficialTensors(checkpoint), arch, flat)
     save_import(output, run, flat, tokenizer)
     if kept:
-        writing.save_file(Path(output) / UNUSED, kept)
+        writing.save_file(Folder(output).official_unused, kept)
     return run
 
 

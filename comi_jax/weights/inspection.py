@@ -14,6 +14,7 @@ from comi_jax.model import architecture
 from comi_jax.params import flatten
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import is_run, read_run
+from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import newest
 from comi_jax.runs.stored_weights import stored_arrays
 from comi_jax.weights import hf, hf_config, official
@@ -109,7 +110,7 @@ def _run(path: Path) -> Inspection:
         missing += [f"{name} {shape}" for name, shape in wanted.items() if name not in arrays]
         wrong = [name for name, shape in wanted.items() if name in arrays and arrays[name][0] != shape]
         missing += [f"{name} {wanted[name]} (it is {arrays[name][0]})" for name in wrong]
-    if not (path / "tokenizer").is_dir():
+    if not Folder(path).tokenizer.is_dir():
         missing.append("tokenizer/")
     parts = _by_part(arrays, lambda name: name.split("/")[0])
     return Inspection(f"COMI checkpoint of config {run.config.name!r}, {origin}", words, parts, tuple(missing))

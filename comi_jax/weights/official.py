@@ -27,8 +27,6 @@ from comi_jax.weights.files import Tensors
 from comi_jax.weights.layout import Index, Layout, Shape, Source, WeightsError
 from comi_jax.weights.writing import Writable
 
-UNUSED = "official_unused.safetensors"  # in the checkpoint's folder: tensors of an official file that nothing reads
-
 SCALARS = {
     "mig/alpha_coarse": "alpha_select",
     "mig/beta_coarse": "beta_select",
