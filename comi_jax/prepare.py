@@ -16,7 +16,7 @@ from rich.table import Table
 from comi_jax import cli
 from comi_jax.data.mixture import PARTS, PERCENTILES, prepare
 from comi_jax.overrides import load
-from comi_jax.weights.starting_model import starting_tokenizer
+from comi_jax.weights.starting_model import tokenizer_of
 
 
 def print_report(report: dict[str, Any], output: Path, console: Console) -> None:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.one_way_out():
         config = load(options.config, overrides)
         output = Path(os.path.abspath(options.output))
-        print_report(prepare(config, starting_tokenizer(config), output, console), options.output, console)
+        print_report(prepare(config, tokenizer_of(config), output, console), options.output, console)
 
 
 if __name__ == "__main__":

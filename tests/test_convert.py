@@ -23,8 +23,8 @@ from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
 from comi_jax.runs import description, stored_weights
-from comi_jax.training import state
-from comi_jax.weights import files, hf, hf_config, inspection, official, starting_model
+from comi_jax.weights import files, hf, hf_config, inspection, official
+from comi_jax.weights.starting_model import StartingModel
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -284,22 +284,24 @@ def test_training_starts_from_an_imported_model(tmp_path):
     run = description.read_run(ours)
     before = stored_weights.load_flat(ours, run.architecture)
     mesh = sharding.make_mesh(run.config.mesh)
-    started = state.initial_params(run, ours, mesh)
+    config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, path=str(ours)))
+    start = StartingModel.open(config)
+    start.check()
+    started = start.load(run, mesh)
     assert started.keys() == before.keys()
     for path, array in before.items():
         np.testing.assert_array_equal(started[path], array, err_msg=path)
-    backbone, _, stop = starting_model.starting_point(run.config, ours)
-    assert (backbone, stop) == (run.backbone, run.stop)
-    other = dataclasses.replace(run.config, lora=Lora(), compression=Compression(rates=(2,), encoder_layers=2))
+    assert (start.backbone, start.stop) == (run.backbone, run.stop)
+    other = dataclasses.replace(config, lora=Lora(), compression=Compression(rates=(2,), encoder_layers=2))
     with pytest.raises(ConfigError, match="pass compression.encoder_layers=1 lora.rank=2$"):
-        starting_model.starting_point(other, ours)
-    sharper = dataclasses.replace(run.config, compression=dataclasses.replace(run.config.compression, alpha_fine=4.0))
+        StartingModel.open(other).check()
+    sharper = dataclasses.replace(config, compression=dataclasses.replace(run.config.compression, alpha_fine=4.0))
     with pytest.raises(ConfigError, match="pass compression.alpha_fine=1.0$"):
-        starting_model.starting_point(sharper, ours)
+        StartingModel.open(sharper).check()
     # It may train what the run that made the checkpoint kept frozen.
     learning = dataclasses.replace(run.config.compression, learn_mig=True)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, compression=learning))
-    assert state.initial_params(run, ours, mesh).keys() == before.keys()
+    assert start.load(run, mesh).keys() == before.keys()
 
 
 def test_the_card_has_what_evaluation_measured(tmp_path):

@@ -60,7 +60,7 @@ def test_no_array_comes_through_this_process(mesh, monkeypatch):
 
 def test_own_parameters_do_not_depend_on_the_devices(mesh):
     """Adapters at random: on four devices as on one."""
-    alone, sharded = architecture.own_parameters(ARCH, 3), state.own_parameters(ARCH, 3, mesh)
+    alone, sharded = architecture.own_parameters(ARCH, 3), architecture.own_parameters(ARCH, 3, mesh)
     assert sharded["lora/q/a"].sharding == sharding.parameters(architecture.specs(ARCH), mesh)["lora/q/a"]
     for path, array in alone.items():
         np.testing.assert_allclose(sharded[path], array, rtol=1e-6, err_msg=path)

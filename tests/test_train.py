@@ -19,9 +19,9 @@ from comi_jax.model import architecture, comi
 from comi_jax.params import flatten
 from comi_jax.runs import stored_weights
 from comi_jax.training import dataset
-from comi_jax.training.state import initial_params
 from comi_jax.training.step import Gradients
 from comi_jax.weights import hf
+from comi_jax.weights.starting_model import StartingModel
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 
@@ -125,7 +125,7 @@ def test_lora_trains_adapters_encoder_and_lsa_only(world, tmp_path):
     more = ("lora.rank=2", "lora.alpha=4", "model.dtype=bfloat16", "train.steps=2", "train.checkpoint_every=0")
     train_fixtures.run(train_fixtures.command(world.lm, world.data, tmp_path / "run", *more))
     run, after = stored_weights.load_params(tmp_path / "run")
-    after, before = flatten(after), initial_params(run, world.lm, sharding.make_mesh(run.config.mesh))
+    after, before = flatten(after), StartingModel.open(run.config).load(run, sharding.make_mesh(run.config.mesh))
     assert set(after) == set(before) and run.architecture.lora.rank == 2
     for path, array in after.items():
         kept = np.array_equal(np.asarray(array), np.asarray(before[path], array.dtype))

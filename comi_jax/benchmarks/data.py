@@ -33,10 +33,10 @@ from comi_jax.runs.description import Run
 from comi_jax.runs.examples import Examples, make
 from comi_jax.training import dataset, optim
 from comi_jax.training.meter import Tally
-from comi_jax.training.state import create, initial_params
+from comi_jax.training.state import create
 from comi_jax.training.step import CompiledStep
 from comi_jax.weights.layout import WeightsError
-from comi_jax.weights.starting_model import backbone_folder, starting_point, starting_tokenizer
+from comi_jax.weights.starting_model import StartingModel, tokenizer_of
 
 WARM = 4  # batches, or steps, before the clock starts: those that were made ahead, and compilation
 
@@ -44,7 +44,7 @@ WARM = 4  # batches, or steps, before the clock starts: those that were made ahe
 def tokenise(config: Config, folder: Path) -> tuple[Examples, float]:
     """The training examples, in ``folder``, and the tokens a second at which they were made."""
     said: list[str] = []
-    tokenizer = starting_tokenizer(config)
+    tokenizer = tokenizer_of(config)
     since = time.perf_counter()
     examples = make(folder, dataset.new_examples(config, tokenizer, said), "", said)
     seconds = time.perf_counter() - since
@@ -71,11 +71,10 @@ def batches_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Me
 
 def trained_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Mesh, steps: int) -> float:
     """Tokens a second of ``steps`` updates with the first batch of the run, which is on the devices already."""
-    folder = backbone_folder(config)
-    backbone, _, stop = starting_point(config, folder)
-    run = Run(config, backbone, stop)
+    start = StartingModel.open(config)
+    run = Run(config, start.backbone, start.stop)
     update = optim.optimizer(config.optimizer, config.train.steps)
-    state, frozen = create(initial_params(run, folder, mesh), run.architecture, update, mesh)
+    state, frozen = create(start.load(run, mesh), run.architecture, update, mesh)
     step = CompiledStep(run.architecture.on(mesh), update)
     rates = np.resize(config.compression.rates, plan.order.batch * plan.share)
     batch = plan.batch(0, rates)

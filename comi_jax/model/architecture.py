@@ -1,6 +1,7 @@
 """What a model is made of: its parts, their parameters, and which of them are trained."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from comi_jax.config import Backbone, Compression, Config, Lora
+from comi_jax.devices import sharding
 from comi_jax.model import backbone as lm
 from comi_jax.model import lora as lora_module
 from comi_jax.params import ParamSpec, Tree, flatten, initialize
@@ -59,9 +61,13 @@ def parts_of_backbone(arch: Architecture) -> dict[str, Tree]:
     return {part: tree for part, tree in specs(arch).items() if part in ("encoder", "lsa", "decoder")}
 
 
-def own_parameters(arch: Architecture, seed: int) -> dict[str, Array]:
+def own_parameters(arch: Architecture, seed: int, mesh: jax.sharding.Mesh | None = None) -> dict[str, Array]:
     """The parameters of a fresh model that no language model has, by flat path: the scalars, and any adapters at
-    random."""
+    random. With a ``mesh`` every device makes its own shards of them."""
+    if mesh is not None:
+        make = functools.partial(own_parameters, arch, seed)
+        shardings = sharding.parameters(specs(arch), mesh)
+        return jax.jit(make, out_shardings={path: shardings[path] for path in jax.eval_shape(make)})()
     own: dict[str, Any] = {"mig": {name: jnp.float32(getattr(arch.compression, name)) for name in SCALARS}}
     if arch.lora.rank:
         own["lora"] = initialize(lora_module.specs(arch.backbone, arch.lora), jax.random.key(seed))

@@ -36,7 +36,7 @@ from comi_jax.planning.published_models import BACKBONES
 from comi_jax.serving import compressor
 from comi_jax.training import optim, state
 from comi_jax.training.step import CompiledStep, gradients_of
-from comi_jax.weights.starting_model import backbone_folder, starting_backbone
+from comi_jax.weights.starting_model import StartingModel
 
 USABLE = 0.92  # share of a GPU's memory that JAX takes (launch/one_node.sh); of a TPU's the compiler decides
 
@@ -73,7 +73,7 @@ def backbone_of(config: Config) -> Backbone:
     """The language model of ``config``: of the folder model.path, else as published under the name model.hub."""
     if not config.model.path and config.model.hub in BACKBONES:
         return BACKBONES[config.model.hub]
-    return starting_backbone(backbone_folder(config))
+    return StartingModel.open(config).backbone
 
 
 def abstract_batch(config: Config, examples: int, share: int, home: Any) -> Batch:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -32,8 +31,8 @@ from comi_jax.serving.compressor import Comi
 from comi_jax.training import loop, optim
 from comi_jax.training.dataset import check_held_out, read_examples, read_held_out
 from comi_jax.training.signals import Stop
-from comi_jax.training.state import abstract, create, initial_params
-from comi_jax.weights.starting_model import backbone_folder, starting_point
+from comi_jax.training.state import abstract, create
+from comi_jax.weights.starting_model import StartingModel
 
 
 def devices(run: Run) -> jax.sharding.Mesh:
@@ -48,8 +47,7 @@ def devices(run: Run) -> jax.sharding.Mesh:
 class Task:
     """What the systems of a run have in common."""
 
-    folder: Path  # of the model to start from
-    tokenizer: Any
+    start: StartingModel
     examples: Examples
     shapes: Shapes
     held_out: list[Record]
@@ -85,12 +83,12 @@ def prepare(task: Task, title: str, run: Run, output: Folder, console: Console) 
         progress = dataclasses.replace(found, examples=progress.examples)
         say(f"{title}: going on from step {progress.step} of {settings.steps} in {output}")
     else:
-        state, frozen = create(initial_params(run, task.folder, mesh), run.architecture, update, mesh)
+        state, frozen = create(task.start.load(run, mesh), run.architecture, update, mesh)
     longest = max(examples, key=lambda example: len(example.context))
     size = (shapes.size([longest])[0], shapes.query, shapes.answer)
     largest = collate([longest] * (settings.batch_size // parts), shapes, settings.share_context, size=size)
     return loop.Job(
-        title, run, output, mesh, update, state, frozen, plan, batches, largest, task.held_out, task.tokenizer,
+        title, run, output, mesh, update, state, frozen, plan, batches, largest, task.held_out, task.start.tokenizer,
         checkpoints, progress,
     )  # fmt: skip
 
@@ -161,24 +159,24 @@ def begin(
     and their folders. Only the examples are written, into ``output``, whose lock is held ``until_end``; with
     ``scratch``, there."""
     check(config)
-    folder = backbone_folder(config)
-    backbone, tokenizer, stop = starting_point(config, folder)
-    runs = {title: Run(settings, backbone, stop) for title, settings in systems(config).items()}
+    start = StartingModel.open(config)
+    start.check()
+    runs = {title: Run(settings, start.backbone, start.stop) for title, settings in systems(config).items()}
     places = {title: output.of_system(title) for title in runs}
     for title, place in places.items():
         devices(runs[title])
         check_folder(place, runs[title], allow_change)
     held_out = read_held_out(config, console)
-    check_held_out(held_out, tokenizer, config, backbone)
+    check_held_out(held_out, start.tokenizer, config, start.backbone)
     if not scratch:
         distributed.meet("all but the training data is checked")
         if distributed.is_first():
             until_end.enter_context(lock.held(output, functools.partial(console.print, highlight=False)))
-    examples = read_examples(config, tokenizer, output, console, scratch and Path(scratch.name))
+    examples = read_examples(config, start.tokenizer, output, console, scratch and Path(scratch.name))
     for run in runs.values():
-        check_positions(examples, backbone, run.config.compression, min(config.compression.rates))
+        check_positions(examples, start.backbone, run.config.compression, min(config.compression.rates))
     shapes = Shapes.fit(examples, config.data, config.compression)
-    return Task(folder, tokenizer, examples, shapes, held_out, allow_change, bool(scratch)), runs, places
+    return Task(start, examples, shapes, held_out, allow_change, bool(scratch)), runs, places
 
 
 def check(config: Config) -> None:

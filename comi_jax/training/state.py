@@ -1,7 +1,5 @@
 """What a step starts from: the shape, dtype and place of every array, and the arrays themselves, born there."""
 
-import functools
-from pathlib import Path
 from typing import Any, no_type_check
 
 import jax
@@ -15,9 +13,6 @@ from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.model.architecture import Architecture, frozen_dtype
 from comi_jax.params import flatten
-from comi_jax.runs.description import Run, is_run
-from comi_jax.runs.stored_weights import load_flat
-from comi_jax.weights import hf
 
 
 @no_type_check
@@ -72,13 +67,6 @@ def create(
     return TrainState(step, trained, optimizer), {path: _at_home(params[path], like) for path, like in frozen.items()}
 
 
-def own_parameters(arch: Architecture, seed: int, mesh: jax.sharding.Mesh) -> dict[str, Array]:
-    """``comi.own_parameters``, each device making its own part of them."""
-    make = functools.partial(architecture.own_parameters, arch, seed)
-    placed = sharding.parameters(architecture.specs(arch), mesh)
-    return jax.jit(make, out_shardings={path: placed[path] for path in jax.eval_shape(make)})()
-
-
 def _at_home(array: Any, like: jax.ShapeDtypeStruct) -> Array:
     if array.sharding != like.sharding:
         array = jax.device_put(array, like.sharding)
@@ -89,18 +77,3 @@ def _at_home(array: Any, like: jax.ShapeDtypeStruct) -> Array:
 
 def _homes(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def initial_params(run: Run, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Array]:
-    """A model to start from, by flat path and on its devices: from the COMI checkpoint in ``folder``, or fresh around
-    the language model in it, with adapters, if any, at random."""
-    arch = run.architecture
-    placed = sharding.parameters(architecture.specs(arch), mesh)
-
-    def place(path: str) -> tuple[str, Any]:
-        return ("float32" if architecture.is_trained(path, arch) else frozen_dtype(path, arch)), placed[path]
-
-    if is_run(folder):
-        return load_flat(folder, arch, place)
-    params = hf.load_parts(folder, run.backbone, architecture.parts_of_backbone(arch), place)
-    return params | own_parameters(arch, run.config.train.seed, mesh)
