@@ -138,6 +138,10 @@ class Compression:
             "a segment would be less than one group",
         )
 
+    def segments(self, context: int) -> list[int]:
+        """The lengths of the segments that a context of so many tokens is cut into."""
+        return [min(self.segment_size, context - first) for first in range(0, context, self.segment_size)]
+
     def check(self, backbone: Backbone) -> None:
         """Refuse layer counts that ``backbone`` does not have."""
         for name in ("encoder_layers", "lsa_layers"):

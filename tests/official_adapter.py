@@ -103,7 +103,7 @@ def _batch(model, input_ids, query_ids, labels):
 
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))
 def _memory(params, arch, batch, rate):
-    return comi.remember(params, arch, batch, rate)
+    return comi.memory_of(params, arch, batch, rate)
 
 
 @functools.partial(jax.jit, static_argnames="arch")

@@ -39,7 +39,7 @@ def batch():
 
 @jax.jit
 def program(params, batch):
-    memory = comi.remember(params, ARCH, batch, MIN_RATE)
+    memory = comi.memory_of(params, ARCH, batch, MIN_RATE)
     return memory, comi.answer_logits(params, ARCH, memory, batch)
 
 
@@ -169,7 +169,7 @@ def test_segments_are_what_each_would_be_alone(params, batch):
 @pytest.mark.parametrize("width, lengths", [(5, [[5]]), (12, [[12]]), (24, [[12, 12]]), (13, [[12], [1]])])
 def test_contexts_are_cut_into_whole_segments_and_the_rest_of_the_width(batch, width, lengths):
     full = batch.replace(context=batch.context[:, :width], context_length=np.full(4, width, np.int32))
-    cut = comi.segments(jax.tree.map(jnp.asarray, full), SEGMENT)
+    cut = comi.segments(jnp.asarray(full.context), jnp.asarray(full.context_length), SEGMENT)
     assert [np.asarray(length[0]).tolist() for _, length in cut] == lengths
     np.testing.assert_array_equal(
         np.concatenate([np.reshape(ids, (4, -1)) for ids, _ in cut], axis=1), batch.context[:, :width]
@@ -195,9 +195,11 @@ def test_encoding_the_context_once_is_encoding_it_with_the_query(params, batch):
 
     @jax.jit
     def both(params, context, length, query, query_length):
-        states, cache = comi.encode_context(params, ARCH, context, QUERY)
-        cached = comi.encode_query(params, ARCH, cache, length, query, query_length)
-        return comi.encode(params, ARCH, context, length, query, query_length), (states, cached)
+        (alone,) = comi.encode(params, ARCH, context, length, QUERY).segments
+        cached = comi.query_vectors(params, ARCH, alone, query, query_length)
+        pairs = context[:, None], length[:, None], query, query_length
+        together, vector = comi.encode_pairs(params, ARCH, *pairs)
+        return (together.states, vector), (alone.states, cached)
 
     length = np.array([12, 9, 7, 0], np.int32)
     inputs = params, batch.context[:, :SEGMENT], length
@@ -208,6 +210,23 @@ def test_encoding_the_context_once_is_encoding_it_with_the_query(params, batch):
     np.testing.assert_allclose(states[real], alone[real], atol=1e-5)
     np.testing.assert_allclose(vector, cached, atol=1e-5)
     assert (np.abs(vector - other).max(1) > 1e-3).all()
+
+
+def test_what_is_remembered_of_an_encoded_context_is_what_one_pass_gives(params, batch):
+    """Contexts of one and of several segments, encoded once and asked: the memory of [context; query] in one pass."""
+    asked = jax.tree.map(jnp.asarray, batch)
+
+    @jax.jit
+    def both(params, batch):
+        encoded = comi.encode(params, ARCH, batch.context, batch.context_length, room=QUERY)
+        once = comi.remember(params, ARCH, encoded, batch.query, batch.query_length, batch.rate, MIN_RATE)
+        return once, comi.memory_of(params, ARCH, batch, MIN_RATE)
+
+    once, whole = both(params, asked)
+    np.testing.assert_array_equal(once.length, whole.length)
+    real = np.arange(whole.vectors.shape[1]) < np.asarray(whole.length)[:, None]
+    assert real.sum() > 10
+    np.testing.assert_allclose(once.vectors[real], whole.vectors[real], atol=1e-5)
 
 
 def test_query_vector_is_the_mean_of_the_real_query_states():
@@ -305,7 +324,7 @@ def test_a_bfloat16_model_compresses_and_sums_its_loss_in_float32(params, batch)
     half = {part: params["mig"] if part == "mig" else jax.tree.map(jnp.bfloat16, tree) for part, tree in params.items()}
 
     def run(params, batch):
-        memory = comi.remember(params, arch, batch, MIN_RATE)
+        memory = comi.memory_of(params, arch, batch, MIN_RATE)
         logits = comi.answer_logits(params, arch, memory, batch)
         return memory, comi.sum_loss(logits, batch.answer, batch.answer_length)
 

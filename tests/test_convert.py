@@ -216,7 +216,7 @@ def batch_of(context, query):
 
 @functools.partial(jax.jit, static_argnames="arch")
 def remember_and_score(params, batch, arch):
-    memory = comi.remember(params, arch, batch, 2)
+    memory = comi.memory_of(params, arch, batch, 2)
     return memory, comi.answer_logits(params, arch, memory, batch)
 
 

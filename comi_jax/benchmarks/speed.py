@@ -72,7 +72,7 @@ def prepare(task: str, tokens: int, remat: bool) -> Callable[[], object]:
 
     @jax.jit
     def compress(params, batch):
-        return comi.remember(params, arch, batch, RATE)
+        return comi.memory_of(params, arch, batch, RATE)
 
     @jax.jit
     def answer(params, memory, batch):

@@ -103,9 +103,9 @@ def check_positions(
 ) -> None:
     """Refuse rows of the encoder (segment, query) or of the decoder (memory, query, answer or ``new_tokens``) that are
     longer than the language model's positions. Each example counts alone: padding stands behind what is real."""
-    limit, size = backbone.max_position_embeddings, settings.segment_size
+    limit = backbone.max_position_embeddings
     for number, example in enumerate(examples, start=1):
-        segments = [min(size, len(example.context) - first) for first in range(0, len(example.context), size)]
+        segments = settings.segments(len(example.context))
         query, answer = len(example.query), len(example.answer) if new_tokens is None else new_tokens
         longest = max(segments, default=0)
         if longest + query > limit:

@@ -44,7 +44,7 @@ def make_mesh(settings: Mesh, devices: Sequence[Any] | None = None) -> jax.shard
 def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
     """How many micro-batches an update takes: optimizer.accumulate, or so many that each has one context a device.
     Raises ConfigError if their contexts do not divide over the devices."""
-    contexts, devices = config.train.batch_size // config.train.share_context, mesh.shape["data"] * mesh.shape["fsdp"]
+    contexts, devices = config.train.batch_size // config.train.share_context, row_shards(mesh)
     parts = config.optimizer.accumulate or max(contexts // devices, 1)
     if contexts % (parts * devices):
         raise ConfigError(
@@ -101,6 +101,16 @@ def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     devices."""
     home = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda index: x[index]), batch)
+
+
+def row_axes(rows: int, mesh: jax.sharding.Mesh) -> tuple[str, ...] | None:
+    """The mesh axes that so many ``rows`` are split over; None if they do not divide, and every device has all."""
+    return None if rows % row_shards(mesh) else ("data", "fsdp")
+
+
+def row_shards(mesh: jax.sharding.Mesh) -> int:
+    """How many parts rows are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:

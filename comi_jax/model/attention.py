@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from comi_jax.devices.sharding import platform
+from comi_jax.devices.sharding import platform, row_axes
 from comi_jax.model.attention_blocked import blocked
 
 MASKED = -1e30
@@ -66,9 +66,7 @@ def _on_one_device(q, k, v, start, lengths, *, causal, implementation, backend):
 
 def _on_each_device(function, q, k, mesh, cached):
     """``function`` over the rows and heads of every device of ``mesh``."""
-    rows: tuple[str, ...] | None = ("data", "fsdp")
-    if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        rows = None
+    rows = row_axes(q.shape[0], mesh)
     heads = None if k.shape[2] % mesh.shape["tensor"] else "tensor"
     here, parts = q.shape[2] // (mesh.shape["tensor"] if heads else 1), mesh.shape["context"]
     tokens = None

@@ -121,7 +121,7 @@ def embed_tokens(
 ) -> Float[Array, "*shape D"]:
     """Rows of the embedding table, in ``dtype``."""
     table, mesh = params["embed"], runtime.mesh
-    if mesh is None or ids.ndim != 2 or row_axes(ids, mesh) is None or ids.shape[1] % runtime.parts:
+    if mesh is None or ids.ndim != 2 or sharding.row_axes(ids.shape[0], mesh) is None or ids.shape[1] % runtime.parts:
         return table[ids].astype(dtype)
     width = sharding.partition_spec(ParamSpec(table.shape, ("vocab", "embed"), 0.0), mesh)[1]
     if not width:
@@ -130,7 +130,8 @@ def embed_tokens(
     # have every device hold everything, of the gradient above all.
     ids = _constrain(ids, NamedSharding(mesh, PartitionSpec("data")))
     x = table[ids].astype(dtype)
-    for stage in (("data", None, width), (row_axes(x, mesh), None, "context"), (row_axes(x, mesh), "context")):
+    rows = sharding.row_axes(x.shape[0], mesh)
+    for stage in (("data", None, width), (rows, None, "context"), (rows, "context")):
         x = _constrain(x, NamedSharding(mesh, PartitionSpec(*stage)))
     return x
 
@@ -201,12 +202,7 @@ def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding 
     """Where rows lie whose tokens are split over devices; None where they are not, or do not divide."""
     if runtime.parts == 1 or x.shape[1] % runtime.parts:
         return None
-    return NamedSharding(runtime.mesh, PartitionSpec(row_axes(x, runtime.mesh), "context"))
-
-
-def row_axes(x: Array, mesh: Mesh) -> tuple[str, ...] | None:
-    """The mesh axes that the rows of ``x`` are split over; None if they do not divide."""
-    return None if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
+    return NamedSharding(runtime.mesh, PartitionSpec(sharding.row_axes(x.shape[0], runtime.mesh), "context"))
 
 
 def _constrain(x: Array, home: NamedSharding | None) -> Array:

@@ -22,3 +22,8 @@ class Batch:
     answer: Int[Array, "B A"]  # end-of-sequence token included
     answer_length: Int[Array, " B"]
     rate: Int[Array, " B"]
+
+    @property
+    def share(self) -> int:
+        """How many examples ask about one context."""
+        return self.query.shape[0] // self.context.shape[0]

@@ -1,12 +1,14 @@
 """The model: encode -> compress -> align -> decode, as separate functions over one parameter tree.
 
-    [X; Q] -> encoder -> H, q̄ = mean(Hq) (3) -> compress (4)-(8) -> LSA -> memory
+    X -> encoder -> H            Q after X -> encoder -> q̄ = mean(Hq) (3)         ``encode``: once for a context
+    H, q̄ -> compress (4)-(8) -> LSA -> memory                                    ``remember``: for every question
     [memory; embed(Q); embed(answer)] -> decoder -> loss on the answer (9)
 
 The tree has the parts "encoder", "lsa", "decoder", "mig" (the four scalars) and, with adapters, "lora".
 A context is cut into G segments of at most S tokens, which are encoded, compressed and aligned each on its own.
 """
 
+from collections.abc import Sequence
 from typing import no_type_check
 
 import jax
@@ -43,6 +45,26 @@ class Memory:
 
 @no_type_check
 @struct.dataclass
+class EncodedSegments:
+    """The segments of one width S of every context, as the encoder leaves them: one row a segment, those of a context
+    in order."""
+
+    states: Float[Array, "CG S D"]  # what stands behind a segment's length means nothing
+    length: Int[Array, "C G"]
+    cache: KVCache | None  # keys and values, for queries; None where each query was encoded with its context
+
+
+@no_type_check
+@struct.dataclass
+class Encoded:
+    """Contexts as the encoder leaves them: all whole segments, then the shorter rest of each context, if the width
+    leaves any. No query changes them: a causal encoder reads the context first."""
+
+    segments: tuple[EncodedSegments, ...]
+
+
+@no_type_check
+@struct.dataclass
 class LossSums:
     """Sums over answer tokens, to be divided by ``tokens`` once every micro-batch and device has added its own."""
 
@@ -73,56 +95,66 @@ def masked_mean(states: Float[Array, "B T D"], first: Int[Array, " B"], count: I
 
 
 def encode(
+    params: Tree, arch: Architecture, context: Int[Array, "C X"], context_length: Int[Array, " C"], room: int
+) -> Encoded:
+    """Contexts without any question: their states, and the keys and values of the encoder with ``room`` positions for
+    the tokens of a query."""
+    parts = []
+    with jax.named_scope("encode"):
+        for ids, length in segments(context, context_length, arch.compression.segment_size):
+            rows = ids.reshape(-1, ids.shape[2])
+            cache = empty_cache(
+                arch.backbone, arch.compression.encoder_layers, rows.shape[0], rows.shape[1] + room, arch.dtype
+            )
+            x = lm.embed_tokens(params["encoder"], rows, arch.dtype, arch.runtime)
+            states, cache = lm.forward(params["encoder"], x, arch.backbone, cache=cache, runtime=arch.runtime)
+            parts.append(EncodedSegments(states, length, cache))
+    return Encoded(tuple(parts))
+
+
+def query_vectors(
     params: Tree,
     arch: Architecture,
-    context: Int[Array, "B S"],
-    context_length: Int[Array, " B"],
+    part: EncodedSegments,
     query: Int[Array, "B Q"],
     query_length: Int[Array, " B"],
-) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
-    """The encoder over [context; query] in one causal pass: states of the context, H, and the query vector q̄ (3).
-
-    Where the tokens of a row are split over devices, H is not cut from it, which would move states between them; what
-    stands behind ``context_length`` means nothing.
-    """
-    encoder, parts = params["encoder"], arch.runtime.parts
+) -> Float[Array, "BG D"]:
+    """The query vector q̄ (3) of every query after every segment of its context, whose keys and values are there."""
+    segment = _segment_of_row(part, query.shape[0])
+    query, query_length = (jnp.repeat(x, part.length.shape[1], axis=0) for x in (query, query_length))
     with jax.named_scope("encode"):
-        rows, _ = join_rows(context, context_length, query, query_length)
+        cache = jax.tree.map(lambda x: x[:, segment], part.cache)
+        x = lm.embed_tokens(params["encoder"], query, arch.dtype, arch.runtime)
+        start = part.length.reshape(-1)[segment]
+        states, _ = lm.forward(params["encoder"], x, arch.backbone, cache=cache, start=start, runtime=arch.runtime)
+        return masked_mean(states, jnp.zeros_like(query_length), query_length)
+
+
+def encode_pairs(
+    params: Tree,
+    arch: Architecture,
+    context: Int[Array, "C G S"],
+    context_length: Int[Array, "C G"],
+    query: Int[Array, "C Q"],
+    query_length: Int[Array, " C"],
+) -> tuple[EncodedSegments, Float[Array, "CG D"]]:
+    """``encode`` and ``query_vectors`` of one query for each context, in one causal pass over [segment; query], which
+    needs no cache.
+
+    Where the tokens of a row are split over devices, the states are not cut to the segment, which would move them
+    between devices.
+    """
+    encoder, parts, width = params["encoder"], arch.runtime.parts, context.shape[2]
+    query, query_length = (jnp.repeat(x, context.shape[1], axis=0) for x in (query, query_length))
+    lengths = context_length.reshape(-1)
+    with jax.named_scope("encode"):
+        rows, _ = join_rows(context.reshape(-1, width), lengths, query, query_length)
         rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % parts)))
         x = lm.embed_tokens(encoder, rows, arch.dtype, arch.runtime)
         states, _ = lm.forward(encoder, x, arch.backbone, runtime=arch.runtime)
-        query_vector = masked_mean(states, context_length, query_length)
-        return states if parts > 1 else states[:, : context.shape[1]], query_vector
-
-
-def encode_context(
-    params: Tree, arch: Architecture, context: Int[Array, "B S"], room: int
-) -> tuple[Float[Array, "B S D"], KVCache]:
-    """The context alone: its states, which no query changes, and a cache with ``room`` more positions for queries."""
-    encoder = params["encoder"]
-    with jax.named_scope("encode"):
-        batch, length = context.shape
-        layers = arch.compression.encoder_layers
-        cache = empty_cache(arch.backbone, layers, batch, length + room, arch.dtype)
-        x = lm.embed_tokens(encoder, context, arch.dtype, arch.runtime)
-        states, cache = lm.forward(encoder, x, arch.backbone, cache=cache, runtime=arch.runtime)
-        return states, cache
-
-
-def encode_query(
-    params: Tree,
-    arch: Architecture,
-    cache: KVCache,
-    context_length: Int[Array, " B"],
-    query: Int[Array, "B Q"],
-    query_length: Int[Array, " B"],
-) -> Float[Array, "B D"]:
-    """The query vector q̄ (3) of a query that follows an already encoded context; equal to what ``encode`` gives."""
-    encoder = params["encoder"]
-    with jax.named_scope("encode"):
-        x = lm.embed_tokens(encoder, query, arch.dtype, arch.runtime)
-        states, _ = lm.forward(encoder, x, arch.backbone, cache=cache, start=context_length, runtime=arch.runtime)
-        return masked_mean(states, jnp.zeros_like(query_length), query_length)
+        query_vector = masked_mean(states, lengths, query_length)
+        states = states if parts > 1 else states[:, :width]
+        return EncodedSegments(states, context_length, None), query_vector
 
 
 def align(params: Tree, arch: Architecture, memory: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
@@ -149,66 +181,97 @@ def join_segments(
     return jnp.take_along_axis(flat, source[:, :, None], axis=1), ends[:, -1]
 
 
-def segments(batch: Batch, size: int) -> list[tuple[Int[Array, "C G S"], Int[Array, "C G"]]]:
-    """The contexts of ``batch`` cut after every ``size`` tokens, and their lengths: first all whole segments, then, if
-    the width of the batch leaves a rest, that as one shorter segment of each. What a context has no tokens for is of
-    length 0."""
-    c, width = batch.context.shape
+def segments(
+    context: Int[Array, "C X"], context_length: Int[Array, " C"], size: int
+) -> list[tuple[Int[Array, "C G S"], Int[Array, "C G"]]]:
+    """Contexts cut after every ``size`` tokens, and the lengths of the segments: first all whole segments, then, if the
+    width leaves a rest, that as one shorter segment of each. What a context has no tokens for is of length 0."""
+    c, width = context.shape
     whole = width - width % size
     parts = []
     for first, end, length in ((0, whole, size), (whole, width, width - whole)):
         if first < end:
-            ids = batch.context[:, first:end].reshape(c, -1, length)
+            ids = context[:, first:end].reshape(c, -1, length)
             starts = jnp.arange(first, end, length, dtype=jnp.int32)[None, :]
-            parts.append((ids, jnp.clip(batch.context_length[:, None] - starts, 0, length)))
+            parts.append((ids, jnp.clip(context_length[:, None] - starts, 0, length)))
     return parts
 
 
-def remember(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> Memory:
-    """From token ids to the memory the decoder reads: encode, compress and align every segment, then join them.
+def memory_of(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> Memory:
+    """From token ids to the memory the decoder reads. A context that several examples ask about is encoded once;
+    where each has one question, both are encoded in one pass, which gives the same.
 
     ``min_rate`` is the static lower bound of the rates in the batch; it sets how many slots a segment has.
     """
-    parts = segments(batch, arch.compression.segment_size)
-    memory, *rest = (remember_segments(params, arch, batch, *part, min_rate) for part in parts)
-    for last in rest:
-        vectors, length = join_rows(memory.vectors, memory.length, last.vectors, last.length)
-        memory = Memory(vectors, length, (*memory.aux, *last.aux))
-    return memory
+    if batch.share > 1:
+        encoded = encode(params, arch, batch.context, batch.context_length, room=batch.query.shape[1])
+        return remember(params, arch, encoded, batch.query, batch.query_length, batch.rate, min_rate)
+    memories = []
+    for part in segments(batch.context, batch.context_length, arch.compression.segment_size):
+        encoded, query_vector = encode_pairs(params, arch, *part, batch.query, batch.query_length)
+        width = part[0].shape[2]
+        memories.append(remember_segments(params, arch, encoded, query_vector, batch.rate, max_groups(width, min_rate)))
+    return join_memories(memories)
+
+
+def remember(
+    params: Tree,
+    arch: Architecture,
+    encoded: Encoded,
+    query: Int[Array, "B Q"],
+    query_length: Int[Array, " B"],
+    rate: Int[Array, " B"],
+    min_rate: int,
+) -> Memory:
+    """The memory of contexts for questions: B is a multiple of the number of contexts C, as in Batch."""
+    memories = []
+    for part in encoded.segments:
+        query_vector = query_vectors(params, arch, part, query, query_length)
+        slots = max_groups(part.states.shape[1], min_rate)
+        memories.append(remember_segments(params, arch, part, query_vector, rate, slots))
+    return join_memories(memories)
 
 
 def remember_segments(
     params: Tree,
     arch: Architecture,
-    batch: Batch,
-    context: Int[Array, "C G S"],
-    context_length: Int[Array, "C G"],
-    min_rate: int,
+    part: EncodedSegments,
+    query_vector: Float[Array, "BG D"],
+    rate: Int[Array, " B"],
+    slots: int,
 ) -> Memory:
-    """The memory of some segments, all of one width, of every context of ``batch``."""
-    c, g, s = context.shape
-    b = batch.query.shape[0]
-    query, query_length, rate = (jnp.repeat(x, g, axis=0) for x in (batch.query, batch.query_length, batch.rate))
-    context, lengths = context.reshape(c * g, s), context_length.reshape(c * g)
-    if b == c:
-        states, query_vector = encode(params, arch, context, lengths, query, query_length)
-    else:  # a context that is asked several questions is encoded once
-        states, cache = encode_context(params, arch, context, room=query.shape[1])
-        row = jnp.repeat(jnp.arange(c * g).reshape(c, g), b // c, axis=0).reshape(b * g)
-        cache = jax.tree.map(lambda x: x[:, row], cache)
-        states, lengths = states[row], lengths[row]
-        query_vector = encode_query(params, arch, cache, lengths, query, query_length)
+    """The segments of one width compressed for every query vector, into ``slots`` vectors each at most, aligned, and
+    joined."""
+    b, g = rate.shape[0], part.length.shape[1]
+    states, lengths = part.states, part.length.reshape(-1)
+    if states.shape[0] < b * g:
+        segment = _segment_of_row(part, b)
+        states, lengths = states[segment], lengths[segment]
     with jax.named_scope("compress"):
-        slots = max_groups(s, min_rate)
         kernels = dispatch.choose("compression", arch.runtime.kernels, states.dtype, platform(arch.runtime.mesh))
         out = compress(
-            states, query_vector, lengths, rate, params["mig"], arch.compression, slots,
+            states, query_vector, lengths, jnp.repeat(rate, g, axis=0), params["mig"], arch.compression, slots,
             kernels=kernels, mesh=arch.runtime.mesh,
         )  # fmt: skip
     aligned = align(params, arch, out.memory)
     count = jnp.sum(out.mask, axis=1, dtype=jnp.int32)
     vectors, length = join_segments(aligned.reshape(b, g, slots, -1), count.reshape(b, g))
     return Memory(vectors, length, (out.aux,))
+
+
+def join_memories(memories: Sequence[Memory]) -> Memory:
+    """Memories of the same rows, one after another without gaps."""
+    memory, *rest = memories
+    for last in rest:
+        vectors, length = join_rows(memory.vectors, memory.length, last.vectors, last.length)
+        memory = Memory(vectors, length, (*memory.aux, *last.aux))
+    return memory
+
+
+def _segment_of_row(part: EncodedSegments, examples: int) -> Int[Array, " BG"]:
+    """The row of ``part`` for each segment of each example's context."""
+    c, g = part.length.shape
+    return jnp.repeat(jnp.arange(c * g).reshape(c, g), examples // c, axis=0).reshape(-1)
 
 
 def prompt(
@@ -242,7 +305,7 @@ def answer_logits(
 
 def loss(params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_key: Array | None = None) -> LossSums:
     """(9): next-token cross-entropy on the answer tokens only, summed; also how many were predicted right."""
-    memory = remember(params, arch, batch, min_rate)
+    memory = memory_of(params, arch, batch, min_rate)
     scores = answer_logits(params, arch, memory, batch, dropout_key)
     vectors = jnp.sum(jnp.where(batch.answer_length > 0, memory.length, 0).astype(scores.dtype))
     return sum_loss(scores, batch.answer, batch.answer_length).replace(vectors=vectors)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax.config import Compression
+from comi_jax.devices.sharding import row_axes
 from comi_jax.kernels.merge import weights
 from comi_jax.model import mig
 from comi_jax.model.context_parallel import Split, Whole
@@ -70,13 +71,13 @@ def compress(
     With a ``mesh`` of several devices each computes its own rows (axes data and fsdp; rows that do not divide are
     computed by all) and its own part of every row (axis context): see ``sequence``.
     """
-    run = functools.partial(_compress, settings=settings, slots=slots, kernels=kernels)
+    run = functools.partial(compress_rows, settings=settings, slots=slots, kernels=kernels)
     length = states.shape[1]
     if mesh is not None and mesh.size > 1:
         parts = mesh.shape["context"]
         split = Split("context", parts, mesh.axis_names) if parts > 1 else WHOLE
         states = jnp.pad(states, ((0, 0), (0, -length % parts), (0, 0)))
-        rows = None if states.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
+        rows = row_axes(states.shape[0], mesh)
         by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if parts > 1 else None)
         aux = Aux(by_row, by_token, by_token, by_token, by_token, by_token, by_row, by_row)
         run = jax.shard_map(
@@ -93,16 +94,28 @@ def compress(
     return out.replace(aux=out.aux.replace(**{name: getattr(out.aux, name)[:, :length] for name in per_token}))
 
 
-def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernels, sequence=WHOLE):
+def compress_rows(
+    states: Float[Array, "B S D"],
+    query: Float[Array, "B D"],
+    lengths: Int[Array, " B"],
+    rates: Int[Array, " B"],
+    scalars: Tree,
+    *,
+    settings: Compression,
+    slots: int,
+    kernels: str | None = None,
+    sequence: Whole | Split = WHOLE,
+) -> Compressed:
+    """Section 4 of the paper on one device: ``compress`` of its own rows, and of its own part of their ``sequence``."""
     # Padding may hold anything, infinities too, which a cotangent of zero would turn into NaN; the merge leaves it out.
     position = sequence.position(states.shape[1])
-    tokens, inverse = mig.directions(jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0))
-    relevance = mig.relevance(tokens, inverse, query)
+    directions, inverse = mig.directions(jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0))
+    relevance = mig.relevance(directions, inverse, query)
     representative = coarse_mig = None
     with jax.named_scope("coarse"):
         if settings.coarse:
             sizes, representative, coarse_mig = coarse_sizes(
-                *jax.lax.stop_gradient((tokens, inverse, relevance)),
+                *jax.lax.stop_gradient((directions, inverse, relevance)),
                 lengths, rates, scalars, settings, slots, kernels, sequence,
             )  # fmt: skip
         else:
@@ -112,7 +125,7 @@ def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernel
     with jax.named_scope("fine"):
         redundancy = jnp.zeros_like(relevance)
         if settings.fine_redundancy:
-            redundancy = sequence.redundancy(tokens, inverse, all_groups, kernels)
+            redundancy = sequence.redundancy(directions, inverse, all_groups, kernels)
         gain = mig.gain(relevance, redundancy, scalars["alpha_fine"], scalars["beta_fine"])
         merged_by = gain if settings.fine else jnp.zeros_like(gain)
         memory, normalizer = sequence.merge(states, merged_by, all_groups, slots, kernels)  # (7), (8)
@@ -122,7 +135,7 @@ def _compress(states, query, lengths, rates, scalars, *, settings, slots, kernel
 
 
 def coarse_sizes(
-    tokens: Float[Array, "B S D"],
+    directions: Float[Array, "B S D"],
     inverse: Float[Array, "B S"],
     relevance: Float[Array, "B S"],
     lengths: Int[Array, " B"],
@@ -138,7 +151,7 @@ def coarse_sizes(
     position = jnp.arange(relevance.shape[1], dtype=jnp.int32)[None, :]
     group = jnp.where(position < lengths[:, None], position // rates[:, None], -1)
     representative, exists = most_relevant(relevance, group, slots)
-    chosen = sequence.vectors(tokens, representative)
+    chosen = sequence.vectors(directions, representative)
     redundancy = jnp.zeros(representative.shape, relevance.dtype)
     if settings.coarse_redundancy:
         chosen_inverse = jnp.take_along_axis(inverse, representative, axis=1)

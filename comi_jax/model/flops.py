@@ -64,21 +64,15 @@ def head(backbone: Backbone, positions: int) -> Cost:
     return Cost(product, product)
 
 
-def segments(arch: Architecture, context: int) -> list[int]:
-    """Lengths of the segments that a context is cut into."""
-    size = arch.compression.segment_size
-    return [min(size, context - first) for first in range(0, context, size)]
-
-
 def memory_length(arch: Architecture, lengths: Lengths) -> int:
     """Memory vectors of a context, empty groups aside."""
-    return sum(max_groups(segment, lengths.rate) for segment in segments(arch, lengths.context))
+    return sum(max_groups(segment, lengths.rate) for segment in arch.compression.segments(lengths.context))
 
 
 def by_part(arch: Architecture, lengths: Lengths) -> dict[str, Cost]:
     """Operations of one training example in each part of the model."""
     backbone, settings = arch.backbone, arch.compression
-    parts = segments(arch, lengths.context)
+    parts = settings.segments(lengths.context)
     memory = memory_length(arch, lengths)
     nothing = Cost(0.0)
     encoder = (blocks(backbone, settings.encoder_layers, n + lengths.query, (True, True)) for n in parts)

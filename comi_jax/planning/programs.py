@@ -98,7 +98,7 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> 
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     step, total = CompiledStep(arch, update), gradients_of(held) if parts > 1 else None
-    rows = examples // share // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = examples // share // sharding.row_shards(mesh)
     known = estimate.held(arch, held, frozen, estimate.longest(config), rows, share, mesh)
     held_by_both = {"trained parameters": known.trained, "optimizer": known.optimizer}
     gradients = {"gradients": known.gradients}
@@ -126,7 +126,7 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     lengths, options = estimate.longest(config), config.generation
     batch = abstract_batch(config, batch_size, 1, home)
     compress = compressor.remember.lower(params, batch, arch, lengths.rate)
-    memory = jax.eval_shape(lambda p, b: comi.remember(p, arch, b, lengths.rate), params, batch)
+    memory = jax.eval_shape(lambda p, b: comi.memory_of(p, arch, b, lengths.rate), params, batch)
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), memory)
     reply = compressor.reply.lower(params, memory, batch, arch, options, (0,))
     held = {"parameters": estimate.on_one_device(params)}

@@ -71,7 +71,7 @@ class Comi:
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
-        self.parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.parts = 1 if mesh is None else sharding.row_shards(mesh)
         self.batch_size = -(-batch_size // self.parts) * self.parts
         runtime = run.architecture.runtime.replace(remat="off", mesh=mesh)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
@@ -186,7 +186,7 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))
 def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.Memory:
-    return comi.remember(params, arch, batch, rate)
+    return comi.memory_of(params, arch, batch, rate)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
