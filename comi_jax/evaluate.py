@@ -2,20 +2,29 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from rich.console import Console
 
 from comi_jax import cli
-from comi_jax.config import ConfigError, Mesh
-from comi_jax.data.records import read_records
+from comi_jax.config import Config, ConfigError, Mesh
 from comi_jax.devices import sharding
+from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.predictions import evaluate
 from comi_jax.evaluation.tables import print_table, save_table
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
 from comi_jax.serving.compressor import Comi
+from comi_jax.training.dataset import read_held_out
+
+
+def of_data(config: Config, words: Sequence[str], skip_bad: bool) -> Config:
+    """``config`` with ``words`` as its held-out data, all of them unless they are made up."""
+    count = config.data.eval_examples if tuple(words) == ("synthetic",) else 0
+    data = dataclasses.replace(config.data, eval=tuple(words), eval_examples=count, skip_bad_records=skip_bad)
+    return dataclasses.replace(config, data=data)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,7 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
     parser.add_argument("--step", default="newest", help='number of a checkpoint, "best" or "newest" (default)')
-    parser.add_argument("--data", required=True, nargs="+", help="JSON Lines files, plain or .gz")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help="what data.eval takes: files, globs, hf://..., each [SCHEMA:]PLACE[@WEIGHT]",
+    )
     parser.add_argument(
         "--output", help="folder for predictions.jsonl and results.json (default: CHECKPOINT/evaluation)"
     )
@@ -48,28 +62,19 @@ def main(arguments: list[str] | None = None) -> None:
         step = choose_step(given.checkpoint, given.step)
         mesh = sharding.make_mesh(Mesh(data=1, fsdp=0)) if jax.device_count() > 1 else None
         model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step, mesh=mesh)
-        records, report = read_records(given.data, skip_bad=given.skip_bad_records)
-        for line in report.skipped:
-            console.print(f"left out {line}", highlight=False)
+        records, skipped = read_held_out(of_data(model.run.config, given.data, given.skip_bad_records), console)
         output = Folder(given.output or Folder(given.checkpoint).evaluation)
         changes = {"max_new_tokens": given.max_new_tokens, "repetition_penalty": given.repetition_penalty}
         changes = {name: value for name, value in changes.items() if value is not None}
-        result = evaluate(
-            model,
-            records[: given.limit],
-            output.predictions,
-            rate=given.rate,
-            options=dataclasses.replace(model.run.config.generation, **changes),
-            closed_book=given.closed_book,
-            weights=weights_of(given.checkpoint, step),
-            console=console,
-        )
-        result["skipped_records"] = len(report.skipped)
+        decoding = dataclasses.replace(model.run.config.generation, **changes)
+        answerer = ComiAnswerer(model, weights_of(given.checkpoint, step), given.rate, decoding, given.closed_book)
+        result = evaluate(answerer, records[: given.limit], output.predictions, console=console)
+        result["skipped_records"] = skipped
         save_table({"model": result}, output.results)
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(
         f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts cut, "
-        f"{len(report.skipped)} records left out; predictions and results in {output}",
+        f"{skipped} records left out; predictions and results in {output}",
         highlight=False,
     )
 

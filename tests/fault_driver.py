@@ -91,7 +91,7 @@ POINTS = {
     "after an evaluation": lambda n: around(predictions, "_finish", behind=after(n)),
     "slow save": lambda n: around(SealedWriter, "wait", before=after(n, lambda: time.sleep(20))),
     "SIGTERM before the first step": lambda n: around(
-        loop.Loop, "describe", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        loop, "describe", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
     ),
     "SIGTERM in an evaluation": lambda n: around(
         predictions, "_prediction", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -11,7 +11,6 @@ none, over the first epoch; beside it, what it were if lengths were not put toge
 import argparse
 import contextlib
 import dataclasses
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,21 +20,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.cli import at_least
+from comi_jax import cli
 from comi_jax.config import Config, ConfigError
 from comi_jax.data import batches, order
-from comi_jax.data.encode import LengthError
-from comi_jax.data.records import DataError
 from comi_jax.devices import sharding
 from comi_jax.overrides import load
-from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run
 from comi_jax.runs.examples import Examples, make
 from comi_jax.training import dataset, optim
 from comi_jax.training.meter import Tally
-from comi_jax.training.state import create
+from comi_jax.training.state import TrainState, create
 from comi_jax.training.step import CompiledStep
-from comi_jax.weights.layout import WeightsError
 from comi_jax.weights.starting_model import StartingModel, tokenizer_of
 
 WARM = 4  # batches, or steps, before the clock starts: those that were made ahead, and compilation
@@ -43,10 +38,9 @@ WARM = 4  # batches, or steps, before the clock starts: those that were made ahe
 
 def tokenise(config: Config, folder: Path) -> tuple[Examples, float]:
     """The training examples, in ``folder``, and the tokens a second at which they were made."""
-    said: list[str] = []
-    tokenizer = tokenizer_of(config)
+    new = dataset.NewExamples(config, tokenizer_of(config))
     since = time.perf_counter()
-    examples = make(folder, dataset.new_examples(config, tokenizer, said), "", said)
+    examples = make(folder, new, "", new.report)
     seconds = time.perf_counter() - since
     total = sum(len(part) for e in examples for part in (e.context, e.query, e.answer))
     return examples, total / seconds
@@ -61,11 +55,11 @@ def batches_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Me
     with contextlib.closing(made):
         for _ in range(WARM):
             next(made)
-        total, since = 0, time.perf_counter()
-        for _ in range(count):
-            batch, placed = next(made)
-            total += Tally.of(batch).tokens
+        since = time.perf_counter()
+        total = sum(Tally.of(next(made)[0]).tokens for _ in range(count - 1))
+        batch, placed = next(made)
         jax.block_until_ready(placed)
+        total += Tally.of(batch).tokens
         return total / (time.perf_counter() - since)
 
 
@@ -79,12 +73,15 @@ def trained_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Me
     rates = np.resize(config.compression.rates, plan.order.batch * plan.share)
     batch = plan.batch(0, rates)
     placed, key = sharding.put_batch(batch, mesh), jax.random.key(0)
-    for number in range(WARM + steps):
-        if number == WARM:
-            jax.block_until_ready(state)
-            since = time.perf_counter()
-        state, _ = step(state, frozen, placed, key)
-    jax.block_until_ready(state)
+
+    def run_steps(state: TrainState, count: int) -> TrainState:
+        for _ in range(count):
+            state, _ = step(state, frozen, placed, key)
+        return jax.block_until_ready(state)
+
+    state = run_steps(state, WARM)
+    since = time.perf_counter()
+    run_steps(state, steps)
     return steps * Tally.of(batch).tokens / (time.perf_counter() - since)
 
 
@@ -118,20 +115,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, print a table; what a user can mend is one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.data", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
-    parser.add_argument("--batches", type=at_least(1), default=100, help="how many are timed")
-    parser.add_argument("--steps", type=at_least(0), default=20, help="updates that are timed; 0 needs no weights")
+    parser.add_argument("--batches", type=cli.at_least(1), default=100, help="how many are timed")
+    parser.add_argument("--steps", type=cli.at_least(0), default=20, help="updates that are timed; 0 needs no weights")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. data.train=nq:nq.jsonl.gz")
     options = parser.parse_intermixed_args(arguments)
-    try:
+    with cli.one_way_out():
         config = load(options.config, options.overrides)
         with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
             title, rows = measure(config, Path(folder), options.batches, options.steps)
-    except (ConfigError, DataError, LengthError, CheckpointError, WeightsError, OSError) as error:
-        sys.exit(f"error: {error}")
-    table = Table("", "", "times trained" if options.steps else "", title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table = Table("", "", "times trained" if options.steps else "", title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
 
 
 if __name__ == "__main__":

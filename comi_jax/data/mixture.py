@@ -19,6 +19,7 @@ from rich.console import Console
 from comi_jax.config import Config, ConfigError
 from comi_jax.data import encode, sources
 from comi_jax.data.encode import CHUNK, LengthError
+from comi_jax.data.fingerprint import Fingerprint, question_key
 from comi_jax.data.records import Record, Skipped
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
@@ -59,9 +60,9 @@ class SourceReport:
 class Mixture:
     """Writes the examples of one split, source after source, and keeps the numbers."""
 
-    def __init__(self, config: Config, tokenizer: Any, split: str, held_out: dict[bytes, str]):
+    def __init__(self, config: Config, tokenizer: Any, split: str, held_out: dict[str, str]):
         self.data, self.seed, self.split, self.held_out = config.data, config.train.seed, split, held_out
-        self.tokenizer, self.seen, self.fingerprint = tokenizer, {}, sources.Fingerprint()
+        self.tokenizer, self.seen, self.fingerprint = tokenizer, {}, Fingerprint()
 
     def write(self, file: Any, number: int, source: sources.Source) -> SourceReport:
         """The examples of ``source``, the ``number``-th of its split, into ``file``."""
@@ -92,7 +93,7 @@ class Mixture:
         for index, (path, line, record) in enumerate(
             sources.examples(source, self.split, skipped if self.data.skip_bad_records else None)
         ):
-            place, key = f"{path}, line {line}", _asked(record)
+            place, key = f"{path}, line {line}", question_key(record)
             if key in self.held_out:
                 report.drop("is in data.eval", f"{place}: as {self.held_out[key]}")
             elif key in self.seen:
@@ -132,14 +133,6 @@ class Mixture:
         return lengths
 
 
-def _asked(record: Record) -> bytes:
-    """A key of what an example asks about which context."""
-    parts = [*record.context, "", record.prompt]
-    return hashlib.blake2b(
-        json.dumps([len(p) for p in parts]).encode() + "".join(parts).encode(), digest_size=16
-    ).digest()
-
-
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -161,7 +154,7 @@ def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> d
     if report:
         console.print(f"{output} has this mixture already", highlight=False)
         return report
-    held_out: dict[bytes, str] = {}
+    held_out: dict[str, str] = {}
     splits = {}
     with _replacing(output) as folder:
         for split, own in parsed.items():  # the held-out examples first

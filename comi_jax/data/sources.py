@@ -7,7 +7,6 @@ examples: 2 twice, 0.5 a half of them, chosen by the seed; 1 if not given.
 """
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import numpy as np
 
 from comi_jax.config import ConfigError, shown
 from comi_jax.data import adapters
+from comi_jax.data.fingerprint import Fingerprint
 from comi_jax.data.records import DataError, Record, Refused, Skipped, numbered_records
 
 HUB = "hf://"
@@ -122,20 +122,6 @@ def _load_dataset(name: str, config: str, split: str, place: str) -> Any:
             f"cannot be loaded from the Hugging Face hub ({reason}); check name, split and network, or "
             "download it and name its JSON Lines files",
         ) from error
-
-
-class Fingerprint:
-    """A hash of records in their order, the same whichever files, compression or schema they came in."""
-
-    def __init__(self):
-        self._hash = hashlib.sha256()
-
-    def add(self, record: Record) -> None:
-        parts = [*record.context, "", record.prompt, *record.answers]  # no document is empty
-        self._hash.update(json.dumps([len(part) for part in parts]).encode() + "".join(parts).encode())
-
-    def __str__(self) -> str:
-        return self._hash.hexdigest()[:16]
 
 
 def to_line(record: Record) -> str:

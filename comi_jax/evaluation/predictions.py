@@ -6,69 +6,82 @@ over all memory vectors) and the decoding options.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 from rich.console import Console
 from rich.progress import track
 
-from comi_jax.config import MEASURES, Generation
-from comi_jax.data import encode
+from comi_jax.config import MEASURES
+from comi_jax.data.encode import Example, LengthReport
+from comi_jax.data.fingerprint import fingerprint_of
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed
 from comi_jax.evaluation import metrics
-from comi_jax.serving.compressor import Answer, Comi
+from comi_jax.serving.compressor import Answer
+
+
+class Answerer(Protocol):
+    """Who answers examples: a COMI model (``answerers``), or a system that it is compared with."""
+
+    @property
+    def identity(self) -> str:
+        """A short name for all that its answers depend on beside the examples; empty: no answer of an earlier attempt
+        is taken over."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """How many examples to ask it at a time: the predictions of so many are lost when the process dies."""
+        ...
+
+    def encode(self, records: Sequence[Record]) -> tuple[list[Example], LengthReport]:
+        """``records`` as examples without their answers. Raises LengthError or ConfigError for what it cannot answer,
+        before any work."""
+        ...
+
+    def answer(self, examples: Sequence[Example]) -> list[Answer]:
+        """Its answers, one for each of ``examples``."""
+        ...
+
+    def account(self) -> dict[str, Any]:
+        """How it answered, for the summary: rate, decoding."""
+        ...
 
 
 def evaluate(
-    model: Comi,
-    records: Sequence[Record],
-    output: str | Path,
-    *,
-    rate: int | None = None,
-    options: Generation | None = None,
-    closed_book: bool = False,
-    weights: str = "",
-    console: Console | None = None,
+    answerer: Answerer, records: Sequence[Record], output: str | os.PathLike, *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Answer ``records``, write predictions to ``output`` (JSON Lines) and return the summary.
+    """Let ``answerer`` answer ``records``, write its predictions to ``output`` (JSON Lines) and return the summary.
 
-    ``closed_book`` withholds the contexts: the same decoder answers from the question alone. ``weights`` identifies the
-    model's weights: what an earlier attempt with the same ones, and all else equal, has answered is taken over; if
-    empty, nothing is. Several processes answer together; the first one writes and returns, the others return {}.
+    What an earlier attempt of the same identity has answered is taken over. Several processes answer together; the
+    first one writes and returns, the others return {}.
     """
-    options = options or model.run.config.generation
-    data = model.run.config.data
-    examples, report = encode.encode(records, model.tokenizer, data, targets=False)
-    if closed_book:
-        examples = [dataclasses.replace(e, context=e.context[:0]) for e in examples]
-    model.check(examples, rate, options.max_new_tokens)
+    examples, report = answerer.encode(records)
     part, writes = Path(f"{output}.part"), distributed.is_first()
     found: dict[int, dict[str, Any]] = {}
     if writes:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        of = _identity(records, model, weights, rate, options, closed_book)
-        found = _begin(part, of, len(records) if weights else 0)
+        of = f"{fingerprint_of(records)} {answerer.identity}"
+        found = _begin(part, of, len(records) if answerer.identity else 0)
     if found and console:
         console.print(f"{len(found)} of {len(records)} answers were there already, in {part}", highlight=False)
     left = distributed.agreed(np.array([row not in found for row in range(len(records))]))
     order = sorted(np.flatnonzero(left).tolist(), key=lambda i: len(examples[i].context))
-    chunk = model.batch_size * 8
     quiet = console is None or not console.is_terminal or not order
     with part.open("a", encoding="utf-8") if writes else contextlib.nullcontext() as lines:
-        for first in track(range(0, len(order), chunk), "evaluating", console=console, disable=quiet, transient=True):
-            rows = order[first : first + chunk]
-            for row, answer in zip(rows, model.generate([examples[i] for i in rows], rate, options), strict=True):
-                if writes:
+        steps = range(0, len(order), answerer.at_once)
+        for first in track(steps, "evaluating", console=console, disable=quiet, transient=True):
+            rows = order[first : first + answerer.at_once]
+            for row, answer in zip(rows, answerer.answer([examples[i] for i in rows]), strict=True):
+                if lines:
                     found[row] = _prediction(row, records[row], answer)
                     lines.write(json.dumps(found[row]) + "\n")
-            if writes:
+            if lines:
                 lines.flush()
     if not writes:
         return {}
@@ -77,29 +90,14 @@ def evaluate(
     vectors = sum(p["memory_vectors"] for p in predictions)
     return {
         "n": len(records),
-        "records": _fingerprint(records),
+        "records": fingerprint_of(records),
         "metrics": metrics.summarize([{name: p[name] for name in MEASURES} for p in predictions]),
         "ratio": sum(p["context_tokens"] for p in predictions) / vectors if vectors else 0.0,
         "mean_output_tokens": sum(p["output_tokens"] for p in predictions) / len(predictions),
-        "rate": None if closed_book else rate or model.run.config.compression.rates[0],
-        "closed_book": closed_book,
-        "decoding": {"method": "greedy", **dataclasses.asdict(options)},
-        "truncated_contexts": 0 if closed_book else report.truncated_contexts,
+        **answerer.account(),
+        "truncated_contexts": report.truncated_contexts if vectors else 0,
         "truncated_queries": report.truncated_queries,
     }
-
-
-def _identity(records: Sequence[Record], model: Comi, *others: Any) -> str:
-    """All that the predictions depend on, as a short name."""
-    return _fingerprint(records, (model.run, others))
-
-
-def _fingerprint(records: Sequence[Record], beside: Any = None) -> str:
-    """A short name for ``records`` in their order, and what stands ``beside`` them."""
-    of = xxhash.xxh3_128(repr(beside).encode())
-    for record in records:
-        of.update(repr(record).encode("utf-8", "surrogatepass"))
-    return of.hexdigest()
 
 
 def _begin(part: Path, of: str, count: int) -> dict[int, dict[str, Any]]:

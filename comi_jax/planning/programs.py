@@ -33,7 +33,7 @@ from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.planning import estimate, hlo
 from comi_jax.planning.published_models import BACKBONES
-from comi_jax.serving import compressor
+from comi_jax.serving import batching
 from comi_jax.training import optim, state
 from comi_jax.training.step import CompiledStep, gradients_of
 from comi_jax.weights.starting_model import StartingModel
@@ -125,10 +125,10 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=home), params["mig"])
     lengths, options = estimate.longest(config), config.generation
     batch = abstract_batch(config, batch_size, 1, home)
-    compress = compressor.remember.lower(params, batch, arch, lengths.rate)
+    compress = batching.remember.lower(params, batch, arch, lengths.rate)
     memory = jax.eval_shape(lambda p, b: comi.memory_of(p, arch, b, lengths.rate), params, batch)
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), memory)
-    reply = compressor.reply.lower(params, memory, batch, arch, options, (0,))
+    reply = batching.reply.lower(params, memory, batch, arch, options, (0,))
     held = {"parameters": estimate.on_one_device(params)}
     division = f"one device, {batch_size} at a time"
     own = batch_size * flops.compress(arch, lengths)

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,11 @@ def load(folder: str | os.PathLike) -> Examples:
         ) from None
 
 
-def make(folder: str | os.PathLike, chunks: Iterable[list[Example]], made_from: str, said: Sequence[str]) -> Examples:
-    """Write ``chunks`` as the examples of ``folder``; ``said`` is looked at when they have ended. If they fail, nothing
-    is left."""
+def make(
+    folder: str | os.PathLike, chunks: Iterable[list[Example]], made_from: str, report: Callable[[], Sequence[str]]
+) -> Examples:
+    """Write ``chunks`` as the examples of ``folder``, and what ``report`` says of them when they have ended. If they
+    fail, nothing is left."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     place, draft = _file(folder, "arrow"), _file(folder, "part")
     whole = ExamplesHash()
@@ -137,7 +139,7 @@ def make(folder: str | os.PathLike, chunks: Iterable[list[Example]], made_from: 
                 truncated = pa.array([example.truncated for example in chunk], pa.bool_())
                 writer.write_batch(pa.record_batch([*columns, truncated], schema=SCHEMA))
         os.replace(draft, place)
-        about = About(made_from, str(whole), tuple(said))
+        about = About(made_from, str(whole), tuple(report()))
         draft.write_text(json.dumps(dataclasses.asdict(about), indent=2) + "\n", encoding="utf-8")
         os.replace(draft, _file(folder, "json"))
     finally:

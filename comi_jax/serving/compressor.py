@@ -4,29 +4,25 @@ memory = align(compress(encode(context, question)));   answer = greedy(decoder, 
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from comi_jax.config import ConfigError, Generation
-from comi_jax.data import batches, encode
+from comi_jax.data import encode
 from comi_jax.data.encode import Example
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
-from comi_jax.model import comi, generate
-from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.runs.description import Run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_params
+from comi_jax.serving import batching
 from comi_jax.weights.tokenizer import load_tokenizer
 
 
@@ -71,8 +67,8 @@ class Comi:
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
-        self.parts = 1 if mesh is None else sharding.row_shards(mesh)
-        self.batch_size = -(-batch_size // self.parts) * self.parts
+        shards = 1 if mesh is None else sharding.row_shards(mesh)
+        self.batch_size = -(-batch_size // shards) * shards
         runtime = run.architecture.runtime.replace(remat="off", mesh=mesh)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
 
@@ -99,9 +95,10 @@ class Comi:
         trained for). Lists give a list: element i of one goes with element i of the other."""
         examples = self._examples(context, question)
         results: list[Any] = [None] * len(examples)
-        for rows, batch, rate_now in self._batches(examples, rate, 1):
-            memory = remember(self.params, batch, self.architecture, rate_now)
-            vectors, lengths = (fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
+        rate = batching.check(self.run, examples, rate, 1)
+        for rows, batch in self._batches(examples, rate):
+            memory = batching.remember(self.params, batch, self.architecture, rate)
+            vectors, lengths = (batching.fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
             for i, row in enumerate(rows):
                 kept, example = vectors[i, : lengths[i]], examples[row]
                 results[row] = CompressedContext(kept, len(example.context), example.truncated)
@@ -124,25 +121,17 @@ class Comi:
     def generate(self, examples: Sequence[Example], rate: int | None, options: Generation) -> list[Answer]:
         """Answers to tokenised examples; one with an empty context is answered closed book."""
         results: list[Any] = [None] * len(examples)
-        for rows, batch, rate_now in self._batches(examples, rate, options.max_new_tokens):
-            memory = remember(self.params, batch, self.architecture, rate_now)
-            out = reply(self.params, memory, batch, self.architecture, options, self.run.stop)
-            ids, lengths, vectors = (fetch(x) for x in (out.ids, out.length, memory.length))
+        rate = batching.check(self.run, examples, rate, options.max_new_tokens)
+        for rows, batch in self._batches(examples, rate):
+            memory = batching.remember(self.params, batch, self.architecture, rate)
+            out = batching.reply(self.params, memory, batch, self.architecture, options, self.run.stop)
+            ids, lengths, vectors = (batching.fetch(x) for x in (out.ids, out.length, memory.length))
             for i, row in enumerate(rows):
                 tokens = tuple(int(t) for t in ids[i, : lengths[i]])
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 example = examples[row]
                 results[row] = Answer(text, tokens, len(example.context), int(vectors[i]), example.truncated)
         return results
-
-    def check(self, examples: Sequence[Example], rate: int | None, new_tokens: int) -> int:
-        """The rate, if ``examples`` can be answered at it. Raises ConfigError or LengthError, before any work."""
-        compression = self.run.config.compression
-        rate = compression.rates[0] if rate is None else rate
-        if not isinstance(rate, int) or rate < 1:
-            raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
-        encode.check_positions(examples, self.run.backbone, compression, rate, new_tokens)
-        return rate
 
     def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
         given = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
@@ -161,42 +150,5 @@ class Comi:
         records = [Record((c,), q, ("",)) for c, q in zip(contexts, questions, strict=True)]
         return encode.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
 
-    def _batches(self, examples: Sequence[Example], rate: int | None, new_tokens: int):
-        """Rows, padded batch and rate, contexts of like length together."""
-        rate = self.check(examples, rate, new_tokens)
-        if not examples:
-            return
-        compression = self.run.config.compression
-        shapes = batches.Shapes.of(examples, self.run.config.data, compression)
-        # Calls of like length share a compilation.
-        shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
-        for first in range(0, len(order), self.batch_size):
-            rows = order[first : first + self.batch_size]
-            wanted = min(self.batch_size, -(-len(order) // self.parts) * self.parts)  # one batch shape, one compilation
-            full = rows + rows[:1] * (wanted - len(rows))
-            batch = batches.collate([dataclasses.replace(examples[i], rate=rate) for i in full], shapes)
-            yield rows, sharding.put_batch(batch, self.mesh) if self.mesh else jax.tree.map(jnp.asarray, batch), rate
-
-
-def fetch(x: jax.Array) -> np.ndarray:
-    """``x`` on the host of every process."""
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
-
-
-@functools.partial(jax.jit, static_argnames=("arch", "rate"))
-def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.Memory:
-    return comi.memory_of(params, arch, batch, rate)
-
-
-@functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
-def reply(
-    params: Any,
-    memory: comi.Memory,
-    batch: Batch,
-    arch: Architecture,
-    options: Generation,
-    stop: tuple[int, ...],
-) -> generate.Generated:
-    rows, lengths = comi.prompt(params, arch, memory, batch)
-    return generate.greedy(params, arch, rows, lengths, options, stop)
+    def _batches(self, examples: Sequence[Example], rate: int) -> Iterator[tuple[list[int], Batch]]:
+        return batching.batches(self.run, examples, rate, self.batch_size, self.mesh)

@@ -27,8 +27,9 @@ def read_examples(
         if found := stored.find(folder, origin):
             said = [*found.about.said, f"training data: as it was tokenised before, in {folder}"]
         else:
-            said: list[str] = []
-            found = stored.make(scratch or folder, new_examples(config, tokenizer, said), origin, said)
+            new = NewExamples(config, tokenizer)
+            found = stored.make(scratch or folder, new, origin, new.report)
+            said = new.report()
         for line in said:
             console.print(line, highlight=False, markup=False)
     distributed.meet("the examples are there")
@@ -37,35 +38,50 @@ def read_examples(
     own = np.frombuffer(bytes.fromhex(found.about.fingerprint), np.uint8)
     if not np.array_equal(own, distributed.agreed(own)):
         raise DataError(
-            f"process {jax.process_index()} finds other examples in {scratch or folder} than process 0; all processes "
-            "of a run need the same data, and one train.output that every one of them can see"
-        )
+            str(scratch or folder), None,
+            f"process {jax.process_index()} finds other examples here than process 0; all processes of a run need the "
+            "same data, and one train.output that every one of them can see",
+        )  # fmt: skip
     return found
 
 
-def new_examples(config: Config, tokenizer: Any, said: list[str]) -> Iterator[list[Example]]:
-    """The examples of data.train, a chunk at a time; when they have ended, ``said`` has what to tell of them."""
-    report, data = LengthReport(), config.data
-    if data.train == ("synthetic",):
-        yield from encode.encoded(synthetic_records("train", config), tokenizer, data, report)
-    else:
-        mixture = sources.Mixture(data.train, "train", seed=config.train.seed, skip_bad=data.skip_bad_records)
-        yield from encode.encoded(mixture, tokenizer, data, report)
-        said += told("train", mixture.report)
-    said.append(f"training data: {report}")
+class NewExamples:
+    """The examples of data.train, tokenised as they are iterated, a chunk at a time; afterwards ``report`` says what
+    was read."""
+
+    def __init__(self, config: Config, tokenizer: Any):
+        self._config, self._tokenizer = config, tokenizer
+        self._mixture: sources.Mixture | None = None
+        self._lengths = LengthReport()
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        data = self._config.data
+        if data.train == ("synthetic",):
+            records = synthetic_records("train", self._config)
+        else:
+            records = self._mixture = sources.Mixture(
+                data.train, "train", seed=self._config.train.seed, skip_bad=data.skip_bad_records
+            )
+        yield from encode.encoded(records, self._tokenizer, data, self._lengths)
+
+    def report(self) -> list[str]:
+        """What to tell of the examples."""
+        mixed = told("train", self._mixture.report) if self._mixture and self._mixture.report else []
+        return [*mixed, f"training data: {self._lengths}"]
 
 
-def read_held_out(config: Config, console: Console) -> list[Record]:
-    """The records of data.eval: of JSON Lines files, or generated ones for the name "synthetic"."""
+def read_held_out(config: Config, console: Console) -> tuple[list[Record], int]:
+    """The records of data.eval, which are told of, or generated ones for the name "synthetic"; and how many bad ones
+    were left out."""
     names, count = config.data.eval, config.data.eval_examples
     if names == ("synthetic",):
-        return synthetic_records("eval", config)
+        return synthetic_records("eval", config), 0
     if not names:
-        return []
+        return [], 0
     records, report = sources.read(names, "eval", seed=config.train.seed, skip_bad=config.data.skip_bad_records)
     for line in told("eval", report):
         console.print(line, highlight=False, markup=False)
-    return records[: count or None]
+    return records[: count or None], len(report.skipped)
 
 
 def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:

@@ -16,6 +16,7 @@ from comi_jax.data.batches import Plan
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.evaluation import predictions
+from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.model.architecture import frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import combine, count
@@ -58,48 +59,59 @@ class Job:
     def steps(self) -> int:
         return self.run.config.train.steps
 
+    step_fn: CompiledStep = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.step_fn = CompiledStep(self.run.architecture.on(self.mesh), self.update)
+
+    @property
+    def key(self) -> Array:
+        return jax.random.key(self.run.config.train.seed)
+
+    def close(self) -> None:
+        """Stop what works in the background for it."""
+        self.batches.close()
+        self.checkpoints.close()
+
+
+def describe(job: Job, console: Console) -> None:
+    """Compile the step for the largest micro-batch, and print the numbers that matter before the first one."""
+    largest = (sharding.put_batch(job.largest, job.mesh),) * job.plan.parts
+    working = job.step_fn.prepare(job.state, job.frozen, largest, job.key)
+    for line in summary(job, working):
+        console.print(f"{job.title}: {line}", highlight=False)
+
 
 class Loop:
-    """The steps of one job."""
+    """The steps of one job. From here on its folder's logs are written."""
 
     def __init__(self, job: Job, stop: Stop, console: Console):
         self.job, self.stop, self.console = job, stop, console
-        config = job.run.config
-        self.settings = config.train
-        self.step_fn = CompiledStep(job.run.architecture.on(job.mesh), job.update)
-        self.key = jax.random.key(self.settings.seed)
-        self.rate = optim.schedule(config.optimizer, self.settings.steps)
-        self.saved = job.progress.step
-
-    def describe(self) -> None:
-        """Compile the step for the largest micro-batch, and print the numbers that matter before the first one."""
-        largest = (sharding.put_batch(self.job.largest, self.job.mesh),) * self.job.plan.parts
-        working = self.step_fn.prepare(self.job.state, self.job.frozen, largest, self.key)
-        for line in summary(self.job, working):
-            self.console.print(f"{self.job.title}: {line}", highlight=False)
+        self.settings, self.saved, self.key = job.run.config.train, job.progress.step, job.key
+        if distributed.is_first():
+            journal.keep_until(job.output.evaluations, self.saved)
+        job.checkpoints.best = selection.best_step(job.output, self.settings.best_by)
+        log_class = RunLog if distributed.is_first() else SilentLog
+        self.log = log_class(job.output, job.title, job.steps, self.saved, console)
+        rate = optim.schedule(job.run.config.optimizer, self.settings.steps)
+        self.meter = Meter(
+            job.run.architecture, self._is_logged, self.settings.max_skipped, rate, self.log.write,
+            job.progress.skipped, job.progress.in_a_row,
+        )  # fmt: skip
 
     def run(self) -> bool:
         """Train to the last step; whether it came there, or was asked to end before."""
-        job, start, settings = self.job, self.job.progress.step, self.settings
-        if distributed.is_first():
-            journal.keep_until(job.output.evaluations, start)
-        job.checkpoints.best = selection.best_step(job.output, settings.best_by)
-        log_class = RunLog if distributed.is_first() else SilentLog
-        with log_class(job.output, job.title, job.steps, start, self.console) as self.log:
-            self.meter = Meter(
-                job.run.architecture, self._is_logged, settings.max_skipped, self.rate, self.log.write,
-                job.progress.skipped, job.progress.in_a_row,
-            )  # fmt: skip
-            with contextlib.closing(job.checkpoints), contextlib.closing(job.batches):
-                if self._evaluation_due(start):  # it was killed as it evaluated
-                    self._evaluate(start)
-                try:
-                    for step in range(start + 1, job.steps + 1):
-                        if self._end_requested(step - 1):
-                            return False
-                        self._step(step)
-                except TooManySkipped as error:
-                    raise self._give_up(error) from None
+        job, start = self.job, self.job.progress.step
+        with self.log, contextlib.closing(job.checkpoints), contextlib.closing(job.batches):
+            if self._evaluation_due(start):  # it was killed as it evaluated
+                self._evaluate(start)
+            try:
+                for step in range(start + 1, job.steps + 1):
+                    if self._end_requested(step - 1):
+                        return False
+                    self._step(step)
+            except TooManySkipped as error:
+                raise self._give_up(error) from None
         return True
 
     def _is_logged(self, step: int) -> bool:
@@ -108,9 +120,9 @@ class Loop:
     def _step(self, step: int) -> None:
         job, settings = self.job, self.settings
         batch, placed = next(job.batches)
-        known = self.step_fn.compiled
-        job.state, metrics = self.step_fn(job.state, job.frozen, placed, self.key)
-        if self.step_fn.compiled > known:
+        known = job.step_fn.compiled
+        job.state, metrics = job.step_fn(job.state, job.frozen, placed, self.key)
+        if job.step_fn.compiled > known:
             self.meter.pause()
         self.meter.add(step, metrics, batch)
         self.log.advance(step)
@@ -186,9 +198,8 @@ class Loop:
             flat = {path: x.astype(frozen_dtype(path, arch)) for path, x in job.state.trained.items()}
             model = Comi(job.run, combine(flat, job.frozen), job.tokenizer, mesh=job.mesh)
             output = job.output.evaluation_at(step)
-            result = predictions.evaluate(
-                model, job.held_out, output, weights=stored_weights.weights_of(job.output, step), console=self.console
-            )
+            answerer = ComiAnswerer(model, stored_weights.weights_of(job.output, step))
+            result = predictions.evaluate(answerer, job.held_out, output, console=self.console)
             if distributed.is_first():
                 with job.output.evaluations.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps({"step": step, **result}) + "\n")

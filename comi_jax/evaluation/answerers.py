@@ -1,0 +1,62 @@
+"""A COMI model as evaluation asks it: at one rate, with one way of decoding, with or without the contexts."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from comi_jax.config import Generation
+from comi_jax.data import encode
+from comi_jax.data.encode import Example, LengthReport
+from comi_jax.data.records import Record
+from comi_jax.serving import batching
+from comi_jax.serving.compressor import Answer, Comi
+
+BATCHES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class ComiAnswerer:
+    """``model`` at ``rate`` (None: its first). ``weights`` is a short name for its weights; empty: unknown."""
+
+    model: Comi
+    weights: str = ""
+    rate: int | None = None
+    options: Generation | None = None  # None: as the model was trained
+    closed_book: bool = False  # the contexts are withheld: the decoder answers from the question alone
+
+    @property
+    def decoding(self) -> Generation:
+        return self.options or self.model.run.config.generation
+
+    @property
+    def identity(self) -> str:
+        if not self.weights:
+            return ""
+        of = (self.model.run, self.weights, self.rate, self.decoding, self.closed_book)
+        return xxhash.xxh3_128(repr(of).encode()).hexdigest()
+
+    @property
+    def at_once(self) -> int:
+        return self.model.batch_size * BATCHES_AT_ONCE
+
+    def encode(self, records: Sequence[Record]) -> tuple[list[Example], LengthReport]:
+        data = self.model.run.config.data
+        examples, report = encode.encode(records, self.model.tokenizer, data, targets=False)
+        if self.closed_book:
+            examples = [dataclasses.replace(e, context=e.context[:0]) for e in examples]
+        batching.check(self.model.run, examples, self.rate, self.decoding.max_new_tokens)
+        return examples, report
+
+    def answer(self, examples: Sequence[Example]) -> list[Answer]:
+        return self.model.generate(examples, self.rate, self.decoding)
+
+    def account(self) -> dict[str, Any]:
+        rate = self.rate or self.model.run.config.compression.rates[0]
+        return {
+            "rate": None if self.closed_book else rate,
+            "closed_book": self.closed_book,
+            "decoding": {"method": "greedy", **dataclasses.asdict(self.decoding)},
+        }
