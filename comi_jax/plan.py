@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(given.config, given.overrides)
         backbone, where = backbone_of(config), topology.find(given.topology)
         if given.sweep:
-            config, program = sweep.best(config, backbone, where, given.compiles, console, train_step)
+            config, program = sweep.best(config, backbone, where, given.compiles, console)
             programs = [program]
         elif given.serve:
             programs = serving(config, backbone, where, given.batch_size)

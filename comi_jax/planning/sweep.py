@@ -10,8 +10,7 @@ and the first few are compiled; the best is the one whose compiled lower bound i
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Console
 
@@ -21,6 +20,7 @@ from comi_jax.devices.topology import Topology
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.planning import estimate
+from comi_jax.planning.programs import Program, train_step
 from comi_jax.training import optim, state
 
 RECOMPUTED = {"off": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}  # of the forward pass
@@ -110,21 +110,16 @@ def _speed(where: Topology, span: int, stride: int) -> float:
 
 
 def best(
-    config: Config,
-    backbone: Backbone,
-    where: Topology,
-    compiles: int,
-    console: Console,
-    step: Callable[[Config, Backbone, Topology], Any],
-) -> tuple[Config, Any]:
-    """The fastest of at most ``compiles`` compiled candidates that fits, and its plan, which ``step`` (plan.train_step)
-    makes. Raises ConfigError if none does."""
+    config: Config, backbone: Backbone, where: Topology, compiles: int, console: Console
+) -> tuple[Config, Program]:
+    """The fastest of at most ``compiles`` compiled candidates that fits, and its plan. Raises ConfigError if none
+    does."""
     found = sorted(candidates(config, backbone, where), key=lambda c: (c.seconds, c.bytes))
     fitting = [c for c in found if c.bytes < where.chip.memory]
     console.print(f"{len(found)} candidates, {len(fitting)} of which may fit by estimate; compiling {compiles} of them")
-    compiled: list[tuple[Candidate, Any]] = []
+    compiled: list[tuple[Candidate, Program]] = []
     for number, candidate in enumerate(fitting[:compiles], 1):
-        program = step(candidate.config, backbone, where)
+        program = train_step(candidate.config, backbone, where)
         compiled.append((candidate, program))
         verdict = f"{program.seconds[program.bound]:.3f} s ({program.bound})" if program.fits else "does not fit"
         console.print(
