@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +25,7 @@ from comi_jax.evaluation import metrics
 from comi_jax.serving.compressor import Answer
 
 
+@runtime_checkable
 class Answerer(Protocol):
     """Who answers examples: a COMI model (``answerers``), or a system that it is compared with."""
 

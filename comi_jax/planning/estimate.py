@@ -58,7 +58,7 @@ def held(
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     backbone, trained = arch.backbone, on_one_device(state.trained)
     width = 2 if arch.dtype == "bfloat16" else 4
-    segments = flops.segments(arch, lengths.context)
+    segments = arch.compression.segments(lengths.context)
     encoded = -(-(sum(segments) + len(segments) * lengths.query) // context)
     memory = flops.memory_length(arch, lengths)
     decoded = -(-(memory + lengths.query + lengths.answer) // context)
