@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 
 from comi_jax import cli
-from comi_jax.runs.report import draw, page, read
+from comi_jax.runs.report import draw, read
+from comi_jax.runs.report_page import page
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@
     frozen/            weights that are not trained, by flat path
     checkpoints/N/     after step N: trained weights, optimizer state, position in the data, counters
     examples.*         the tokenised training examples (runs.examples)
-    metrics.jsonl      the numbers of each logged step, for TensorBoard in tensorboard/
+    metrics.jsonl      the numbers of each logged step; tensorboard/ has them too, in a folder for each system
     evaluations.jsonl  evaluations on the held-out records during training; their answers are in evaluations/
     results.json       the closing table; its answers are in predictions*.jsonl
     evaluation/        what comi_jax.evaluate measured
@@ -102,9 +102,11 @@ class Folder(os.PathLike):
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+    def tensorboard(self, title: str) -> Path:
+        """Where the system ``title``, whose own folder this is, writes for TensorBoard, which names what it shows by
+        its folder: all systems of a run stand side by side in the run's folder, each under its title."""
+        run = self.path if title == "COMI" else self.path.parent
+        return run / "tensorboard" / title
 
     @property
     def evaluations(self) -> Path:

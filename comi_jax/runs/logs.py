@@ -37,7 +37,7 @@ class RunLog:
         journal.keep_until(folder.metrics, start)
         self._lines = folder.metrics.open("a", encoding="utf-8")
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+        self._board = SummaryWriter(str(folder.tensorboard(title)), purge_step=start + 1)
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (

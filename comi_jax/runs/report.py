@@ -1,7 +1,6 @@
-"""A run as one picture and one page."""
+"""The course of runs, read from their folders, and its curves as one picture."""
 
-import base64
-import html
+import datetime
 import io
 import json
 from collections.abc import Sequence
@@ -11,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.overrides import to_dict
-from comi_jax.params import flatten
 from comi_jax.runs import journal
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, is_run, read_run
@@ -22,26 +19,32 @@ from comi_jax.version import __version__
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
 SMOOTHED = 40  # curves of more points also get their moving average
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.8em } img { width: 100%; height: auto }
-table { border-collapse: collapse; margin: .5em 0 } th, td { padding: .25em .9em; border-bottom: 1px solid #ddd }
-th { text-align: left; font-weight: 600 }
-td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.text { text-align: left; white-space: normal }
-summary { cursor: pointer } .note { color: #666 } div.wide { overflow-x: auto }
-"""
 
 
 @dataclass(frozen=True)
 class Course:
-    """One run: its settings, the numbers of its steps and of its evaluations, and its closing table."""
+    """One trained system: its settings, the numbers of its steps and of its evaluations, and the closing table of the
+    run that it belongs to, a row a system."""
 
-    name: str
+    title: str  # of the system, as the closing table calls it
+    folder: Path
     run: Run
     steps: list[dict[str, Any]]
     evaluated: list[dict[str, Any]]
     results: dict[str, Any]
+
+    @property
+    def date(self) -> datetime.date:
+        """Of the last line of its metrics."""
+        return datetime.date.fromtimestamp(Folder(self.folder).metrics.stat().st_mtime)
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The evaluations on the way, and that of the closing table if the run came to its last step."""
+        last, final = self.steps[-1]["step"], self.results.get(self.title)
+        if final is None or last < self.run.config.train.steps or last in (row["step"] for row in self.evaluated):
+            return self.evaluated
+        return [*self.evaluated, {"step": last, **final}]
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a number, where it was logged; what was not finite is NaN."""
@@ -56,18 +59,64 @@ def read(folder: Path) -> list[Course]:
     steps = journal.rows(Folder(folder).metrics)
     if not steps:
         raise CheckpointError(f"{folder} has no metrics yet: metrics.jsonl is missing or empty; nothing can be drawn")
-    table = Folder(folder).results
-    results = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
-    courses = [Course(folder.resolve().name, run, steps, evaluations(folder), results)]
+    results = _closing_table(Folder(folder).results)
+    courses = [Course("COMI", Path(folder).resolve(), run, steps, evaluations(folder), results)]
     below = Folder(folder).of_system("mean-pooling")
-    if is_run(below) and journal.rows(below.metrics):
-        name = f"{courses[0].name}, mean-pooling"
-        courses.append(Course(name, read_run(below), journal.rows(below.metrics), evaluations(below), {}))
+    if is_run(below) and (steps := journal.rows(below.metrics)):
+        courses.append(
+            Course("mean-pooling", below.path.resolve(), read_run(below), steps, evaluations(below), results)
+        )
     return courses
+
+
+def _closing_table(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows.values():
+            _ = (
+                [(value["mean"], value["low"], value["high"]) for value in row["metrics"].values()],
+                row["ratio"],
+                row["n"],
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a closing table ({error}); the command that trained the run writes it again"
+        ) from None
+    return rows
+
+
+def labels(courses: Sequence[Course]) -> list[str]:
+    """A name for each: its system's title, with its folder where titles alone do not tell them apart."""
+    titles = [course.title for course in courses]
+    tops = [course.folder.parent if course.title == "mean-pooling" else course.folder for course in courses]
+    by_run = [f"{title} ({top.name})" for title, top in zip(titles, tops, strict=True)]
+    whole = [f"{title} ({top})" for title, top in zip(titles, tops, strict=True)]
+    return next((names for names in (titles, by_run) if len(set(names)) == len(names)), whole)
+
+
+def heading(courses: Sequence[Course]) -> str:
+    """Which configs, and which systems."""
+    configs = dict.fromkeys(course.run.config.name for course in courses)
+    return f"{', '.join(configs)}: {', '.join(labels(courses))}"
+
+
+def origin(courses: Sequence[Course]) -> str:
+    """When the numbers were written, and what draws them."""
+    dates = sorted({str(course.date) for course in courses})
+    return f"trained {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, comi_jax {__version__}"
 
 
 def draw(courses: Sequence[Course]) -> bytes:
     """The curves as a PNG. Raises CheckpointError if the library that draws is not installed."""
+    picture = io.BytesIO()
+    figure_of(courses).savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def figure_of(courses: Sequence[Course]) -> Any:
+    """The curves as a matplotlib figure; raises as ``draw``."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullFormatter
@@ -86,9 +135,15 @@ def draw(courses: Sequence[Course]) -> bytes:
     figure = Figure(figsize=(11, 9.6), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = figure.subplots(3, 2, sharex=True).ravel()
+    names, colours = labels(courses), _colours(len(courses))
     for axis, (name, title, unit) in zip(axes, panels, strict=False):
-        for course, colour in zip(courses, _colours(len(courses)), strict=True):
-            _curve(axis, *course.curve(name), course.name, colour, smooth=name != "learning_rate")
+        for place, (course, label, colour) in enumerate(zip(courses, names, colours, strict=True)):
+            if name == "learning_rate":  # often the same of all: the later ones thinner, so that each is seen
+                axis.plot(
+                    *course.curve(name), color=colour, label=label, linewidth=1.6 + 2.4 * (len(courses) - 1 - place)
+                )
+            else:
+                _curve(axis, *course.curve(name), label, colour)
         _finish(axis, title, unit)
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylim(-0.02, 1.02)
@@ -104,20 +159,19 @@ def draw(courses: Sequence[Course]) -> bytes:
             if row["loss"] is None:
                 axes[0].axvline(row["step"], color="#c00", linewidth=0.8, alpha=0.6)
     _draw_evaluations(axes[5], courses)
+    figure.suptitle(heading(courses), x=0.02, ha="left", fontsize=13, fontweight="bold")
     if len(courses) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(courses), 3), frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.text(0.98, 0.985, origin(courses), ha="right", va="top", fontsize=9, color="#555")
+    return figure
 
 
 def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _curve(axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour: str, smooth: bool) -> None:
-    if not smooth or len(steps) <= SMOOTHED:
+def _curve(axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
+    if len(steps) <= SMOOTHED:
         axis.plot(steps, values, color=colour, label=label, linewidth=1.6)
         return
     width = max(len(steps) // 50, 3)
@@ -129,26 +183,40 @@ def _curve(axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour:
 
 
 def _draw_evaluations(axis: Any, courses: Sequence[Course]) -> None:
-    """The metric that chooses the best checkpoint, with its 95 % interval; a ring around the best."""
+    """The metric that chooses the best checkpoint, with its 95 % interval, on the way and at the end; a ring around the
+    best on the way, and a line for the decoder without the context."""
     metrics, highest = dict.fromkeys(course.run.config.train.best_by for course in courses), []
     for course, colour in zip(courses, _colours(len(courses)), strict=True):
-        metric = course.run.config.train.best_by
-        steps = [row["step"] for row in course.evaluated]
-        values = [row["metrics"][metric] for row in course.evaluated]
-        if not steps:
+        metric, measured = course.run.config.train.best_by, course.measured
+        values = [row["metrics"][metric] for row in measured]
+        if not values:
             continue
-        mean = [value["mean"] for value in values]
+        steps, mean = [row["step"] for row in measured], [value["mean"] for value in values]
+        spread = [
+            [value["mean"] - value["low"] for value in values],
+            [value["high"] - value["mean"] for value in values],
+        ]
         highest += [value["high"] for value in values]
-        axis.fill_between(
-            steps, [v["low"] for v in values], [v["high"] for v in values], color=colour, alpha=0.15, linewidth=0
+        axis.errorbar(
+            steps, mean, spread, color=colour, marker="o", markersize=4, linewidth=1.6, elinewidth=1, capsize=3
         )
-        axis.plot(steps, mean, color=colour, marker="o", markersize=4, linewidth=1.6)
-        best = steps.index(best_of(course.evaluated, metric))
-        axis.plot(steps[best], mean[best], marker="o", markersize=11, fillstyle="none", color=colour, linestyle="none")
-    _finish(axis, "evaluation", f"{' / '.join(metrics)}, 95 % interval, best ringed")
-    axis.set_ylim(0, min(1.02, 1.15 * max(highest, default=0.9)))
+        axis.annotate(
+            f"{mean[-1]:.3f}", (steps[-1], mean[-1]), (-9, 0), textcoords="offset points", ha="right", va="center",
+            fontsize=9, color=colour,
+        )  # fmt: skip
+        best = best_of(course.evaluated, metric)
+        if best is not None:
+            at = steps.index(best)
+            axis.plot(best, mean[at], marker="o", markersize=11, fillstyle="none", color=colour, linestyle="none")
+        closed = course.results.get("closed book")
+        if closed and course.title == "COMI":
+            axis.axhline(closed["metrics"][metric]["mean"], color=colour, linewidth=1, linestyle=":")
+    rings = ", best ringed" if any(course.evaluated for course in courses) else ""
+    dotted = ", dotted: no context" if any("closed book" in course.results for course in courses) else ""
+    _finish(axis, "evaluation", f"{' / '.join(metrics)}, 95 % interval{rings}{dotted}")
+    axis.set_ylim(0, min(1.05, 1.15 * max(highest, default=0.9)))
     if not highest:
-        text = "no evaluation on the way\n(train.eval_every was 0)"
+        text = "not evaluated yet"
         axis.text(0.5, 0.5, text, ha="center", va="center", color="#777", transform=axis.transAxes)
 
 
@@ -161,99 +229,3 @@ def _finish(axis: Any, title: str, unit: str) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.02)
-
-
-def page(courses: Sequence[Course], picture: bytes) -> str:
-    """The whole report as HTML."""
-    names = ", ".join(course.name for course in courses)
-    image = base64.b64encode(picture).decode()
-    parts = [f"<h1>{html.escape(names)}</h1>", f'<img alt="curves" src="data:image/png;base64,{image}">']
-    parts += ["<h2>Training</h2>", _table(["", *(course.name for course in courses)], _facts(courses))]
-    for course in courses:
-        if course.results:
-            parts += [f"<h2>Results of {html.escape(course.name)}</h2>", _results(course.results)]
-        if course.evaluated:
-            parts += [f"<h2>Evaluations of {html.escape(course.name)}</h2>", _results(_by_step(course), "step")]
-    parts += ["<h2>Settings</h2>", *_settings(courses)]
-    parts.append(f'<p class="note">comi_jax {__version__}; intervals are 95 %, by bootstrap</p>')
-    head = f'<meta charset="utf-8"><title>{html.escape(names)}</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-
-def _facts(courses: Sequence[Course]) -> list[list[str]]:
-    def last(course: Course, name: str, form: str) -> str:
-        values = course.curve(name)[1]
-        values = values[np.isfinite(values)]
-        return format(values[-1], form) if len(values) else "-"
-
-    def middle(course: Course, name: str, form: str) -> str:
-        values = course.curve(name)[1]
-        return format(float(np.nanmedian(values)), form) if np.isfinite(values).any() else "-"
-
-    def best(course: Course) -> str:
-        metric = course.run.config.train.best_by
-        step = best_of(course.evaluated, metric)
-        means = {row["step"]: row["metrics"][metric]["mean"] for row in course.evaluated}
-        return "-" if step is None else f"{step} ({metric} {means[step]:.3f})"
-
-    rows = {
-        "steps done": lambda c: f"{c.steps[-1]['step']} of {c.run.config.train.steps}",
-        "last loss": lambda c: last(c, "loss", ".4f"),
-        "last accuracy": lambda c: last(c, "accuracy", ".3f"),
-        "tokens per second, median": lambda c: middle(c, "tokens_per_second", ",.0f"),
-        "model FLOP utilisation, median": lambda c: middle(c, "mfu", ".1%"),
-        "padding, median": lambda c: middle(c, "padding", ".1%"),
-        "compression ratio, median": lambda c: middle(c, "ratio", ".1f"),
-        "memory, most": lambda c: (
-            f"{np.nanmax(c.curve('memory_gb')[1]):.2f} GB" if c.curve("memory_gb")[1].size else "-"
-        ),
-        "updates left out": lambda c: last(c, "skipped", ".0f"),
-        "best evaluated step": best,
-    }
-    return [[name, *(fact(course) for course in courses)] for name, fact in rows.items()]
-
-
-def _by_step(course: Course) -> dict[str, Any]:
-    return {str(row["step"]): row for row in course.evaluated}
-
-
-def _results(rows: dict[str, Any], title: str = "") -> str:
-    metrics = list(next(iter(rows.values()))["metrics"])
-    cells = [
-        [
-            name,
-            *(f"{m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in (row["metrics"][k] for k in metrics)),
-            f"{row['ratio']:.1f}" if row["ratio"] else "-",
-            str(row["n"]),
-        ]
-        for name, row in rows.items()
-    ]
-    return _table([title, *metrics, "ratio", "n"], cells)
-
-
-def _settings(courses: Sequence[Course]) -> list[str]:
-    """Every setting; those that differ between the runs first."""
-    flat = [flatten(to_dict(course.run.config)) for course in courses]
-    names = sorted({name for values in flat for name in values})
-    rows = {name: [_word(values.get(name)) for values in flat] for name in names}
-    other = [[name.replace("/", "."), *values] for name, values in rows.items() if len(set(values)) > 1]
-    header = ["", *(course.name for course in courses)]
-    parts = []
-    if other:
-        parts += ["<p>What the runs differ in:</p>", _table(header, other, "text")]
-    whole = _table(header, [[name.replace("/", "."), *values] for name, values in rows.items()], "text")
-    return [*parts, f"<details><summary>all {len(names)} settings</summary>{whole}</details>"]
-
-
-def _word(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    cell = f'<td class="{kind}">' if kind else "<td>"
-    body = "".join(
-        f"<tr><th>{html.escape(row[0])}</th>" + "".join(f"{cell}{html.escape(v)}</td>" for v in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
