@@ -65,7 +65,8 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class Backbone:
-    """The shape of a causal language model, under Hugging Face's names. ``comi_jax.hf`` reads it from a config.json."""
+    """The shape of a causal language model, under Hugging Face's names. ``comi_jax.weights.hf_config`` reads it from a
+    config.json."""
 
     model_type: str
     vocab_size: int
@@ -107,7 +108,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Compression:
-    """COMI's own settings (SPEC: paper section 4, and the switches of its Table 2)."""
+    """COMI's own settings (docs/method.md: the paper's section 4, and the switches of its Table 2)."""
 
     rates: tuple[int, ...] = (16, 32)  # training draws one per example; answering uses the first unless told
     encoder_layers: int = 8

@@ -1,4 +1,4 @@
-"""Compression against SPEC written out as loops in float64; padding, batches, gradients and memory."""
+"""Compression against docs/method.md written out as loops in float64; padding, batches, gradients and memory."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ SWITCHES = {
 }
 
 
-# --- SPEC, section 2, by loops ----------------------------------------------------------------------------------------
+# --- docs/method.md, section 2, by loops ------------------------------------------------------------------------------
 
 
 def cosine(a, b):
@@ -59,7 +59,7 @@ def share_out(gains, n):
 
 
 def loops(x, query, rate, scalars, options):
-    """What SPEC says of one context, as a dictionary of lists."""
+    """What docs/method.md says of one context, as a dictionary of lists."""
     n = len(x)
     relevance = [cosine(token, query) for token in x]
     if n == 0:

@@ -1,4 +1,4 @@
-"""Cosines as SPEC defines them, for vectors of any length, and the marginal information gain made of them."""
+"""Cosines as docs/method.md defines them, for vectors of any length, and the marginal information gain made of them."""
 
 import jax
 import jax.numpy as jnp
