@@ -5,7 +5,7 @@ r"""COMI around LLaMA-2-7B, the paper's settings (section 5.1).
         data.train=NQ.jsonl.gz,HOTPOTQA.jsonl,2WIKIMQA.jsonl,NARRATIVEQA.jsonl,MULTINEWS.jsonl
     python -m comi_jax.train --config=llama2 model.path=models/llama2 data.train=mixture data.eval=mixture
 
-Hardware in the paper: 8 GPUs. Not yet run at full size by this project: what has been run is in the README.
+Hardware in the paper: 8 GPUs. Not yet run at full size by this project: what has been run is in docs/measurements.md.
 The paper draws each example's rate from 16 and 32, takes contexts to 32K tokens, and trains encoder and LSA whole and
 the decoder's W_Q, W_K, W_V, W_O at learning rate 1e-5, batch 64, linear decay. For the release's LoRA instead:
 lora.rank=128 lora.alpha=32 optimizer.schedule=cosine.

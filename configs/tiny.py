@@ -6,8 +6,8 @@ Hardware: 2 CPU cores. The language model that the package carries (0.37 million
 trained to answer from about 170 tokens of 16 facts, merged into about 21 vectors; then the same again with plain mean
 pooling of equal groups. The closing table is on 512 questions about people that no training text names.
 
-Expected, in about 7 minutes: em 0.99 with COMI, 0.15 with mean pooling, 0.05 without the context; sums in another order
-(more devices or processes) end a few hundredths away.
+Expected, in 5 to 7 minutes: em 0.99 with COMI, 0.15 to 0.18 with mean pooling, 0.05 without the context; sums in
+another order (more devices or processes) end a few hundredths away.
 """
 
 from comi_jax.config import Compression, Config, Data, Generation, Model, Optimizer, Train
