@@ -35,7 +35,7 @@ def same(a, b):
 def test_what_is_read_is_what_was_written(chunks, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("examples"), []
     everything = [example for chunk in chunks for example in chunk]
-    made = examples.make(folder, iter(chunks), "origin", said)
+    made = examples.make(folder, iter(chunks), "origin", lambda: said)
     for got in (made, examples.load(folder), examples.find(folder, "origin")):
         assert len(got) == len(everything) and all(map(same, got, everything))
         assert got.about.fingerprint == examples.fingerprint(everything)
@@ -168,7 +168,7 @@ def test_making_and_mapping_them_takes_no_memory_for_them(tmp_path):
     """64 MB of tokens in 64 chunks."""
     one = Example(*(np.arange(n, dtype=np.int32) for n in (2**16, 4, 4)))
     tracemalloc.start()
-    made = examples.make(tmp_path, ([dataclasses.replace(one)] * 4 for _ in range(64)), "origin", [])
+    made = examples.make(tmp_path, ([dataclasses.replace(one)] * 4 for _ in range(64)), "origin", list)
     assert len(made) == 256 and len(made[255].context) == 2**16
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

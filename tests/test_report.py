@@ -11,7 +11,7 @@ import train_fixtures
 from rich.console import Console
 
 from comi_jax import report as report_command
-from comi_jax.config import MEASURES, Config, Train
+from comi_jax.config import MEASURES, Compression, Config, Train
 from comi_jax.runs import description, logs, report
 from comi_jax.version import __version__
 
@@ -24,7 +24,8 @@ def interval(mean):
 
 def write(folder, steps=60, evaluated=True, **settings):
     """A run's folder as it is after its last step, without its weights."""
-    config = Config(name="<b>", train=Train(steps=steps, **settings))
+    plain = Compression(coarse=False, fine=False) if folder.name == "mean_pooling" else Compression()
+    config = Config(name="<b>", compression=plain, train=Train(steps=steps, **settings))
     description.write_run(
         folder, description.Run(config, train_fixtures.backbone(num_hidden_layers=8), (2,)), TOKENIZER
     )
@@ -90,7 +91,7 @@ def test_a_run_becomes_a_picture_and_one_page_that_needs_no_other_file(tmp_path,
     text, loaded = read(run / "report.html")
     assert loaded == ["data:image/png;base64,iVBORw0K"]
     for part in (
-        "<b>: COMI |", "Results of", "<run>", "60 of 60", "0.0833", "updates left out | 1",
+        "<b>: COMI |", "Closing table", "<run>: trained 20", "60 of 60", "0.0833", "updates left out | 1",
         "best evaluated step | 40 (f1_max 0.700)",
         "tokens per second, median | 1,031", "0.600 [0.500, 0.700]", "closed book", "train.steps | 60", "name | <b>",
     ):  # fmt: skip
@@ -105,6 +106,7 @@ def test_runs_are_drawn_together_and_their_differences_are_listed(tmp_path):
     text, _ = read(tmp_path / "out" / "report.html")
     assert "<b>: COMI (a), mean-pooling (a), COMI (b)" in text
     header = "What the runs differ in: | COMI (a) | mean-pooling (a) | COMI (b)"
+    header += " | compression.coarse | True | False | True | compression.fine | True | False | True"
     assert f"{header} | train.seed | 0 | 0 | 7 | train.steps | 60 | 30 | 60" in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.png"]
 
@@ -182,6 +184,11 @@ def test_runs_in_folders_of_one_name_are_told_apart(tmp_path):
     runs = [write(tmp_path / place / "tiny") for place in ("x", "y")]
     courses = [course for run in runs for course in report.read(run)]
     assert report.labels(courses) == [f"COMI ({run.resolve()})" for run in runs]
+
+
+def test_a_system_is_called_what_it_is_wherever_its_folder_lies(tmp_path):
+    """Mean-pooling drawn on its own is not called COMI."""
+    assert [course.title for course in report.read(write(tmp_path / "run" / "mean_pooling"))] == ["mean-pooling"]
 
 
 def test_tensorboard_shows_the_systems_of_a_run_by_their_titles(tmp_path):

@@ -259,4 +259,4 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
 def test_only_the_first_records_are_evaluated_if_asked(world):
     quiet, dev = Console(file=io.StringIO()), f"data.eval={world.dev}"
     for words, count in (([dev, "data.eval_examples=2"], 2), ([dev], 6), ([], 0)):
-        assert len(dataset.read_held_out(overrides.load("qwen2", words), quiet)) == count
+        assert len(dataset.read_held_out(overrides.load("qwen2", words), quiet)[0]) == count

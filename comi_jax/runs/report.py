@@ -23,14 +23,16 @@ SMOOTHED = 40  # curves of more points also get their moving average
 
 @dataclass(frozen=True)
 class Course:
-    """One trained system: its settings, the numbers of its steps and of its evaluations, and the closing table of the
-    run that it belongs to, a row a system."""
+    """One trained system: its settings, the numbers of its steps and of its evaluations, its row of the closing table,
+    and the whole table if it is the first of its run."""
 
-    title: str  # of the system, as the closing table calls it
+    title: str
     folder: Path
+    home: Path  # the run's folder, which is that of its first system
     run: Run
     steps: list[dict[str, Any]]
     evaluated: list[dict[str, Any]]
+    final: dict[str, Any] | None
     results: dict[str, Any]
 
     @property
@@ -41,10 +43,11 @@ class Course:
     @property
     def measured(self) -> list[dict[str, Any]]:
         """The evaluations on the way, and that of the closing table if the run came to its last step."""
-        last, final = self.steps[-1]["step"], self.results.get(self.title)
-        if final is None or last < self.run.config.train.steps or last in (row["step"] for row in self.evaluated):
+        last = self.steps[-1]["step"]
+        unfinished = last < self.run.config.train.steps
+        if self.final is None or unfinished or last in (row["step"] for row in self.evaluated):
             return self.evaluated
-        return [*self.evaluated, {"step": last, **final}]
+        return [*self.evaluated, {"step": last, **self.final}]
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a number, where it was logged; what was not finite is NaN."""
@@ -59,14 +62,18 @@ def read(folder: Path) -> list[Course]:
     steps = journal.rows(Folder(folder).metrics)
     if not steps:
         raise CheckpointError(f"{folder} has no metrics yet: metrics.jsonl is missing or empty; nothing can be drawn")
-    results = _closing_table(Folder(folder).results)
-    courses = [Course("COMI", Path(folder).resolve(), run, steps, evaluations(folder), results)]
+    home, results = Path(folder).resolve(), _closing_table(Folder(folder).results)
+    first = Course(_title(run), home, home, run, steps, evaluations(folder), results.get("COMI"), results)
     below = Folder(folder).of_system("mean-pooling")
-    if is_run(below) and (steps := journal.rows(below.metrics)):
-        courses.append(
-            Course("mean-pooling", below.path.resolve(), read_run(below), steps, evaluations(below), results)
-        )
-    return courses
+    if not is_run(below) or not (steps := journal.rows(below.metrics)):
+        return [first]
+    run, row = read_run(below), results.get("mean-pooling")
+    return [first, Course(_title(run), below.path.resolve(), home, run, steps, evaluations(below), row, {})]
+
+
+def _title(run: Run) -> str:
+    """What was trained, as closing tables call it."""
+    return "COMI" if run.config.compression.coarse or run.config.compression.fine else "mean-pooling"
 
 
 def _closing_table(path: Path) -> dict[str, Any]:
@@ -88,12 +95,11 @@ def _closing_table(path: Path) -> dict[str, Any]:
 
 
 def labels(courses: Sequence[Course]) -> list[str]:
-    """A name for each: its system's title, with its folder where titles alone do not tell them apart."""
+    """A name for each: its title, with the folder of its run where titles alone do not tell them apart."""
     titles = [course.title for course in courses]
-    tops = [course.folder.parent if course.title == "mean-pooling" else course.folder for course in courses]
-    by_run = [f"{title} ({top.name})" for title, top in zip(titles, tops, strict=True)]
-    whole = [f"{title} ({top})" for title, top in zip(titles, tops, strict=True)]
-    return next((names for names in (titles, by_run) if len(set(names)) == len(names)), whole)
+    by_name = [f"{course.title} ({course.home.name})" for course in courses]
+    by_path = [f"{course.title} ({course.home})" for course in courses]
+    return next((names for names in (titles, by_name) if len(set(names)) == len(names)), by_path)
 
 
 def heading(courses: Sequence[Course]) -> str:
@@ -209,7 +215,7 @@ def _draw_evaluations(axis: Any, courses: Sequence[Course]) -> None:
             at = steps.index(best)
             axis.plot(best, mean[at], marker="o", markersize=11, fillstyle="none", color=colour, linestyle="none")
         closed = course.results.get("closed book")
-        if closed and course.title == "COMI":
+        if closed:
             axis.axhline(closed["metrics"][metric]["mean"], color=colour, linewidth=1, linestyle=":")
     rings = ", best ringed" if any(course.evaluated for course in courses) else ""
     dotted = ", dotted: no context" if any("closed book" in course.results for course in courses) else ""

@@ -29,13 +29,16 @@ def page(courses: Sequence[Course], picture: bytes) -> str:
     image = base64.b64encode(picture).decode()
     parts = [f"<h1>{title}</h1>", f'<img alt="curves" src="data:image/png;base64,{image}">']
     parts += ["<h2>Training</h2>", _table(["", *names], _facts(courses))]
+    runs = list(dict.fromkeys(course.home.name for course in courses))
     for course, name in zip(courses, names, strict=True):
-        if course.results and course.title == "COMI":  # the table of the run it belongs to has the others too
-            parts += [f"<h2>Results of {html.escape(str(course.folder))}</h2>", _results(course.results)]
+        if course.results:
+            where = f" of the run of {html.escape(name)}" if len(runs) > 1 else ""
+            parts += [f"<h2>Closing table{where}</h2>", _results(course.results)]
         if course.evaluated:
             parts += [f"<h2>Evaluations of {html.escape(name)}</h2>", _results(_by_step(course), "step")]
     parts += ["<h2>Settings</h2>", *_settings(courses)]
-    parts.append(f'<p class="note">{html.escape(origin(courses))}; intervals are 95 %, by bootstrap</p>')
+    note = f"{', '.join(runs)}: {origin(courses)}; intervals are 95 %, by bootstrap"
+    parts.append(f'<p class="note">{html.escape(note)}</p>')
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
