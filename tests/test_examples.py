@@ -123,7 +123,7 @@ def test_damage_is_noticed_and_mended(data, tmp_path):
 
 def train_examples(data):
     config = config_of(data)
-    return [e for chunk in dataset.new_examples(config, train_fixtures.tokenizer(), []) for e in chunk]
+    return [e for chunk in dataset.NewExamples(config, train_fixtures.tokenizer()) for e in chunk]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
