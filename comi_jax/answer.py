@@ -39,8 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     print(answer.text)
     print(
-        f"[{answer.context_tokens} context tokens{' (cut)' if answer.truncated else ''} in {answer.memory_vectors} "
-        f"memory vectors: ratio {answer.ratio:.1f}]",
+        f"[{answer.context_tokens} context tokens{' (cut)' if 'context' in answer.cut else ''} in "
+        f"{answer.memory_vectors} memory vectors: ratio {answer.ratio:.1f}"
+        f"{'; the question was cut at its beginning' if 'question' in answer.cut else ''}]",
         file=sys.stderr,
     )
 

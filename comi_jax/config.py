@@ -224,7 +224,9 @@ class Data:
     max_context: int = 32_768  # tokens
     max_query: int = 256
     max_answer: int = 64  # end-of-sequence token included
-    on_long: str = "refuse"  # a context, query or answer above its maximum: "refuse" or "truncate" (counted, reported)
+    # A context, question or answer above its maximum: "refuse", or "truncate" (counted, reported): a context and an
+    # answer lose their end, a question its beginning.
+    on_long: str = "refuse"
     skip_bad_records: bool = False
     buckets: tuple[int, ...] = ()  # lengths that contexts are padded to, beyond them whole segments; empty: in training
     max_buckets: int = 12  # at most so many, fitted to the data, in answering powers of two and halves up to a segment

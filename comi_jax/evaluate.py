@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         save_table({"model": result}, output.results)
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(
-        f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts cut, "
+        f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts and "
+        f"{result['truncated_queries']} questions cut, "
         f"{skipped} records left out; predictions and results in {output}",
         highlight=False,
     )

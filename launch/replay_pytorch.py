@@ -8,7 +8,9 @@ decoder answers from [memory; embedded question]. Numbers in parentheses are the
 """
 
 import argparse
+import copy
 import json
+import re
 import types
 from pathlib import Path
 
@@ -27,6 +29,21 @@ def load(folder, dtype="auto"):
         aligner=AutoModel.from_pretrained(folder / "lsa", dtype=dtype).eval(),
         decoder=AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=dtype).eval(),
     )
+
+
+def token_ids(tokenizer, text):
+    """The tokens of a text's letters. It is data: what looks like a control token in it (</s>, <|im_end|>) is none."""
+    names = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    marks = [name for name in names if re.fullmatch(r"<.*>|\[.*\]", name.strip(), re.DOTALL)]
+    reader = copy.deepcopy(tokenizer.backend_tokenizer)
+    reader.add_special_tokens(marks)  # many models have some that are not said to be special
+    reader.encode_special_tokens = True
+    reader.no_truncation()
+    ids = reader.encode(text.removeprefix("\ufeff"), add_special_tokens=False).ids
+    never = {*tokenizer.all_special_ids, *(names[name] for name in marks)} - {tokenizer.unk_token_id}
+    if found := never.intersection(ids):
+        raise ValueError(f"this tokenizer cannot read {tokenizer.convert_ids_to_tokens(list(found))} as letters")
+    return torch.tensor(ids)
 
 
 def unit(x):
@@ -105,9 +122,7 @@ def remember(model, context_ids, question_ids, rate):
 @torch.no_grad()
 def answer(model, context, question, rate=None, max_new_tokens=None):
     """The greedy answer's token ids, and the memory it was read from."""
-    context_ids, question_ids = (
-        torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids) for text in (context, question)
-    )
+    context_ids, question_ids = (token_ids(model.tokenizer, text) for text in (context, question))
     memory = remember(model, context_ids, question_ids, rate or model.rates[0])
     embedded = model.decoder.get_input_embeddings()(question_ids)
     prompt = torch.cat([memory.to(embedded.dtype), embedded])[None]

@@ -88,12 +88,11 @@ def test_one_token_too_many_is_cut_and_counted(part):
     whole = encode.encode([RECORD], TOKENIZER, Data(**LIMITS))[0][0]
     data = Data(**(LIMITS | {setting: LIMITS[setting] - 1}), on_long="truncate")
     (got,), report = encode.encode([RECORD], TOKENIZER, data)
-    for name in ("context", "query", "answer"):
+    cut = {"context": lambda ids: ids[:-1], "query": lambda ids: ids[1:], "answer": lambda ids: [*ids[:-2], EOS]}
+    for name in cut:  # the end of a question asks, and an answer keeps its end-of-sequence token
         expected = getattr(whole, name).tolist()
-        if name == part:  # the end goes, but not the end-of-sequence token
-            expected = [*expected[:-2], EOS] if name == "answer" else expected[:-1]
-        assert getattr(got, name).tolist() == expected
-    assert got.truncated
+        assert getattr(got, name).tolist() == (cut[name](expected) if name == part else expected)
+    assert got.truncated and got.cut == ("question" if part == "query" else part)
     counts = (report.truncated_contexts, report.truncated_queries, report.truncated_answers)
     assert counts == tuple(int(part == name) for name in ("context", "query", "answer"))
     assert str(report).endswith(f"{counts[0]} contexts, {counts[1]} queries, {counts[2]} answers")
@@ -101,7 +100,7 @@ def test_one_token_too_many_is_cut_and_counted(part):
 
 def test_exactly_the_maximum_is_not_called_cut():
     (got,), _ = encode.encode([RECORD], TOKENIZER, Data(**LIMITS, on_long="truncate"))
-    assert not got.truncated
+    assert not got.truncated and got.cut == ""
 
 
 @pytest.mark.parametrize("part", ["context", "query"])

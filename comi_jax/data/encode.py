@@ -1,17 +1,21 @@
-"""From records to token ids: context, query and answer tokenised raw and apart."""
+"""From records to token ids: context, query and answer tokenised raw and apart, their text as letters alone."""
 
+import copy
+import functools
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from comi_jax.config import Backbone, Compression, Data, max_groups
-from comi_jax.data.records import Record
+from comi_jax.config import Backbone, Compression, Data, max_groups, shown
+from comi_jax.data.records import BYTE_ORDER_MARK, Record
 from comi_jax.errors import UserError
 
 CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
+PARTS = ("context", "question", "answer")
 
 
 class LengthError(UserError):
@@ -27,6 +31,7 @@ class Example:
     answer: np.ndarray
     rate: int = 0
     truncated: bool = False  # a part was cut to fit
+    cut: str = ""  # which of PARTS that was, e.g. "context and question"; not kept in the files of a run
 
 
 @dataclass
@@ -57,9 +62,9 @@ def encoded(
 ) -> Iterator[list[Example]]:
     """``records`` tokenised, CHUNK at a time; with ``targets`` their first answers too. Adds to ``report``.
 
-    What is longer than data.max_context, max_query or max_answer tokens is cut (context and query at the end, the
-    answer before its end-of-sequence token) and counted if data.on_long is "truncate"; else LengthError is raised,
-    when all records were seen.
+    What is longer than data.max_context, max_query or max_answer tokens is cut (the context at its end, the question
+    at its beginning, since its end asks, the answer before its end-of-sequence token) and counted if data.on_long is
+    "truncate"; else LengthError is raised, when all records were seen.
     """
     long: list[tuple[int, list[int]]] = []
     limits, spare = (data.max_context, data.max_query, data.max_answer), (0, 0, int(targets))  # room for the last token
@@ -79,10 +84,10 @@ def encoded(
             over = [len(ids) + room > limit for ids, limit, room in zip(parts, limits, spare, strict=True)]
             if any(over):
                 long.append((report.examples, [len(ids) for ids in parts]))
-            context, query, answer = (i[: limit - room] for i, limit, room in zip(parts, limits, spare, strict=True))
+            context, query, answer = parts[0][: limits[0]], parts[1][-limits[1] :], parts[2][: limits[2] - spare[2]]
             answer = [*answer, tokenizer.eos_token_id] if targets else answer
             arrays = (np.asarray(ids, np.int32) for ids in (context, query, answer))
-            examples.append(Example(*arrays, truncated=any(over)))
+            examples.append(Example(*arrays, truncated=any(over), cut=" and ".join(itertools.compress(PARTS, over))))
             report.context_tokens += len(context)
             report.truncated_contexts += over[0]
             report.truncated_queries += over[1]
@@ -121,6 +126,70 @@ def check_positions(
             )
 
 
-def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text, raw: nothing is added, nothing cut."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+# --- text -------------------------------------------------------------------------------------------------------------
+
+_MARKUP = re.compile(r"<.*>|\[.*\]", re.DOTALL)
+
+
+class TextError(UserError):
+    """A text that a tokenizer cannot read as letters."""
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, raw: nothing is added, nothing cut, and every letter is a letter.
+
+    A text is data, never an instruction: ``<|im_end|>`` in it becomes the tokens of these ten letters, and so does
+    every other control token (``control_tokens``). Words that were added to a vocabulary stay words. A byte order mark
+    at the beginning of a text is left out.
+
+    Raises TextError where a tokenizer has no other token for the letters of a control token.
+    """
+    control = control_tokens(tokenizer)
+    texts = [text.removeprefix(BYTE_ORDER_MARK) for text in texts]
+    rows = _read(tokenizer, control, texts)
+    never = set(control.values()) - {tokenizer.unk_token_id}  # which stands for unknown letters too
+    for number, row in enumerate(rows):
+        if not never.isdisjoint(row):  # a vocabulary of whole words that has the control token among them
+            rows[number] = list(itertools.chain(*_read(tokenizer, control, _taken_apart(texts[number], control))))
+            if found := never.intersection(rows[number]):
+                raise TextError(
+                    f"the text {shown(texts[number])} holds {tokenizer.convert_ids_to_tokens(min(found))!r}, a control "
+                    "token that this tokenizer cannot read as letters; leave the text out, or take another tokenizer"
+                )
+    return rows
+
+
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that text must never become, with their ids: those that ``tokenizer`` calls special, and those in
+    angle or square brackets, which many chat models have without calling them so (``<think>``)."""
+    added = tokenizer.added_tokens_decoder.items()
+    control = {token.content: i for i, token in added if token.special or _MARKUP.fullmatch(token.content.strip())}
+    return control | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def _read(tokenizer: Any, control: dict[str, int], texts: list[str]) -> list[list[int]]:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    others = tuple(sorted(control.keys() - special - set(tokenizer.all_special_tokens)))
+    if others and getattr(tokenizer, "backend_tokenizer", None) is not None:
+        backend = _without(tokenizer, others, len(tokenizer))
+        return [row.ids for row in backend.encode_batch(texts, add_special_tokens=False)]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
+
+
+@functools.lru_cache(maxsize=2)
+def _without(tokenizer: Any, names: tuple[str, ...], size: int) -> Any:
+    """A copy of the backend of ``tokenizer``, which has ``size`` tokens, that finds neither special tokens in a text
+    nor those of ``names``: split_special_tokens concerns the special ones alone."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.add_special_tokens(list(names))
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _taken_apart(text: str, control: Iterable[str]) -> list[str]:
+    """``text`` in pieces, none of which holds one of ``control``: each is cut behind its first letter."""
+    inside = (f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in control if len(name) > 1)
+    return re.split("|".join(inside), text)

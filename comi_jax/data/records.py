@@ -22,6 +22,7 @@ MAX_LINE_BYTES = 16 * 2**20
 MAX_SKIPPED = 100_000  # bad lines that one reading lists; a file with more is no data file
 
 _GZIP_MAGIC = b"\x1f\x8b"
+BYTE_ORDER_MARK = "\ufeff"  # at the beginning of a file or a text: how it was written, no letter of it
 FIELDS = ("input", "prompt", "answer")
 _SHOWN = 40  # characters of a rejected value, and 10 field names, are enough to find the place
 
@@ -36,7 +37,7 @@ class Record:
 
     def context_text(self) -> str:
         """The context as one text: a single document as it is, several joined by a newline."""
-        return "\n".join(self.context)
+        return "\n".join(document.removeprefix(BYTE_ORDER_MARK) for document in self.context)
 
 
 class DataError(UserError):

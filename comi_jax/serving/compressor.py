@@ -49,6 +49,7 @@ class Answer:
     context_tokens: int
     memory_vectors: int
     truncated: bool
+    cut: str = ""  # which that was: "context", "question" or "context and question"
 
     @property
     def ratio(self) -> float:
@@ -130,7 +131,8 @@ class Comi:
                 tokens = tuple(int(t) for t in ids[i, : lengths[i]])
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 example = examples[row]
-                results[row] = Answer(text, tokens, len(example.context), int(vectors[i]), example.truncated)
+                made_of = (len(example.context), int(vectors[i]), example.truncated, example.cut)
+                results[row] = Answer(text, tokens, *made_of)
         return results
 
     def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
