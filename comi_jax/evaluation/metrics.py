@@ -16,7 +16,14 @@ import numpy as np
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_ROUGE_TOKENS = re.compile(r"[a-z0-9]+")
+# Han, kana and the scripts of Thai, Lao, Tibetan, Burmese and Khmer, which put no space between words.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_LATIN = "\u0000-\u036f\u1d00-\u1eff\u2000-\u2c7f\ua720-\ua7ff\uff00-\uff5f"  # and signs such as one sixth
+# Runs of a-z and 0-9, as rouge_score has them; a letter of the scripts without spaces; a run of letters of others.
+_ROUGE_TOKENS = re.compile(rf"[a-z0-9]+|[{_UNSPACED}]|[^\W_{_LATIN}{_UNSPACED}]+")
 _YES_NO = frozenset({"yes", "no", "noanswer"})
 
 
@@ -38,7 +45,13 @@ def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
     - `acc_subspan_firstline`: the same on the prediction up to its first newline, as that work's evaluation does, so
       copying the context earns nothing; leading white space is not stripped first: a first line left empty is empty.
     - `rougeL`: ROUGE-L F-measure, the best over the references, as rouge_score has it without stemming: tokens are runs
-      of a-z and 0-9 in the lower-cased text, hence 0 where a script has none.
+      of a-z and 0-9 in the lower-cased text. Other scripts, of which it sees nothing, have tokens of their own here:
+      each letter where no space parts words (Chinese, Japanese, Thai, ...), else runs of letters (Russian, Arabic, ...).
+      Two texts that are equal and have no token at all, such as "!", have 1.
+
+    The others know words by the spaces between them. Of a script without spaces a whole sentence is one token: `em`
+    then asks for the same sentence, its punctuation included, `f1_max` and `f1_first` give nearly always 0 or 1, and
+    `acc_subspan`, which looks for letters, says more.
 
     A reference that normalises to nothing ("The", "?") counts as equal to, and contained in, only a prediction that
     does so too; as the empty substring it would otherwise make every prediction right.
@@ -55,14 +68,13 @@ def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
     first_line = normalize(prediction.split("\n", 1)[0])
     first = expected[0]
     yes_no_differs = predicted != first and (predicted in _YES_NO or first in _YES_NO)
-    rouge_tokens = _ROUGE_TOKENS.findall(prediction.lower())
     return {
         "em": float(predicted in expected),
         "f1_max": max(_token_f1(predicted, reference) for reference in expected),
         "f1_first": 0.0 if yes_no_differs else _token_f1(predicted, first),
         "acc_subspan": float(any(_contains(predicted, reference) for reference in expected)),
         "acc_subspan_firstline": float(any(_contains(first_line, reference) for reference in expected)),
-        "rougeL": max(_rouge_l(rouge_tokens, _ROUGE_TOKENS.findall(text.lower())) for text in references),
+        "rougeL": max(_rouge_l(prediction, text) for text in references),
     }
 
 
@@ -78,10 +90,11 @@ def _token_f1(predicted: str, reference: str) -> float:
     return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
 
 
-def _rouge_l(predicted: list[str], reference: list[str]) -> float:
-    if not predicted or not reference:
-        return 0.0
-    return 2 * _lcs_length(predicted, reference) / (len(predicted) + len(reference))
+def _rouge_l(predicted: str, reference: str) -> float:
+    a, b = (_ROUGE_TOKENS.findall(text.lower()) for text in (predicted, reference))
+    if not a and not b:
+        return float(predicted.strip() == reference.strip() != "")
+    return 2 * _lcs_length(a, b) / (len(a) + len(b))
 
 
 def _lcs_length(a: list[str], b: list[str]) -> int:
