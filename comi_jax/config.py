@@ -211,13 +211,21 @@ class Data:
 
         train.jsonl  'part-*.jsonl.gz'  prepared/  hotpotqa:hotpot.jsonl@0.5  nq:nq.jsonl.gz@2  hf://OWNER/NAME#train
 
-    a JSON Lines file (plain or gzipped), files by a glob, a folder that comi_jax.prepare made, a file of a published
-    schema (which the fields tell where no word does) of which an epoch takes a half, or every example twice, and a
-    dataset of the Hugging Face hub, hf://OWNER/NAME[/CONFIG][#SPLIT]. ``comi_jax.data.sources`` reads them.
+    a file, files by a glob, a folder that comi_jax.prepare made, a file of a published schema (which the fields tell
+    where no word does) of which an epoch takes a half, or every example twice, and a dataset of the Hugging Face hub,
+    hf://OWNER/NAME[/CONFIG][#SPLIT]. ``comi_jax.data.sources`` reads them. Files are JSON Lines or CSV (plain, .gz,
+    .bz2, .xz, .zst) or Parquet; a comma in a path is written with a backslash before it. ``fields`` says where the
+    parts of an example stand in a schema of one's own:
+
+        context:passage,question:q,answer:gold        context:article,answer:highlights        answer:answers.text
+
+    Examples that have all these fields are read so; of others, their fields tell. Without a question, the prompt asks
+    for a summary.
     """
 
     train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     examples_per_source: int = 0  # comi_jax.prepare draws at most so many from each word of data.train; 0: all
     eval_examples: int = 0  # the first so many of data.eval; 0: all
     synthetic_examples: int = 0  # how many records "synthetic" makes for training
@@ -233,6 +241,13 @@ class Data:
 
     def __post_init__(self):
         one_of("data.on_long", self.on_long, ("refuse", "truncate"))
+        parts = [word.partition(":")[0] for word in self.fields if word.partition(":")[2]]
+        require(
+            sorted(parts) in ([], ["answer", "context"], ["answer", "context", "question"])
+            and len(parts) == len(self.fields),
+            f"data.fields is {shown(','.join(self.fields))}; say once each where context, question and answer stand, "
+            "e.g. context:passage,question:q,answer:gold",
+        )
         for name in ("max_context", "max_query", "max_answer", "max_buckets"):
             require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("examples_per_source", "eval_examples", "synthetic_examples"):

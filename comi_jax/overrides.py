@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import pkgutil
+import re
 import types
 import typing
 from typing import Any
@@ -74,7 +75,8 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         one_of(path, text.lower(), ("true", "false"))
         return text.lower() == "true"
     if typing.get_origin(hint) is tuple:
-        return [_parse(part, typing.get_args(hint)[0], path) for part in text.split(",") if part]
+        parts = (part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text))  # "\," is a comma within a part
+        return [_parse(part, typing.get_args(hint)[0], path) for part in parts if part]
     try:
         return int(text.replace("_", "")) if hint is int else float(text)
     except ValueError:

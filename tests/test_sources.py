@@ -9,7 +9,8 @@ import datasets
 import numpy as np
 import pytest
 
-from comi_jax.config import ConfigError
+from comi_jax import overrides
+from comi_jax.config import Config, ConfigError
 from comi_jax.data import sources
 from comi_jax.data.records import DataError, Record
 
@@ -142,3 +143,58 @@ def test_json_lines_never_load_datasets(tmp_path):
     code = f"import sys; from comi_jax.data import sources; sources.read([{path!r}], 'train')"
     code += "; print('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_there_is_no_pattern_in_any_of_its_parts(tmp_path):
+    for folder in ("run[1]", "run1", "deep*"):
+        (tmp_path / folder / "a[b]").mkdir(parents=True)
+    first, second = (write(tmp_path / "run[1]" / f"part-{n}.jsonl", str(n)) for n in (1, 2))
+    other = write(tmp_path / "run1" / "part-1.jsonl", "7")
+    inner = write(tmp_path / "deep*" / "a[b]" / "x?.jsonl", "3")
+
+    def places(pattern):
+        return sources.files(sources.parse(str(pattern)), "train")
+
+    assert places(tmp_path / "run[1]" / "part-*.jsonl") == (first, second)
+    assert places(tmp_path / "run[1]" / "part-1.jsonl") == (first,)
+    assert places(tmp_path / "run?" / "part-*.jsonl") == (other,)
+    assert places(tmp_path / "run*" / "part-1.jsonl") == (other, first)
+    assert places(tmp_path / "*" / "a[b]" / "x?.jsonl") == places(tmp_path / "deep*" / "**" / "x?.jsonl") == (inner,)
+    assert places(tmp_path / "**" / "*.jsonl") == tuple(sorted((first, second, other, inner)))
+    with pytest.raises(DataError, match="matches no file"):
+        places(tmp_path / "run[1]" / "a*" / "part-[0-9].jsonl")
+
+
+def test_relative_paths_and_home_are_found(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    write(tmp_path / "home" / "a.jsonl", "1")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert prompts(["~/a.jsonl"]) == prompts(["comi:~/*.jsonl@1"]) == prompts(["home/*.jsonl"]) == ["1"]
+    assert sources.parse("hf://~/x").place == "hf://~/x"
+
+
+def test_a_comma_in_a_path_is_written_with_a_backslash(tmp_path):
+    path = write(tmp_path / "a,b.jsonl", "12")
+    setting = f"data.train={path}"
+    with pytest.raises(ConfigError, match="a comma separates words; write the path that has one as .*a.*,b.jsonl'"):
+        prompts(overrides.override(Config(), [setting]).data.train)
+    words = overrides.override(Config(), [setting.replace(",", "\\,") + f"@1,{path}".replace(",b", "\\,b")]).data.train
+    assert words == (f"{path}@1", path) and prompts(words) == list("1212")
+    assert overrides.override(Config(), ["compression.rates=4,8"]).compression.rates == (4, 8)
+
+
+def test_fields_of_ones_own_are_read_from_every_word_that_has_them(tmp_path):
+    own, news = tmp_path / "own.jsonl", tmp_path / "news.jsonl"
+    own.write_text(json.dumps({"passage": "c", "q": "q", "gold": "a"}) + "\n")
+    news.write_text(json.dumps(NEWS) + "\n")
+    fields = ("context:passage", "question:q", "answer:gold")
+    records, _ = sources.read([str(own), str(news)], "train", fields=fields)
+    assert records == [Record(("c",), "q", ("a",)), NEWS_RECORD]
+    with pytest.raises(DataError, match=r"data.fields=context:passage,question:q,answer:gold$"):
+        sources.read([str(own)], "train")
+    with pytest.raises(DataError, match='line 1: field "input" is missing'):  # a schema that is named is obeyed
+        sources.read([f"comi:{own}"], "train", fields=fields)

@@ -1,144 +1,194 @@
-"""The published schemas of the paper's five sets, each made a Record: documents apart, question, reference answers.
+"""Which schema an example has: told from the set of its fields, named, or given field by field.
 
-A document that has a title begins as in the prompts of lost-in-the-middle: ``Document [3](Title: Marie Curie) ...``.
-The schema of an example is told from its fields (``adapt``) or named (``SCHEMAS``). What is missing, empty, of another
-type or no valid text is refused with its place, as in our own format.
+    context:passage,question:q,answer:gold        (data.fields) the fields of a set of one's own
+
+One field never decides. An example whose fields fit several schemas is refused with their names, one that fits none
+with its fields.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from comi_jax.data.records import Record, Refused, decode, describe, field_names, record_of, text, texts
+from comi_jax.data import published
+from comi_jax.data.published import SUMMARIZE
+from comi_jax.data.records import Adapt, Record, record_of
+from comi_jax.data.values import Refused, field_names, quote, text, texts
 
-SUMMARIZE = "Write a summary of these news articles."  # MultiNews has no question
-ARTICLES_END = "|||||"
-
-
-def hotpotqa(fields: Mapping[str, Any]) -> Record:
-    """HotpotQA and 2WikiMultihopQA. The context is a list of [title, [sentence, ...]] (the original files), the same as
-    JSON in a text (2WikiMultihopQA as parquet), or {"title": [...], "sentences": [[...], ...]} (Hugging Face)."""
-    question, answer = _get(fields, "question"), _get(fields, "answer")
-    context = _get(fields, "context")
-    if isinstance(context, str):
-        try:
-            context = decode(context.encode("utf-8", "surrogatepass"))
-        except Refused as why:
-            raise Refused(f'field "context", which is text, as JSON: {why}') from None
-    if isinstance(context, dict):
-        names = [_list(f'field "context", "{name}",', _get(context, name)) for name in ("title", "sentences")]
-        if len(names[0]) != len(names[1]):
-            raise Refused(f'field "context" has {len(names[0])} titles for {len(names[1])} lists of sentences')
-        context = list(zip(*names, strict=True))
-    documents = []
-    for number, entry in enumerate(_list('field "context"', context), 1):
-        where = f'field "context", document {number},'
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise Refused(f"{where} is {describe(entry)}; expected a title and a list of sentences")
-        sentences = _list(where, entry[1]) if entry[1] != [] else []
-        sentences = [_any_text(f"{where} sentence {i},", s).strip() for i, s in enumerate(sentences, 1)]
-        documents.append(_titled(number, _any_text(f"{where} title,", entry[0]), " ".join(filter(None, sentences))))
-    return _record(documents, text('field "question"', question), (text('field "answer"', answer),))
-
-
-def natural_questions(fields: Mapping[str, Any]) -> Record:
-    """NaturalQuestions as lost-in-the-middle publishes it: ``ctxs`` with title and text, one of them gold; answers."""
-    documents = []
-    for number, entry in enumerate(_list('field "ctxs"', _get(fields, "ctxs")), 1):
-        where = f'field "ctxs", document {number},'
-        entry = _object(where, entry)
-        documents.append(
-            _titled(number, _any_text(f"{where} title,", entry.get("title")), text(where, _get(entry, "text")))
-        )
-    answers = _list('field "answers"', _get(fields, "answers"))
-    return _record(documents, text('field "question"', _get(fields, "question")), texts('field "answers"', answers))
-
-
-def narrativeqa(fields: Mapping[str, Any]) -> Record:
-    """NarrativeQA: the whole story, or its summary where the example carries no story; two answers."""
-    document = _object('field "document"', _get(fields, "document"))
-    return _story(fields, document.get("text") or _summary(document))
-
-
-def narrativeqa_summary(fields: Mapping[str, Any]) -> Record:
-    """NarrativeQA with the summary of the story as context."""
-    return _story(fields, _summary(_object('field "document"', _get(fields, "document"))))
-
-
-def multinews(fields: Mapping[str, Any]) -> Record:
-    """MultiNews: articles with ``|||||`` between them; the answer is their summary, the prompt always the same."""
-    articles = text('field "document"', _get(fields, "document")).replace("NEWLINE_CHAR", "\n").split(ARTICLES_END)
-    articles = [article.strip() for article in articles]
-    return _record([a for a in articles if a], SUMMARIZE, (text('field "summary"', _get(fields, "summary")).strip(),))
-
-
-SCHEMAS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
+SCHEMAS: dict[str, Adapt] = {
     "comi": record_of,
-    "hotpotqa": hotpotqa,
-    "2wikimqa": hotpotqa,
-    "narrativeqa": narrativeqa,
-    "narrativeqa-summary": narrativeqa_summary,
-    "multinews": multinews,
-    "nq": natural_questions,
+    "hotpotqa": published.hotpotqa,
+    "2wikimqa": published.hotpotqa,
+    "narrativeqa": published.narrativeqa,
+    "narrativeqa-summary": published.narrativeqa_summary,
+    "multinews": published.multinews,
+    "nq": published.natural_questions,
+    "musique": published.musique,
+    "squad": published.squad,
+    "triviaqa": published.triviaqa,
+    "longbench": published.longbench,
+    "quality": published.quality,
+    "flat": published.flat,
 }
 
-# Which schema an example has, by the first of these that is among its fields.
-_MARKS = {"input": "comi", "ctxs": "nq", "summary": "multinews", "context": "hotpotqa", "document": "narrativeqa"}
+
+def _documents(value: object) -> bool:
+    """Documents as objects or lists, or as JSON in a text, apart from plain text."""
+    if isinstance(value, str):
+        return bool(re.match(r'\s*(\[\s*\[|\{\s*")', value))
+    return isinstance(value, dict) or (isinstance(value, list) and not _plain(value))
 
 
-def adapt(fields: Mapping[str, Any]) -> Record:
-    """The Record of an example in any of the schemas, told from its fields; raises Refused."""
-    schema = next((schema for mark, schema in _MARKS.items() if mark in fields), None)
-    if schema is None:
+def _plain(value: object) -> bool:
+    """A text or a list of texts."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str) and not _documents(value)
+
+
+def _spans(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The fields by which an example of a schema is known: those it has, what is in them where that tells it from
+    others, and those it has not."""
+
+    schema: str
+    has: tuple[str, ...]
+    kinds: Mapping[str, Any] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
+
+    def names_fit(self, fields: Mapping[str, Any]) -> bool:
+        return all(name in fields for name in self.has) and not any(name in fields for name in self.lacks)
+
+    def kinds_fit(self, fields: Mapping[str, Any]) -> bool:
+        return all(kind(fields[name]) for name, kind in self.kinds.items())
+
+
+_ASKED = ("question", "questions", "query", "prompt", "answer", "answers")
+SHAPES = (
+    Shape("comi", ("input", "prompt", "answer")),
+    Shape("nq", ("question", "ctxs", "answers")),
+    Shape("hotpotqa", ("question", "context", "answer", "supporting_facts")),
+    Shape("hotpotqa", ("question", "context", "answer"), {"context": _documents}),
+    Shape("narrativeqa", ("document", "question", "answers"), {"document": lambda value: isinstance(value, dict)}),
+    Shape("multinews", ("document", "summary"), lacks=_ASKED),
+    Shape("musique", ("paragraphs", "question", "answer")),
+    Shape("squad", ("context", "question", "answers"), {"answers": _spans}),
+    Shape("squad", ("title", "paragraphs"), lacks=_ASKED),
+    Shape("squad", ("version", "data")),
+    Shape("triviaqa", ("question", "answer", "entity_pages")),
+    Shape("triviaqa", ("question", "answer", "search_results")),
+    Shape("longbench", ("input", "context", "answers")),
+    Shape("quality", ("article", "questions")),
+    Shape("quality", ("article", "question", "options", "answer")),
+    *(
+        Shape("flat", (context, "question", answer), {context: _plain, answer: lambda value: not _spans(value)})
+        for context in ("context", "document")
+        for answer in ("answer", "answers")
+    ),
+)
+
+
+def adapt(fields: Mapping[str, Any]) -> Record | Sequence[Record | Refused]:
+    """What an example of any of the schemas is, told from its fields; raises Refused."""
+    by_name = [shape for shape in SHAPES if shape.names_fit(fields)]
+    found = [shape for shape in by_name if shape.kinds_fit(fields)] or by_name
+    found = [shape for shape in found if not any(set(shape.has) < set(other.has) for other in found)]
+    schemas = list(dict.fromkeys(shape.schema for shape in found))
+    if len(schemas) == 1:
+        return SCHEMAS[schemas[0]](fields)
+    if schemas:
         raise Refused(
-            f"found {field_names(fields)}; expected input, prompt, answer or the fields of HotpotQA or 2WikiMQA "
-            "(question, context, answer), NaturalQuestions (question, ctxs, answers), NarrativeQA (document, question, "
-            "answers) or MultiNews (document, summary)"
+            f"found {field_names(fields)}, which fit the schemas {' and '.join(schemas)}; say which is meant: "
+            f"{' or '.join(f'{schema}:FILE' for schema in schemas)}"
         )
-    return SCHEMAS[schema](fields)
-
-
-def _story(fields: Mapping[str, Any], story: object) -> Record:
-    question = _object('field "question"', _get(fields, "question"))
-    answers = []
-    for number, entry in enumerate(_list('field "answers"', _get(fields, "answers")), 1):
-        where = f'field "answers", item {number},'
-        answers.append(text(where, _get(_object(where, entry), "text")))
-    return _record(
-        [text('field "document", its text,', story)], text('field "question"', _get(question, "text")), answers
+    near = [(shape, set(shape.has) - fields.keys()) for shape in SHAPES]
+    near = [(shape, missing.pop()) for shape, missing in near if len(shape.has) > 2 and len(missing) == 1]
+    if near and len({name.removesuffix("s") for _, name in near}) == 1:
+        schemas = dict.fromkeys(shape.schema for shape, _ in near)
+        reason = f'field "{near[0][1]}" is missing; found {field_names(fields)}, as in {", ".join(schemas)}'
+        known = {"context", "answer"} <= _likely(fields).keys()
+        raise Refused(f"{reason}, or say which is which: {example_of(fields)}" if known else reason)
+    raise Refused(
+        f"found {field_names(fields)}; expected input, prompt, answer or the fields of a published set "
+        f"({', '.join(name for name in SCHEMAS if name != 'comi')}), or say which is which: {example_of(fields)}"
     )
 
 
-def _summary(document: Mapping[str, Any]) -> object:
-    return _get(_object('field "document", "summary",', _get(document, "summary")), "text")
+# --- the fields of one's own ------------------------------------------------------------------------------------------
+
+# How sets call the parts of an example, the likeliest names first.
+_LIKE = {
+    "answer": "^a$ answ gold target label output response completion reference highlight summary",
+    "question": "^q$ quest query prompt instruction input",
+    "context": "context passage article document story text content paragraph report source body input",
+}
+_NAME = re.compile(r"[\w .-]+").fullmatch  # of a field that can be written in a setting as it is
 
 
-def _record(documents: list[str], prompt: str, answers: Any) -> Record:
-    return Record(texts("the context", documents), prompt, tuple(answers))
+def example_of(fields: Mapping[str, Any]) -> str:
+    """``data.fields`` as it could be for an example with such fields."""
+    chosen = _likely(fields)
+    left = [name for name in filter(_NAME, fields) if name not in chosen.values()]
+    for part in ("context", "answer"):
+        if part not in chosen and left:
+            chosen[part] = left.pop(0)
+    if {"context", "answer"} - chosen.keys():
+        chosen = {"context": "FIELD", "question": "FIELD", "answer": "FIELD"}
+    pairs = ",".join(f"{part}:{chosen[part]}" for part in ("context", "question", "answer") if part in chosen)
+    return f"'data.fields={pairs}'" if " " in pairs else f"data.fields={pairs}"
 
 
-def _titled(number: int, title: str, body: str) -> str:
-    head = f"Document [{number}](Title: {title})" if title.strip() else f"Document [{number}]"
-    return f"{head} {body}".rstrip()
+def _likely(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The parts of an example and the fields that are called like them."""
+    chosen: dict[str, str] = {}
+    for part, words in _LIKE.items():
+        names = [name for name in filter(_NAME, fields) if name not in chosen.values()]
+        likely = (name for word in words.split() for name in names if re.search(word, name.lower()))
+        if (name := next(likely, None)) is not None:
+            chosen[part] = name
+    return chosen
 
 
-def _get(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        raise Refused(f'field "{name}" is missing; found {field_names(fields)}')
-    return fields[name]
+@dataclass(frozen=True)
+class Fields:
+    """Where the parts of an example are, from ``data.fields``; "answers.text" is the field text of the object answers.
+    Without a question the prompt is that of MultiNews."""
 
+    words: tuple[str, ...]
 
-def _object(where: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise Refused(f"{where} is {describe(value)}; expected an object")
-    return value
+    @property
+    def places(self) -> dict[str, str]:
+        return dict(word.split(":", 1) for word in self.words)
 
+    def read(self, fields: Mapping[str, Any]) -> Record:
+        """The record of an example; raises Refused."""
+        places, found = self.places, {}
+        for part, place in self.places.items():
+            value: Any = fields
+            for name in [place] if place in fields else place.split("."):
+                if not isinstance(value, dict) or name not in value:
+                    raise Refused(
+                        f"field {quote(place)}, the {part} of data.fields, is missing; found {field_names(fields)}"
+                    )
+                value = value[name]
+            found[part] = value
+        where = {part: f"field {quote(place)}" for part, place in places.items()}
+        question = text(where["question"], found["question"]) if "question" in found else SUMMARIZE
+        return Record(texts(where["context"], found["context"]), question, texts(where["answer"], found["answer"]))
 
-def _list(where: str, value: object) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise Refused(f"{where} is {'an empty list' if value == [] else describe(value)}; expected a list")
-    return value
-
-
-def _any_text(where: str, value: object) -> str:
-    """Valid text that may be empty or nothing at all."""
-    return "" if value in (None, "") or (isinstance(value, str) and value.isspace()) else text(where, value)
+    def adapt(self, fields: Mapping[str, Any]) -> Record | Sequence[Record | Refused]:
+        """As ``read`` where all the fields are there; else as the fields tell."""
+        there = [place in fields or place.split(".")[0] in fields for place in self.places.values()]
+        if all(there):
+            return self.read(fields)
+        try:
+            return adapt(fields)
+        except Refused:
+            if any(there):
+                return self.read(fields)
+            raise

@@ -147,8 +147,9 @@ def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> d
         raise ConfigError(
             "data.train and data.eval name what to prepare, e.g. data.train=hotpotqa:hotpot.jsonl,nq:nq.jsonl.gz"
         )
-    parsed = {split: [sources.parse(word) for word in names] for split, names in words.items() if names}
+    parsed = {split: sources.parse_all(names, config.data.fields) for split, names in words.items() if names}
     settings = {name: to_dict(config)["data"][name] for name in SETTINGS} | {"seed": config.train.seed}
+    settings |= {"fields": list(config.data.fields)} if config.data.fields else {}
     settings["bytes"] = _sizes(parsed)
     report = _there_already(output, settings)
     if report:

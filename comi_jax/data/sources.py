@@ -1,16 +1,16 @@
 """Where examples come from: the words of data.train and data.eval, a weighted mixture of files and hub datasets.
 
-A word is [SCHEMA:]PLACE[@WEIGHT]. PLACE is a JSON Lines file (plain or gzipped), a glob over such files, a folder that
+A word is [SCHEMA:]PLACE[@WEIGHT]. PLACE is a file of ``records``, a glob over such files, a folder that
 ``python -m comi_jax.prepare`` made, or hf://OWNER/NAME[/CONFIG][#SPLIT], a dataset of the Hugging Face hub. SCHEMA is a
-name in ``adapters.SCHEMAS``; without it each example's fields tell. WEIGHT says how often an epoch has the source's
-examples: 2 twice, 0.5 a half of them, chosen by the seed; 1 if not given.
+name in ``adapters.SCHEMAS``; without it data.fields or each example's fields tell. WEIGHT says how often an epoch has
+the source's examples: 2 twice, 0.5 a half of them, chosen by the seed; 1 if not given.
 """
 
 import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from comi_jax.config import ConfigError, shown
 from comi_jax.data import adapters
 from comi_jax.data.fingerprint import Fingerprint
-from comi_jax.data.records import DataError, Record, Refused, Skipped, numbered_records
+from comi_jax.data.records import Adapt, DataError, Record, Skipped, adapted, numbered_records
 
 HUB = "hf://"
 MOST = 100  # copies of an example in an epoch
@@ -35,15 +35,34 @@ class Source:
     place: str
     schema: str = ""  # told from the fields
     weight: float = 1.0
+    fields: tuple[str, ...] = ()  # data.fields
 
     @property
-    def adapt(self) -> Callable[[Mapping[str, Any]], Record]:
-        return adapters.SCHEMAS[self.schema] if self.schema else adapters.adapt
+    def adapt(self) -> Adapt:
+        if self.schema:
+            return adapters.SCHEMAS[self.schema]
+        return adapters.Fields(self.fields).adapt if self.fields else adapters.adapt
 
 
-def parse(word: str) -> Source:
-    """The source that ``word`` names; a path in which a colon or an @ would be misread is written with ./ before it
-    and @1 behind it. Raises ConfigError."""
+def parse_all(words: Sequence[str], fields: Sequence[str] = ()) -> list[Source]:
+    """The sources that ``words`` name, with data.fields. Raises ConfigError, also for a path that a comma has cut."""
+    parsed = [parse(word, fields) for word in words]
+    for first in range(len(words)):
+        if not _exists(parsed[first]):
+            for end in range(first + 2, len(words) + 1):
+                if _exists(parse(",".join(words[first:end]))):
+                    meant = "\\,".join(words[first:end])
+                    raise ConfigError(f"a comma separates words; write the path that has one as {shown(meant)}")
+    return parsed
+
+
+def _exists(source: Source) -> bool:
+    return source.place.startswith(HUB) or os.path.exists(source.place)
+
+
+def parse(word: str, fields: Sequence[str] = ()) -> Source:
+    """The source that ``word`` names, in it ~ as the home folder; a path in which a colon or an @ would be misread is
+    written with ./ before it and @1 behind it. Raises ConfigError."""
     place, weight = word, 1.0
     if found := re.search(r"@(\d{1,9}(?:\.\d{1,9})?)$", word):
         place, weight = word[: found.start()], float(found[1])
@@ -58,7 +77,7 @@ def parse(word: str) -> Source:
         )
     if not rest:
         raise ConfigError(f"the source {shown(word)} names no place")
-    return Source(word, rest, schema, weight)
+    return Source(word, rest if rest.startswith(HUB) else os.path.expanduser(rest), schema, weight, tuple(fields))
 
 
 def files(source: Source, split: str) -> tuple[str, ...]:
@@ -67,10 +86,18 @@ def files(source: Source, split: str) -> tuple[str, ...]:
         return (os.path.join(source.place, f"{split}.jsonl.gz"),)
     if os.path.exists(source.place) or not glob.has_magic(source.place):
         return (source.place,)
-    matching = tuple(sorted(glob.glob(source.place, recursive=True)))
+    matching = [os.path.join(os.sep, "") if os.path.isabs(source.place) else ""]
+    for part in filter(None, source.place.split(os.sep)):
+        matching = [path for folder in matching for path in _matching(folder, part)]
     if not matching:
         raise DataError(source.place, None, "matches no file")
-    return matching
+    return tuple(sorted(set(matching)))
+
+
+def _matching(folder: str, part: str) -> list[str]:
+    """The paths in ``folder`` that ``part`` of a path means: the one of that name if it is there, or else a pattern."""
+    path = os.path.join(folder, part)
+    return [path] if os.path.lexists(path) else glob.glob(os.path.join(glob.escape(folder), part), recursive=True)
 
 
 def examples(source: Source, split: str, skipped: list[Skipped] | None = None) -> Iterator[tuple[str, int, Record]]:
@@ -93,15 +120,14 @@ def _hub_examples(source: Source, split: str, skipped: list[Skipped] | None) -> 
     rows = _load_dataset("/".join(filter(None, (owner, name))), config, wanted or _HUB_SPLITS[split], source.place)
     kept = 0
     for row, fields in enumerate(rows, 1):
-        try:
-            record = source.adapt(fields)
-        except Refused as why:
-            if skipped is None:
-                raise DataError(source.place, row, str(why)) from None
-            skipped.append(Skipped(source.place, row, str(why)))
-            continue
-        kept += 1
-        yield source.place, row, record
+        for record in adapted(fields, source.adapt):
+            if isinstance(record, Record):
+                kept += 1
+                yield source.place, row, record
+            elif skipped is None:
+                raise DataError(source.place, row, str(record))
+            else:
+                skipped.append(Skipped(source.place, row, str(record)))
     if not kept:
         raise DataError(source.place, None, "has no example that can be read")
 
@@ -164,6 +190,7 @@ class Mixture:
 
     Args:
         split: "train" or "eval": which file of a prepared folder, and which split of a hub dataset that names none.
+        fields: data.fields.
         skip_bad: as in ``read_records``.
 
     Iterating raises:
@@ -171,14 +198,17 @@ class Mixture:
         ConfigError: a word that names no source.
     """
 
-    def __init__(self, words: Sequence[str], split: str, *, seed: int = 0, skip_bad: bool = False):
-        self._words, self._split, self._seed, self._skip_bad = tuple(words), split, seed, skip_bad
+    def __init__(
+        self, words: Sequence[str], split: str, *, fields: Sequence[str] = (), seed: int = 0, skip_bad: bool = False
+    ):
+        self._words, self._fields = tuple(words), tuple(fields)
+        self._split, self._seed, self._skip_bad = split, seed, skip_bad
         self.report: MixtureReport | None = None
 
     def __iter__(self) -> Iterator[Record]:
         skipped: list[Skipped] = []
         found, taken, everything = [], [], Fingerprint()
-        parsed = [parse(word) for word in self._words]
+        parsed = parse_all(self._words, self._fields)
         for number, source in enumerate(parsed):
             own = (record for _, _, record in examples(source, self._split, skipped if self._skip_bad else None))
             own = _counted(_checked(source, self._split, own), found)
@@ -194,10 +224,10 @@ class Mixture:
 
 
 def read(
-    words: Sequence[str], split: str, *, seed: int = 0, skip_bad: bool = False
+    words: Sequence[str], split: str, *, fields: Sequence[str] = (), seed: int = 0, skip_bad: bool = False
 ) -> tuple[list[Record], MixtureReport]:
     """All records of a ``Mixture``, and its report."""
-    mixture = Mixture(words, split, seed=seed, skip_bad=skip_bad)
+    mixture = Mixture(words, split, fields=fields, seed=seed, skip_bad=skip_bad)
     return list(mixture), mixture.report
 
 

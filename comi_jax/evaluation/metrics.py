@@ -46,7 +46,7 @@ def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
       copying the context earns nothing; leading white space is not stripped first: a first line left empty is empty.
     - `rougeL`: ROUGE-L F-measure, the best over the references, as rouge_score has it without stemming: tokens are runs
       of a-z and 0-9 in the lower-cased text. Other scripts, of which it sees nothing, have tokens of their own here:
-      each letter where no space parts words (Chinese, Japanese, Thai, ...), else runs of letters (Russian, Arabic, ...).
+      each letter where no space parts words (Chinese, Japanese, Thai, ...), else runs of letters (Russian, Arabic).
       Two texts that are equal and have no token at all, such as "!", have 1.
 
     The others know words by the spaces between them. Of a script without spaces a whole sentence is one token: `em`

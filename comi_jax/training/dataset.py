@@ -60,7 +60,7 @@ class NewExamples:
             records = synthetic_records("train", self._config)
         else:
             records = self._mixture = sources.Mixture(
-                data.train, "train", seed=self._config.train.seed, skip_bad=data.skip_bad_records
+                data.train, "train", fields=data.fields, seed=self._config.train.seed, skip_bad=data.skip_bad_records
             )
         yield from encode.encoded(records, self._tokenizer, data, self._lengths)
 
@@ -78,7 +78,10 @@ def read_held_out(config: Config, console: Console) -> tuple[list[Record], int]:
         return synthetic_records("eval", config), 0
     if not names:
         return [], 0
-    records, report = sources.read(names, "eval", seed=config.train.seed, skip_bad=config.data.skip_bad_records)
+    data = config.data
+    records, report = sources.read(
+        names, "eval", fields=data.fields, seed=config.train.seed, skip_bad=data.skip_bad_records
+    )
     for line in told("eval", report):
         console.print(line, highlight=False, markup=False)
     return records[: count or None], len(report.skipped)

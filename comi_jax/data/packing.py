@@ -1,0 +1,125 @@
+"""What a data file is, told from its first bytes: unpacked where that can be done, or else what to do with it."""
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+from collections.abc import Callable
+from typing import Any
+
+_CHUNK = 2**18
+
+
+class Unreadable(ValueError):
+    """What a file is, if no data is read from such, and what to do; or why not from ``line`` on."""
+
+    def __init__(self, reason: str, line: int | None = None):
+        super().__init__(reason)
+        self.line = line
+
+
+def unpacked(raw: io.BufferedReader) -> io.BufferedIOBase:
+    """``raw`` as the bytes of a text in UTF-8 without a byte order mark, streamed and decompressed: gzip, bzip2, xz and
+    Zstandard are told by their content.
+
+    Damage shows while it is read, as OSError, EOFError, zlib.error or lzma.LZMAError; trailing garbage is damage too.
+    Raises Unreadable.
+    """
+    head, stream = _head(raw), raw
+    _refuse(head)
+    if opened := next((opened for pattern, opened in _PACKED.items() if pattern.match(head)), None):
+        stream = opened(raw)
+        head = _head(stream)
+        _refuse(head)
+        if any(pattern.match(head) for pattern in (_PARQUET, *_PACKED)):
+            raise Unreadable("is compressed a second time; unpack it once")
+    if mark := _BYTE_ORDER_MARK.match(head):
+        stream.read(len(mark[0]))
+    return stream
+
+
+def is_parquet(raw: io.BufferedReader) -> bool:
+    return bool(_PARQUET.match(_head(raw)))
+
+
+class _Streams(io.RawIOBase):
+    """The concatenated streams of a compressed file, by a decompressor for each. Python's own files of bzip2 and xz end
+    in silence where a later stream is damaged."""
+
+    def __init__(self, raw: io.BufferedIOBase, new: Callable[[], Any]):
+        self._raw, self._new, self._now, self._rest = raw, new, new(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._now.eof:
+                self._rest = self._now.unused_data or self._raw.read(_CHUNK)
+                if not self._rest:
+                    return 0
+                self._now = self._new()
+            if self._now.needs_input:
+                data, self._rest = self._rest or self._raw.read(_CHUNK), b""
+                if not data:
+                    raise EOFError("its last stream has no end")
+            else:
+                data = b""
+            if out := self._now.decompress(data, len(buffer)):
+                buffer[: len(out)] = out
+                return len(out)
+
+
+def _bzip2(raw: io.BufferedIOBase) -> io.BufferedIOBase:
+    return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), _CHUNK)
+
+
+def _xz(raw: io.BufferedIOBase) -> io.BufferedIOBase:
+    return io.BufferedReader(_Streams(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)), _CHUNK)
+
+
+def _zstd(raw: io.BufferedIOBase) -> io.BufferedIOBase:
+    import pyarrow  # the standard library has no Zstandard before Python 3.14
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _CHUNK)
+
+
+# By what a file begins with.
+_PARQUET = re.compile(rb"PAR[1]")
+_BYTE_ORDER_MARK = re.compile(rb"\xef\xbb\xbf")
+_PACKED = {
+    re.compile(rb"\x1f\x8b"): lambda raw: gzip.GzipFile(fileobj=raw),
+    re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"): _bzip2,
+    re.compile(rb"\xfd7zXZ\x00"): _xz,
+    re.compile(rb"\x28\xb5\x2f\xfd"): _zstd,
+}
+
+# What begins so is none of ours: what it is, and what to do.
+_UNPACK = "unpack it and name the files in it"
+_UTF8 = "-t UTF-8 FILE > NEW"
+_FOREIGN = {
+    re.compile(pattern, re.DOTALL): what
+    for pattern, what in {
+        rb"PK(\x03\x04|\x05\x06)": f"is a zip archive; {_UNPACK}: unzip FILE",
+        rb"7z\xbc\xaf\x27\x1c": f"is a 7z archive; {_UNPACK}",
+        rb".{257}ustar": f"is a tar archive; {_UNPACK}: tar -xf FILE",
+        rb"ARROW[1]": 'is an Arrow file; make it Parquet: Dataset.from_file("FILE").to_parquet("FILE.parquet")',
+        rb"version https://git[-]lfs": "is a Git LFS pointer, not the data; fetch the data: git lfs pull",
+        rb"<(!DOCTYPE|html)": "is a web page, not data; download the file itself",
+        rb"(\xff\xfe|\x00\x00\xfe\xff)\x00\x00": f"is text in UTF-32; make it UTF-8: iconv -f UTF-32 {_UTF8}",
+        rb"\xff\xfe([ -~]\x00){2}|\xfe\xff(\x00[ -~]){2}": f"is text in UTF-16; make it UTF-8: iconv -f UTF-16 {_UTF8}",
+        rb"([ -~]\x00){4}": f"is text in UTF-16; make it UTF-8: iconv -f UTF-16LE {_UTF8}",
+        rb"(\x00[ -~]){4}": f"is text in UTF-16; make it UTF-8: iconv -f UTF-16BE {_UTF8}",
+    }.items()
+}
+
+
+def _head(stream: Any) -> bytes:
+    return stream.peek(512)[:512]
+
+
+def _refuse(head: bytes) -> None:
+    for pattern, what in _FOREIGN.items():
+        if pattern.match(head):
+            raise Unreadable(what)
