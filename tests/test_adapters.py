@@ -279,6 +279,7 @@ def test_fields_of_ones_own_are_read_where_data_fields_says_they_are():
         ({"id": "1", "passage": "One.", "q": "Which?", "gold": "one"}, Record(("One.",), "Which?", ("one",))),
         ({"instruction": "Which?", "body text": "One.", "output": "one"}, Record(("One.",), "Which?", ("one",))),
         ({"highlights": "one", "article": "One."}, Record(("One.",), adapters.SUMMARIZE, ("one",))),
+        (OWN, OWN_RECORD),
         ({"left": "One.", "right": "one"}, Record(("One.",), adapters.SUMMARIZE, ("one",))),
     ],
 )

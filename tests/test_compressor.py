@@ -102,6 +102,14 @@ def test_an_answer_says_what_it_was_made_of(together):
     assert together[0][0].text == " ".join(words[t] for t in together[0][0].tokens if words[t] != "<eos>")
 
 
+def test_a_control_token_in_a_question_or_a_context_is_so_many_letters(model, one_at_a_time):
+    """To this tokenizer, whose letters are words: "<" and "eos>"."""
+    said = model.answer([CONTEXTS[0] + " <eos>", CONTEXTS[0]], [QUESTIONS[0], QUESTIONS[0] + " <eos> <bos>"])
+    letters = [(CONTEXTS[0] + " < eos>", QUESTIONS[0]), (CONTEXTS[0], QUESTIONS[0] + " < eos> < bos>")]
+    assert said == [one_at_a_time.answer(*pair) for pair in letters]
+    assert said[0].context_tokens == TOKENS[0] + 2
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 

@@ -139,8 +139,15 @@ def example_of(fields: Mapping[str, Any]) -> str:
             chosen[part] = left.pop(0)
     if {"context", "answer"} - chosen.keys():
         chosen = {"context": "FIELD", "question": "FIELD", "answer": "FIELD"}
-    pairs = ",".join(f"{part}:{chosen[part]}" for part in ("context", "question", "answer") if part in chosen)
+    places = {part: _place(name, fields.get(name)) for part, name in chosen.items()}
+    pairs = ",".join(f"{part}:{places[part]}" for part in ("context", "question", "answer") if part in places)
     return f"'data.fields={pairs}'" if " " in pairs else f"data.fields={pairs}"
+
+
+def _place(name: str, value: object) -> str:
+    """Where the text of a field is: in the field itself, or in the first field of the object there that has any."""
+    inside = [inner for inner in value if _plain(value[inner])] if isinstance(value, dict) else []
+    return f"{name}.{inside[0]}" if inside and _NAME(inside[0]) else name
 
 
 def _likely(fields: Mapping[str, Any]) -> dict[str, str]:

@@ -52,7 +52,8 @@ def parse_all(words: Sequence[str], fields: Sequence[str] = ()) -> list[Source]:
             for end in range(first + 2, len(words) + 1):
                 if _exists(parse(",".join(words[first:end]))):
                     meant = "\\,".join(words[first:end])
-                    raise ConfigError(f"a comma separates words; write the path that has one as {shown(meant)}")
+                    meant = meant if meant.isprintable() else ascii(meant)
+                    raise ConfigError(f"a comma separates words; before the one in a path write a backslash: {meant}")
     return parsed
 
 
