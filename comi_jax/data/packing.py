@@ -56,10 +56,11 @@ class _Streams(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while True:
             if self._now.eof:
-                self._rest = self._now.unused_data or self._raw.read(_CHUNK)
-                if not self._rest:
-                    return 0
-                self._now = self._new()
+                rest = self._now.unused_data
+                while not (rest := rest.lstrip(b"\0")):  # padding
+                    if not (rest := self._raw.read(_CHUNK)):
+                        return 0
+                self._rest, self._now = rest, self._new()
             if self._now.needs_input:
                 data, self._rest = self._rest or self._raw.read(_CHUNK), b""
                 if not data:

@@ -269,4 +269,8 @@ def _hint(line: bytes) -> str:
         return "; the comma behind the object must go"
     if b"}\r{" in bare:
         return "; its lines end in a carriage return alone: tr '\\r' '\\n' < FILE > FILE.jsonl"
-    return "; the name of a CSV file must end in .csv" if bare[:1].isalpha() and b"," in bare else ""
+    if re.fullmatch(rb'"?\w+"?([,;\t]"?\w+"?)+', bare):
+        return "; the name of a CSV file must end in .csv"
+    if bare[:1].isalpha() and b" " in bare:
+        return "; plain text holds no questions: write an object a line, with input, prompt and answer"
+    return ""
