@@ -214,8 +214,8 @@ class Data:
     a file, files by a glob, a folder that comi_jax.prepare made, a file of a published schema (which the fields tell
     where no word does) of which an epoch takes a half, or every example twice, and a dataset of the Hugging Face hub,
     hf://OWNER/NAME[/CONFIG][#SPLIT]. ``comi_jax.data.sources`` reads them. Files are JSON Lines or CSV (plain, .gz,
-    .bz2, .xz, .zst) or Parquet; a comma in a path is written with a backslash before it. ``fields`` says where the
-    parts of an example stand in a schema of one's own:
+    .bz2, .xz, .zst) or Parquet; ~ is the home folder, and a comma in a path is written ``\\,``. ``fields`` says where
+    the parts of an example stand in a schema of one's own:
 
         context:passage,question:q,answer:gold        context:article,answer:highlights        answer:answers.text
 

@@ -230,7 +230,6 @@ class _Reading:
         while piece := stream.readline(MAX_LINE_BYTES + 1):
             if self._whole:
                 number += 1
-                self._whole = piece.endswith(b"\n")
                 try:
                     yield number, _fields(piece)
                 except Refused as why:
