@@ -30,7 +30,8 @@ FIELDS = ("input", "prompt", "answer")
 
 @dataclass(frozen=True)
 class Record:
-    """One example: context documents (boundaries kept), question, reference answers (the first one is the target)."""
+    """One example: context documents (boundaries kept), question, reference answers (the first is the target;
+    none where a question is only to be answered)."""
 
     context: tuple[str, ...]
     prompt: str

@@ -149,7 +149,7 @@ class Comi:
                 f"context and question must be two texts or two lists of equal length, not {' and '.join(given)}; "
                 "repeat a context to ask it several questions"
             )
-        records = [Record((c,), q, ("",)) for c, q in zip(contexts, questions, strict=True)]
+        records = [Record((c,), q, ()) for c, q in zip(contexts, questions, strict=True)]
         return encode.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
 
     def _batches(self, examples: Sequence[Example], rate: int) -> Iterator[tuple[list[int], Batch]]:
