@@ -35,3 +35,14 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def add_ignore_config(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the option of the commands that read a Hugging Face folder."""
+    text = "attributes of the language model's config.json to read it without (model.ignore_config)"
+    parser.add_argument("--ignore-config", action="append", default=[], metavar="KEY[,KEY]", help=text)
+
+
+def ignore_config(given: argparse.Namespace) -> list[str]:
+    """The override that ``--ignore-config`` stands for."""
+    return [f"model.ignore_config={','.join(given.ignore_config)}"] if given.ignore_config else []

@@ -181,6 +181,7 @@ class Model:
     path: str = ""  # Hugging Face folder of the pretrained backbone, or "tiny" for the one the package carries
     hub: str = ""  # where that folder is published, for the message when it is missing
     tokenizer: str = ""  # folder of the tokenizer; empty: the same
+    ignore_config: tuple[str, ...] = ()  # attributes of that folder's config.json that are known to compute nothing
     attention: str = ""  # implementation by name, of whole rows (cudnn and splash take no cache); empty: chosen
     kernels: str = ""  # of the compression, the same
     dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are kept in float32

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
         one.add_argument("--rates", help="e.g. 16,32")
         one.add_argument("--segment-size", help="context tokens that are encoded together")
+        cli.add_ignore_config(one)
         one.add_argument("settings", **settings)
     fresh.add_argument("--encoder-layers")
     fresh.add_argument("--lsa-layers")
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(given: argparse.Namespace) -> Config:
-    words = list(given.settings)
+    words = list(given.settings) + cli.ignore_config(given)
     for name in ("rates", "segment_size", "encoder_layers", "lsa_layers"):
         if getattr(given, name, None) is not None:
             words.append(f"compression.{name}={getattr(given, name)}")

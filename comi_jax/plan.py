@@ -87,13 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--serve", action="store_true", help="plan compressing and answering, on one device")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=1, help="examples served at once")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    cli.add_ignore_config(parser)
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as of comi_jax.train")
     given = parser.parse_intermixed_args(arguments)
     console = Console()
     with cli.one_way_out():
         if given.json and not Path(given.json).absolute().parent.is_dir():
             raise ConfigError(f"--json={given.json} cannot be written: there is no such folder")
-        config = load(given.config, given.overrides)
+        config = load(given.config, given.overrides + cli.ignore_config(given))
         backbone, where = backbone_of(config), topology.find(given.topology)
         if given.sweep:
             config, program = sweep.best(config, backbone, where, given.compiles, console)

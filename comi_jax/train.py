@@ -25,9 +25,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="do everything but the training, and write nothing into its folder"
     )
+    cli.add_ignore_config(parser)
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
+    overrides += cli.ignore_config(options)
     try:
         with cli.one_way_out(distributed.leave):
             distributed.start()

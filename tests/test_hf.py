@@ -16,6 +16,7 @@ from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
 from comi_jax.params import flatten
 from comi_jax.weights import hf, hf_config
+from comi_jax.weights.hf_attributes import ATTRIBUTES, COMPUTED, HARMLESS, MUST, MUST_BE, NOTHING
 from comi_jax.weights.layout import WeightsError
 from comi_jax.weights.tokenizer import load_tokenizer
 
@@ -119,8 +120,14 @@ def test_a_real_config_is_read():
         {"attention_bias": True},
         {"mlp_bias": True},
         {"attention_dropout": 0.1},
-        {"pretraining_tp": 2},
-        {"use_sliding_window": True},
+        {"use_sliding_window": True, "model_type": "qwen2"},
+        {"use_sliding_window": True, "model_type": "qwen3"},
+        {"sliding_window": 4096},
+        {"is_causal": False},
+        {"is_causal": None},
+        {"is_encoder_decoder": True},
+        {"pruned_heads": {"1": [0]}},
+        {"per_layer_config": {"1": {"intermediate_size": 8}}},
         {"partial_rotary_factor": 0.5},
         {"quantization_config": {"bits": 4}},
         {"final_logit_softcapping": 30.0},
@@ -136,10 +143,101 @@ def test_what_is_not_implemented_is_refused_by_name(change):
 
 
 def test_everything_that_is_refused_is_named_at_once():
-    with pytest.raises(ConfigError, match="hidden_act='gelu'.*num_experts=8.*scale_embeddings=True"):
-        hf_config.backbone_of(
-            real(hidden_act="gelu", num_experts=8, scale_embeddings=True, unknown_but_off=False), "here"
-        )
+    with pytest.raises(ConfigError, match="hidden_act='gelu'.*num_experts=8.*scale_embeddings=True") as refused:
+        hf_config.backbone_of(real(hidden_act="gelu", num_experts=8, scale_embeddings=True), "here")
+    assert "pass --ignore-config=hidden_act,num_experts,scale_embeddings" in str(refused.value)
+    with pytest.raises(ConfigError) as refused:  # what is computed with cannot be ignored, and nobody is told to
+        hf_config.backbone_of(real(layer_types=["linear_attention"]), "here")
+    assert "ignore-config" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [False, None, 0, "", [], {}, True, 1.5, "some"])
+def test_an_attribute_that_is_not_known_is_refused_whatever_its_value(value):
+    """false, too: what it is false of may be what every other model does."""
+    with pytest.raises(ConfigError, match="mask_the_future="):
+        hf_config.backbone_of(real(mask_the_future=value), "here")
+
+
+@pytest.mark.parametrize("value", [False, None, 0, "", [], {}, True, 1.5, "some", {"a": [1]}])
+def test_what_computes_nothing_is_read_whatever_its_value(value):
+    harmless = [name for name, known in ATTRIBUTES.items() if known.kind == NOTHING]
+    assert len(harmless) > 150
+    assert hf_config.backbone_of(real(**dict.fromkeys(harmless, value)), "here") == hf_config.backbone_of(
+        real(), "here"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, known in ATTRIBUTES.items() if known.kind == MUST_BE])
+def test_what_must_be_off_is_read_when_it_is(name):
+    known = ATTRIBUTES[name]
+    for value in known.allowed:
+        hf_config.backbone_of(real(**{name: value}), "here")
+    for kind in hf_config.MODEL_TYPES:
+        values = real(model_type=kind, **{name: "other"})
+        if kind in known.of:
+            with pytest.raises(ConfigError, match=f"{name}='other'"):
+                hf_config.backbone_of(values, "here")
+        else:
+            hf_config.backbone_of(values, "here")
+
+
+def test_the_table_of_attributes_says_each_once_and_why():
+    once = [*MUST, *(name for _, names in (*COMPUTED, *HARMLESS) for name in names.split())]
+    assert sorted(once) == sorted(ATTRIBUTES) and all(known.reason for known in ATTRIBUTES.values())
+
+
+# What stands in published LLaMA and Qwen folders besides the shape of the model, with the values that stand there.
+LEFTOVERS = {
+    "Vicuna, LLaVA and other early LLaMA": {
+        "max_sequence_length": 2048, "pretraining_tp": 2, "tokenizer_model_max_length": 4096, "bad_words_ids": None,
+        "tokenizer_padding_side": "right", "unk_token_id": 0, "num_beams": 1, "top_k": 50, "pruned_heads": {},
+        "tie_encoder_decoder": False, "torchscript": False, "finetuning_task": None,
+        "cross_attention_hidden_size": None,
+        "is_encoder_decoder": False, "typical_p": 1.0, "use_bfloat16": False, "task_specific_params": None,
+        "tf_legacy_loss": False, "suppress_tokens": None, "diversity_penalty": 0.0, "length_penalty": 1.0,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "num_beam_groups": 1,
+    },
+    "fine-tunes": {
+        "unsloth_version": "2024.12.4", "unsloth_fixed": True, "use_cache": False, "gradient_checkpointing": False,
+        "_attn_implementation_autoset": True, "neftune_noise_alpha": 5, "model_max_length": 4096,
+        "_name_or_path": "someone/base", "max_seq_length": 4096, "label_smoothing": 0.0, "use_flash_attention_2": True,
+    },
+    "Qwen2 and Qwen2.5": {
+        "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "attention_bias": True,
+        "auto_map": {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"}, "max_length": 32768,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("leftovers", LEFTOVERS.values(), ids=LEFTOVERS)
+def test_leftovers_change_nothing_that_transformers_computes_either(leftovers, folders, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = "qwen2" if "use_sliding_window" in leftovers else "llama2"
+    folder, model = folders(kind)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(folder) | leftovers))
+    assert hf_config.read_config(tmp_path) == tiny_models.BACKBONES[kind]
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+        torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_an_attribute_can_be_ignored_by_name(folders, tmp_path):
+    folder, _ = folders("qwen2")
+    own = rewrite(folder, tmp_path, dual_chunk_attention_config={"chunk_size": 8}, attention_dropout=0.1)
+    with pytest.raises(ConfigError, match="--ignore-config=attention_dropout,dual_chunk_attention_config"):
+        hf_config.read_config(own)
+    with pytest.raises(ConfigError, match="implemented: attention_dropout=0.1; where"):
+        hf_config.read_config(own, ["dual_chunk_attention_config"])
+    names = ("dual_chunk_attention_config", "attention_dropout")
+    assert hf_config.read_config(own, names) == tiny_models.BACKBONES["qwen2"]
+    with pytest.raises(ConfigError, match="has no attribute dual_chunk, which --ignore-config names"):
+        hf_config.read_config(own, ["dual_chunk"])
+    with pytest.raises(ConfigError, match="hidden_size,rope_parameters cannot be ignored; it is computed with"):
+        hf_config.read_config(own, ["hidden_size", "rope_parameters", *names])
 
 
 @pytest.mark.parametrize(

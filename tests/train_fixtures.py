@@ -21,7 +21,7 @@ from comi_jax import train
 from comi_jax.config import Backbone
 from comi_jax.model import backbone as backbone_module
 from comi_jax.weights import hf
-from comi_jax.weights.hf_config import READ
+from comi_jax.weights.hf_attributes import ATTRIBUTES
 
 COLOURS = "red blue green white black brown pink grey".split()
 THINGS = "key coin ring cup pen lamp silver_coin gold_ring old_brass_lamp".split()
@@ -54,7 +54,7 @@ def language_model(folder, **changes):
     shape = backbone(**changes)
     folder.mkdir(parents=True)
     specs = backbone_module.specs(shape, shape.num_hidden_layers, embed=True, head=True)
-    names = set(READ) & set(Backbone.__dataclass_fields__)
+    names = set(ATTRIBUTES) & set(Backbone.__dataclass_fields__)
     config = {name: getattr(shape, name) for name in names} | {"eos_token_id": 2, "hidden_act": "silu"}
     hf.save_backbone(folder, specs, tiny_models.shaken(specs), config)
     tokenizer().save_pretrained(folder)

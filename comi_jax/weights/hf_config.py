@@ -2,52 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from comi_jax.config import Backbone, ConfigError, Llama3Rope, shown
 from comi_jax.overrides import from_dict
+from comi_jax.weights.hf_attributes import ATTRIBUTES, MODEL_TYPES, READ
 
 MAX_CONFIG_BYTES = 2**20
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
-# Attributes that change what is computed and that we implement for these values only. A missing one is at its default.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, 0.0, None),
-    "pretraining_tp": (1, None),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None,),
-    "is_decoder": (True, False, None),
-    "add_cross_attention": (False, None),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-}
-# Attributes that do not change what the model computes from token ids, or that are read below.
-HARMLESS = {
-    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id",
-    "id2label", "initializer_range", "label2id", "max_length", "max_window_layers", "name_or_path", "_name_or_path",
-    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id",
-    "sliding_window", "temperature", "tokenizer_class", "top_p", "torch_dtype", "transformers_version", "unk_token_id",
-    "use_cache", "_attn_implementation", "_attn_implementation_autoset", "transformers_weights",
-}  # fmt: skip
-READ = {
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "max_position_embeddings", "tie_word_embeddings", "layer_types",
-}  # fmt: skip
 
 
-def read_config(folder: str | Path) -> Backbone:
-    """The Backbone that ``folder``/config.json describes. Raises ConfigError with one sentence on whatever it cannot
-    use."""
+def read_config(folder: str | Path, ignore: Collection[str] = ()) -> Backbone:
+    """The Backbone that ``folder``/config.json describes, as if the attributes ``ignore`` were not there. Raises
+    ConfigError with one sentence on whatever it cannot use."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    return backbone_of(read_object(path), str(path))
+        what = adapter(Path(folder)) or f"{folder} is not a Hugging Face model folder: it has no config.json"
+        raise ConfigError(what)
+    return backbone_of(without(read_object(path), ignore, str(path)), str(path))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -67,19 +40,51 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
+def without(values: Mapping[str, Any], ignore: Collection[str], where: str) -> dict[str, Any]:
+    """``values`` but the attributes ``ignore``, each of which must be there and not be one that is computed with."""
+    gone = [name for name in ignore if name not in values]
+    if gone:
+        raise ConfigError(f"{where} has no attribute {_names(gone)}, which --ignore-config names")
+    used = [name for name in ignore if name in ATTRIBUTES and ATTRIBUTES[name].kind == READ]
+    if used:
+        raise ConfigError(f"{where}: {_names(used)} cannot be ignored; it is computed with")
+    return {name: value for name, value in values.items() if name not in ignore}
+
+
+def refused(values: Mapping[str, Any]) -> list[str]:
+    """The names of the attributes in ``values`` that are not known, or that ask for what is not implemented."""
+    kind, known = values.get("model_type"), ATTRIBUTES
+    found = [name for name, value in values.items() if name in known and not known[name].allows(value, kind)]
+    found += sorted(set(values) - set(known))
+    layers = values.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        found.append("layer_types")
+    return found
+
+
+def ignorable(values: Mapping[str, Any]) -> list[str]:
+    """Those of the ``refused`` attributes that ``without`` takes away."""
+    return [name for name in refused(values) if name not in ATTRIBUTES or ATTRIBUTES[name].kind != READ]
+
+
+def refusal(values: Mapping[str, Any], where: str) -> str:
+    """What is to be said of the ``refused`` attributes of ``values``; empty: there are none."""
+    asked = ", ".join(f"{_name(name)}={shown(values[name])}" for name in refused(values))
+    if not asked:
+        return ""
+    names = ignorable(values)
+    way_on = f"; where that changes nothing that the model computes, pass --ignore-config={_names(names)}"
+    return f"{where} asks for what is not implemented: {asked}{way_on if names else ''}"
+
+
 def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
-    """``values`` of a config.json as a Backbone; attributes we do not implement are refused by name unless neutral."""
+    """``values`` of a config.json as a Backbone; attributes that are not known, or that ask for what is not
+    implemented, are refused by name."""
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"{where}: model_type is {shown(model_type)}; implemented are {', '.join(MODEL_TYPES)}")
-    refused = [f"{k}={shown(values[k])}" for k, allowed in NEUTRAL.items() if k in values and values[k] not in allowed]
-    unknown = set(values) - set(NEUTRAL) - HARMLESS - READ
-    refused += [f"{_name(k)}={shown(values[k])}" for k in sorted(unknown) if values[k] not in (None, False)]
-    kinds = values.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        refused.append(f"layer_types={shown(kinds)}")
-    if refused:
-        raise ConfigError(f"{where} asks for what is not implemented: {', '.join(refused)}")
+    if asked := refusal(values, where):
+        raise ConfigError(asked)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in required if type(values.get(name)) is not int]
     if missing:
@@ -113,6 +118,10 @@ def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
 def _name(key: str) -> str:
     """A key as it is, if that is short and can be printed."""
     return key if key.isidentifier() and len(key) <= 80 else shown(key)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ",".join(map(_name, names))
 
 
 def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
@@ -152,6 +161,24 @@ def config_values(backbone: Backbone, *, head: bool = True, **more: Any) -> dict
     family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[backbone.model_type]
     name = f"{family}ForCausalLM" if head else f"{family}Model"
     return {"architectures": [name], **values, "hidden_act": "silu", "use_cache": True, **more}
+
+
+def adapter(folder: Path) -> str:
+    """What is to be said of an adapter in ``folder``; empty: there is none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return ""
+    if not (folder / "config.json").is_file():
+        base = read_object(path).get("base_model_name_or_path")
+        return (
+            f"{folder} is an adapter of peft for {base if isinstance(base, str) else shown(base)}, not a model: merge "
+            "it into that model (peft's merge_and_unload, then save_pretrained) and pass the merged folder"
+        )
+    return (
+        f"{path} lies beside a model: with peft installed, transformers loads the adapter on top of it, without peft "
+        "the model alone; merge the adapter (peft's merge_and_unload, then save_pretrained), or move "
+        "adapter_config.json away to read the model alone"
+    )
 
 
 def is_base(folder: str | Path) -> bool:

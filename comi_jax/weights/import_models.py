@@ -27,7 +27,7 @@ def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: s
     switches and adapters, ``dtype`` that of activations (empty: float32 for float32 weights, else bfloat16). Raises
     ConfigError, WeightsError or CheckpointError."""
     check_new(output)
-    shape, tokenizer = hf_config.read_config(backbone), load_tokenizer(backbone)
+    shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
     check_tokenizer(tokenizer, shape)
     arch = Architecture(shape, config.compression, config.lora)
     params = hf.load_parts(backbone, shape, architecture.parts_of_backbone(arch))
@@ -48,7 +48,7 @@ def import_official(
     """Write the official COMI state dict in ``checkpoint`` into ``output``. Layer counts, rank and targets of LoRA come
     from its tensors, rates and switches from ``config``, the scalars from the file. Raises as ``import_hf``."""
     check_new(output)
-    shape, tokenizer = hf_config.read_config(backbone), load_tokenizer(backbone)
+    shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
     check_tokenizer(tokenizer, shape)
     params, arch = official.load(checkpoint, shape, config.compression, lora_alpha)
     flat = flatten(params)

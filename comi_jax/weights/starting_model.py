@@ -36,7 +36,8 @@ class StartingModel:
         CheckpointError if it is a COMI checkpoint that cannot be read."""
         folder = _folder(config)
         before = read_run(folder) if is_run(folder) else None
-        return cls(folder, config, before.backbone if before else hf_config.read_config(folder), before)
+        backbone = before.backbone if before else hf_config.read_config(folder, config.model.ignore_config)
+        return cls(folder, config, backbone, before)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
