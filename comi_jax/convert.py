@@ -25,6 +25,8 @@ from comi_jax.weights.writing import SHARD_BYTES
 def print_inspection(found: inspection.Inspection, console: Console) -> None:
     """Show what ``inspect`` found as a table."""
     console.print(f"{found.kind}\n{found.architecture}", highlight=False)
+    if found.weights:
+        console.print(f"weights: {found.weights}", highlight=False)
     table = Table("part", "arrays", "parameters", "GB", "dtypes")
     rows = [(p.name, p.arrays, p.parameters, p.bytes, ", ".join(p.dtypes)) for p in found.parts]
     if len(rows) > 1:

@@ -214,6 +214,21 @@ def test_tensors_that_nothing_computes_with_may_be_there(tmp_path):
     assert "head" not in params["decoder"] and "embed" not in params["lsa"]
 
 
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_tied_head_of_its_own_is_refused(lora, tmp_path):
+    """The release ties the two: which of them it computes with is the one that its state dict happens to end with."""
+    tensors, arch = checkpoint("qwen3", lora)
+    prefix = "decoder.base_model.model." if lora else "decoder."
+    head, embeddings = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    same = tensors | {head: tensors[embeddings].copy()}
+    assert "head" not in load(same, arch, tmp_path)[0]["decoder"]
+    same[head][60, 31] += 1
+    with pytest.raises(WeightsError, match=f"{head} differs from {embeddings}, though config.json has tie_word"):
+        load(same, arch, tmp_path)
+    unread = tensors | {"encoder.lm_head.weight": same[head]}  # heads of encoder and LSA compute nothing
+    load(unread, arch, tmp_path)
+
+
 @pytest.mark.parametrize("kind, lora", KINDS)
 def test_every_key_that_does_not_fit_is_listed(kind, lora, tmp_path):
     tensors, arch = checkpoint(kind, lora)

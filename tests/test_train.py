@@ -203,7 +203,7 @@ def test_weights_that_do_not_fit_are_listed_before_the_run_begins(world, tmp_pat
     with pytest.raises(SystemExit) as refused:
         train.main(world.command(tmp_path / "run", f"model.path={tmp_path / 'lm'}"))
     assert "6 problem(s)" in refused.value.code and "mlp.gate_proj.weight has shape (48, 32)" in refused.value.code
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"examples.arrow", "examples.json"}
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(world, tmp_path):

@@ -1,7 +1,6 @@
 """Files of weights, read a tensor at a time and checked as a whole: safetensors, and ``.bin`` as torch.save writes."""
 
 import contextlib
-import json
 import math
 import pickle
 import warnings
@@ -15,9 +14,15 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from comi_jax.weights.layout import Index, Shape, Sources, WeightsError
+from comi_jax.weights import hf_folder
+from comi_jax.weights.layout import Index, Shape, Sources, WeightsError, some
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+OTHER_DTYPES = {  # of tensors that may be there and are not read
+    "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+PIECE_BYTES = 64_000_000  # of two tensors that are compared at a time
 
 
 class Tensors:
@@ -28,19 +33,19 @@ class Tensors:
     """
 
     def __init__(self, path: str | Path):
-        self.path = _entry_point(Path(path))
-        listed = _read_index(self.path) if self.path.suffix == ".json" else None
-        names = [self.path.name] if listed is None else sorted(set(listed.values()))
+        path = Path(path)
+        self.path = hf_folder.entry_point(path) if path.is_dir() else path
+        names = hf_folder.shards(self.path) if self.path.suffix == ".json" else [self.path.name]
         self._files = {name: _open(self.path.parent / name) for name in names}
         held = [(key, name) for name, file in self._files.items() for key in file.shapes]
-        where = dict(held)
-        if len(where) < len(held):
-            twice = sorted({key for key, name in held if where[key] != name})
-            raise WeightsError(f"{self.path}: several files hold {_some(twice)}")
-        if listed is not None and where != listed:
-            wrong = sorted(set(where.items()) ^ set(listed.items()))
-            raise WeightsError(f"{self.path} does not list what its files hold: {_some(wrong)}")
-        self._where = where
+        self._where = dict(held)
+        twice = sorted({key for key, name in held if self._where[key] != name})
+        if twice:
+            other = next(name for key, name in held if key == twice[0])
+            raise WeightsError(
+                f"{self.path}: several files hold {some(twice)}; transformers takes the one of "
+                f"{self._where[twice[0]]}, not of {other}: remove the file that is not meant"
+            )
         self.shapes: dict[str, Shape] = {key: self._files[name].shapes[key] for key, name in held}
         self.dtypes: dict[str, str] = {key: self._files[name].dtypes[key] for key, name in held}
 
@@ -53,41 +58,18 @@ class Tensors:
         return {name: math.prod(shape) * jnp.dtype(self.dtypes[name]).itemsize for name, shape in self.shapes.items()}
 
 
-def _some(things: list[Any]) -> str:
-    return f"{', '.join(map(str, things[:10]))}{f' and {len(things) - 10} more' if len(things) > 10 else ''}"
-
-
-def _entry_point(path: Path) -> Path:
-    """The file to start from: ``path`` itself, or what a folder has."""
-    if not path.is_dir():
-        return path
-    found = [
-        path / f"{stem}{ending}{index}"
-        for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin"))
-        for index in (".index.json", "")
-    ]
-    there = [file for file in found if file.is_file()]
-    if not there:
-        raise WeightsError(f"{path} has none of {', '.join(file.name for file in found)}")
-    return there[0]
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(name, str) and Path(name).name == name for name in listed.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not an index of weight files: {error!r}") from None
-    if not plain:
-        raise WeightsError(f"{path} names files outside its own folder")
-    missing = sorted({name for name in listed.values() if not (path.parent / name).is_file()})
-    if missing:
-        raise WeightsError(f"{path} names files that are not there: {_some(missing)}")
-    return listed
-
-
 def _open(path: Path) -> "_SafeFile | _TorchFile":
+    if _starts_with(path, b"version https://git-lfs"):
+        raise WeightsError(f"{path} is the pointer of Git LFS to a file, not the file: fetch it with git lfs pull")
     return _TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else _SafeFile(path)
+
+
+def _starts_with(path: Path, words: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(words)) == words
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class _SafeFile:
@@ -99,8 +81,9 @@ class _SafeFile:
             for name in file.keys():
                 view = file.get_slice(name)
                 self.shapes[name] = tuple(view.get_shape())
-                self.dtypes[name] = DTYPES.get(view.get_dtype(), view.get_dtype())
-        _check_dtypes(path, self.dtypes)
+                self.dtypes[name] = (DTYPES | OTHER_DTYPES).get(view.get_dtype(), "")
+                if not self.dtypes[name]:
+                    raise WeightsError(f"{path} holds {name} as {view.get_dtype()}, numbers that are not implemented")
 
     def read(self, name: str, index: Index) -> np.ndarray:
         with self._mapped() as file:
@@ -134,10 +117,10 @@ class _TorchFile:
             raise WeightsError(f"{path} cannot be read as a PyTorch file of plain tensors: {reason[0]}") from None
         if not isinstance(held, dict) or not all(isinstance(x, torch.Tensor) for x in held.values()):
             raise WeightsError(f"{path} does not hold a flat dictionary of tensors")
-        self._held, self._bits = held, torch.int16
+        self._held = {name: tensor.detach() for name, tensor in held.items()}  # parameters give no arrays
+        self._bits = torch.int16
         self.shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
         self.dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in held.items()}
-        _check_dtypes(path, self.dtypes)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         tensor = self._held[name][index]
@@ -146,29 +129,47 @@ class _TorchFile:
         return tensor.numpy()
 
 
-def _check_dtypes(path: Path, dtypes: Mapping[str, str]) -> None:
-    other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in DTYPES.values()]
-    if other:
-        raise WeightsError(f"{path} holds tensors that are not {', '.join(DTYPES.values())}: {_some(other)}")
+def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, strict: bool = True) -> list[str]:
+    """Raise WeightsError listing every tensor of ``have`` that is missing, unexpected, not of the shape or of a dtype
+    expected, or of another dtype than the same tensor of another layer. Those in ``optional`` may be there.
 
-
-def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors) -> None:
-    """Raise WeightsError listing every tensor of ``have`` that is missing, unexpected, not of the shape expected, or of
-    another dtype than the same tensor of another layer. Those in ``optional`` may be there."""
+    Not ``strict``, what is unexpected is no error where nothing else is wrong, and layers may differ in dtype. Returns
+    the unexpected tensors.
+    """
     shapes = have.shapes
     want = {name: shape for source in sources.values() for name, shape in source.expected().items()}
     known = {**optional, **want}
     problems = [f"missing {name} {shape}" for name, shape in want.items() if name not in shapes]
-    problems += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in known]
+    unexpected = [name for name in shapes if name not in known]
     problems += [
         f"{name} has shape {shape}, expected {known[name]}"
         for name, shape in shapes.items()
-        if name in known and shape != known[name]
+        if name in (known if strict else want) and shape != known[name]
     ]
-    for source in sources.values():
+    problems += [
+        f"{name} is {have.dtypes[name]}, none of {', '.join(DTYPES.values())}"
+        for name in (known if strict else want)
+        if name in shapes and have.dtypes[name] not in DTYPES.values()
+    ]
+    for source in sources.values() if strict else ():
         found = sorted({have.dtypes[name] for name in source.names if name in shapes})
         if len(found) > 1:
             problems.append(f"{source.names[0]} and the same of other layers have several dtypes: {found}")
+    if problems or strict:
+        problems += [f"unexpected {name} {shapes[name]}" for name in unexpected]
     if problems:
         listed = "\n  ".join(problems)
         raise WeightsError(f"{have.path} does not fit the model, {len(problems)} problem(s):\n  {listed}")
+    return unexpected
+
+
+def same(have: Tensors, one: str, other: str) -> bool:
+    """Whether two tensors of the same shape hold the same numbers; a few rows are read at a time."""
+    rows, width = have.shapes[one][0], max(1, math.prod(have.shapes[one][1:]))
+    step = max(1, PIECE_BYTES // (4 * width))
+    return all(
+        np.array_equal(
+            *(have.read(name, (slice(first, min(rows, first + step)),)) for name in (one, other)), equal_nan=False
+        )
+        for first in range(0, rows, step)
+    )

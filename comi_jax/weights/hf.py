@@ -5,20 +5,21 @@ out], with all layers stacked. ``TABLE`` is the only place that knows the names;
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from comi_jax.config import Backbone
 from comi_jax.model.backbone import specs as lm_specs
 from comi_jax.params import Placement, Tree, as_stored, flatten, unflatten
-from comi_jax.weights import files, loading, writing
+from comi_jax.weights import files, hf_config, hf_folder, loading, writing
 from comi_jax.weights.files import Tensors
-from comi_jax.weights.layout import Layout, Source
+from comi_jax.weights.layout import Layout, Source, Sources, WeightsError, some
 from comi_jax.weights.writing import SHARD_BYTES
 
 _AS_IS, _FLAT, _FROM_1, _FROM_2 = Layout(), Layout(flat=True), Layout(inputs=1), Layout(inputs=2)
 _LAYER = "model.layers.{layer}."
+FREQUENCIES = ".rotary_emb.inv_freq"  # of rotary embeddings, which old files store and every version computes
 TABLE: dict[str, tuple[str, Layout]] = {
     "embed": ("model.embed_tokens.weight", _AS_IS),
     "norm": ("model.norm.weight", _AS_IS),
@@ -52,6 +53,62 @@ def sources(specs: Tree, rename: Callable[[str], str] = lambda name: name) -> di
     return found
 
 
+def open_model(folder: str | Path, backbone: Backbone) -> tuple[Tensors, Callable[[str], str]]:
+    """The tensors of the causal LM in ``folder``, checked, and what turns Hugging Face's name of one into the file's.
+
+    They are what transformers reads, or WeightsError says why they are not: every tensor that is missing, misshapen or
+    of another kind of numbers, an adapter beside the model, a head that is tied and another one. What nothing computes
+    with is told.
+    """
+    if adapted := hf_config.adapter(Path(folder)):
+        raise WeightsError(adapted)
+    held, tied = Tensors(folder), backbone.tie_word_embeddings
+    rename = naming(held.shapes, tied)
+    whole = sources(lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True), rename)
+    head, embeddings = rename(TABLE["head"][0]), rename(TABLE["embed"][0])
+    repeated = {head: (backbone.vocab_size, backbone.hidden_size)} if tied else {}
+    unread = files.check(whole, repeated, held, strict=False)
+    if tied:
+        check_tied(held, head, embeddings)
+    for note in notes(held, whole, unread):
+        hf_folder.tell(note)
+    return held, rename
+
+
+def naming(shapes: Container[str], tied: bool) -> Callable[[str], str]:
+    """Names of the files: those of a model saved without its head lack the first word, and of two tied tables one may
+    be there alone, under either name."""
+    embeddings, head = TABLE["embed"][0], TABLE["head"][0]
+    base = embeddings.removeprefix("model.") in shapes
+    alone = tied and not base and embeddings not in shapes and head in shapes
+    return lambda name: name.removeprefix("model.") if base else head if alone and name == embeddings else name
+
+
+def check_tied(held: Tensors, head: str, embeddings: str) -> None:
+    """Refuse a head beside the embeddings that it is tied to, unless it repeats them."""
+    if head == embeddings or not {head, embeddings} <= set(held.shapes):
+        return
+    if held.shapes[head] != held.shapes[embeddings] or not files.same(held, head, embeddings):
+        raise WeightsError(
+            f"{held.path}: {head} differs from {embeddings}, though config.json has tie_word_embeddings=true: "
+            "transformers 5 computes with that head, transformers 4 with the embeddings in its place; set "
+            "tie_word_embeddings to false to keep the head, or take it out of the file"
+        )
+
+
+def notes(held: Tensors, whole: Sources, unread: Iterable[str]) -> list[str]:
+    """What a user would otherwise not know of the weights that are read: what is not, of files and of ``held``."""
+    said, unread = [], [name for name in unread if not name.endswith(FREQUENCIES)]
+    if others := hf_folder.beside(held.path.parent)[0]:
+        said.append(f"{held.path} is read, as transformers does; not read: {', '.join(others)} beside it")
+    if unread:
+        said.append(f"{held.path}: {len(unread)} tensor(s) that this model does not have are not read: {some(unread)}")
+    kinds = {source.names[0]: {held.dtypes.get(name) for name in source.names} for source in whole.values()}
+    if mixed := [name for name, found in kinds.items() if len(found - {None}) > 1]:
+        said.append(f"{held.path}: layers differ in dtype and are read in float32: {some(mixed)}")
+    return said
+
+
 def load_parts(
     folder: str | Path,
     backbone: Backbone,
@@ -60,20 +117,11 @@ def load_parts(
 ) -> dict[str, Any]:
     """Parameters for the spec trees in ``parts``, each from the causal LM in ``folder``, by flat path ("encoder/norm").
 
-    A part with fewer layers than the LM has gets its first ones. Raises WeightsError listing every tensor of the folder
-    that is missing, unexpected, misshapen or not finite. Rotary frequencies that old files store are left out, as is a
-    repeated lm_head where embeddings are tied.
+    A part with fewer layers than the LM has gets its first ones. Raises as ``open_model``, and WeightsError listing
+    every tensor that is not finite.
     """
-    held = Tensors(folder)
-    whole = sources(lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True))
-    optional = {
-        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (backbone.head_dim // 2,)
-        for layer in range(backbone.num_hidden_layers)
-    }
-    if backbone.tie_word_embeddings:
-        optional[TABLE["head"][0]] = (backbone.vocab_size, backbone.hidden_size)
-    files.check(whole, optional, held)
-    wanted = {f"{part}/{path}": s for part, specs in parts.items() for path, s in sources(specs).items()}
+    held, rename = open_model(folder, backbone)
+    wanted = {f"{part}/{path}": s for part, specs in parts.items() for path, s in sources(specs, rename).items()}
     return loading.load(held, wanted, place)
 
 

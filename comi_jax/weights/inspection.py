@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from comi_jax.config import Backbone
+from comi_jax.errors import UserError
 from comi_jax.model import architecture
 from comi_jax.params import flatten
 from comi_jax.runs.checksums import CheckpointError
@@ -17,9 +18,10 @@ from comi_jax.runs.description import is_run, read_run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import newest
 from comi_jax.runs.stored_weights import stored_arrays
-from comi_jax.weights import hf, hf_config, official
+from comi_jax.weights import hf, hf_config, hf_folder, official
 from comi_jax.weights.files import Tensors
-from comi_jax.weights.layout import Shape
+from comi_jax.weights.hf_attributes import MODEL_TYPES
+from comi_jax.weights.layout import Shape, some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Inspection:
     parts: tuple[Part, ...]
     missing: tuple[str, ...]  # what the kind needs and is not there
     notes: tuple[str, ...] = ()
+    weights: str = ""  # the file that they are read from, or the index
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -117,25 +120,35 @@ def _run(path: Path) -> Inspection:
 
 
 def _language_model(path: Path) -> Inspection:
-    backbone = hf_config.read_config(path)
+    values = hf_config.read_object(path / "config.json")
+    asked = hf_config.refusal(values, "config.json") if values.get("model_type") in MODEL_TYPES else ""
+    backbone = hf_config.read_config(path, hf_config.ignorable(values) if asked else ())
     tensors, base = Tensors(path), hf_config.is_base(path)
-    rename = (lambda name: name.removeprefix("model.")) if base else (lambda name: name)
+    rename = hf.naming(tensors.shapes, backbone.tie_word_embeddings)
     specs = hf.lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=not base)
-    wanted = {n: s for source in hf.sources(specs, rename).values() for n, s in source.expected().items()}
+    sources = hf.sources(specs, rename)
+    wanted = {name: shape for source in sources.values() for name, shape in source.expected().items()}
     held = {name: (tensors.shapes[name], tensors.dtypes[name]) for name in tensors.shapes}
     kind = "Hugging Face model without a head" if base else "Hugging Face causal language model"
+    notes = [note for note in (asked, hf_config.adapter(path)) if note]
+    notes += hf.notes(tensors, sources, set(held) - set(wanted) - {rename(hf.TABLE["head"][0])})
+    if others := hf_folder.beside(path)[1]:
+        notes.append(f"not read: {some(others)}")
     try:
         hf_config.stop_tokens(path)
-        notes: tuple[str, ...] = ()
-    except ValueError as error:
-        notes = (str(error),)
+        if backbone.tie_word_embeddings:
+            hf.check_tied(tensors, *(rename(hf.TABLE[name][0]) for name in ("head", "embed")))
+    except UserError as error:
+        notes.append(str(error))
 
     def part_of(name: str) -> str:
         if re.search(r"(^|\.)layers\.", name):
             return "layers"
         return "embeddings and head" if re.search("embed_tokens|lm_head", name) else "other"
 
-    return Inspection(kind, describe(backbone), _by_part(held, part_of), _missing(wanted, tensors), notes)
+    return Inspection(
+        kind, describe(backbone), _by_part(held, part_of), _missing(wanted, tensors), tuple(notes), tensors.path.name
+    )
 
 
 def _official(path: Path) -> Inspection:

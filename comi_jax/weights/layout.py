@@ -7,6 +7,7 @@ One of our parameters is a stack over layers and stored as it is applied; a file
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,11 @@ Index = tuple[slice, ...]
 
 class WeightsError(UserError):
     """Weights that do not fit the model or cannot be read; the message lists every one of them."""
+
+
+def some(things: Sequence[Any]) -> str:
+    """``things`` for a message: the first ten."""
+    return f"{', '.join(map(str, things[:10]))}{f' and {len(things) - 10} more' if len(things) > 10 else ''}"
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ THREADS = min(4, os.cpu_count() or 1)  # that read and transpose
 def load(tensors: Tensors, sources: Sources, place: Placement = as_stored) -> dict[str, jax.Array]:
     """The parameters of ``sources``, by flat path, from ``tensors`` that ``check`` has accepted.
 
-    ``place(path)`` gives the dtype of the array (None: the file's) and its sharding (None: the first device). Raises
-    WeightsError listing every tensor with infinities or NaN, as it is or in the dtype it is cast to.
+    ``place(path)`` gives the dtype of the array (None: the file's, float32 where its layers differ) and its sharding
+    (None: the first device). Raises WeightsError listing every tensor with infinities or NaN, as it is or in the dtype
+    it is cast to.
     """
     arrays, bad = {}, []
     for path, source in sources.items():
@@ -40,7 +41,8 @@ def load(tensors: Tensors, sources: Sources, place: Placement = as_stored) -> di
 
 def _load_one(tensors: Tensors, source: Source, dtype: Any, sharding: Sharding | None) -> tuple[jax.Array, list[str]]:
     """A parameter, and which of its tensors are not finite (on the devices of this process)."""
-    dtype = jnp.dtype(dtype or tensors.dtypes[source.names[0]])
+    kinds = {tensors.dtypes[name] for name in source.names}
+    dtype = jnp.dtype(dtype or (kinds.pop() if len(kinds) == 1 else "float32"))  # it holds the others' numbers exactly
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shards: dict[str, list[jax.Array]] = {}
     bad: set[str] = set()

@@ -122,6 +122,10 @@ def load(
     arch = read_architecture(tensors.shapes, backbone, compression, lora_alpha, str(path))
     wanted = sources(arch)
     files.check(wanted, unused(arch), tensors)
+    prefix = PEFT if arch.lora.rank else PREFIX["decoder"]
+    head, embeddings = (prefix + hf.TABLE[name][0] for name in ("head", "embed"))
+    if backbone.tie_word_embeddings:
+        hf.check_tied(tensors, head, embeddings)
     return unflatten(loading.load(tensors, wanted, place)), arch
 
 

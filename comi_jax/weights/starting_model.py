@@ -57,8 +57,10 @@ class StartingModel:
         return tuple(sorted(own | set(self.before.stop if self.before else hf_config.stop_tokens(self.folder))))
 
     def check(self) -> None:
-        """Refuse a COMI checkpoint whose parts or scalars are not those that the config asks for."""
+        """Refuse, before any data is read, a language model whose weights are not what its config says, and a COMI
+        checkpoint whose parts or scalars are not those that this run's config asks for."""
         if not self.before:
+            hf.open_model(self.folder, self.backbone)
             return
         names = ["compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets"]
         names += [f"compression.{name}" for name in SCALARS]  # the checkpoint's are the ones that are used
