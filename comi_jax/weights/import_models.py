@@ -18,7 +18,7 @@ from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import save_import
 from comi_jax.weights import files, hf, hf_config, loading, official, writing
 from comi_jax.weights.layout import WeightsError
-from comi_jax.weights.tokenizer import check_tokenizer, load_tokenizer
+from comi_jax.weights.tokenizer import fit_tokenizer, load_tokenizer
 from comi_jax.weights.writing import Writable
 
 
@@ -28,7 +28,7 @@ def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: s
     ConfigError, WeightsError or CheckpointError."""
     check_new(output)
     shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
-    check_tokenizer(tokenizer, shape)
+    tokenizer = fit_tokenizer(tokenizer, shape)
     arch = Architecture(shape, config.compression, config.lora)
     params = hf.load_parts(backbone, shape, architecture.parts_of_backbone(arch))
     params |= architecture.own_parameters(arch, config.train.seed)
@@ -49,7 +49,7 @@ def import_official(
     from its tensors, rates and switches from ``config``, the scalars from the file. Raises as ``import_hf``."""
     check_new(output)
     shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
-    check_tokenizer(tokenizer, shape)
+    tokenizer = fit_tokenizer(tokenizer, shape)
     params, arch = official.load(checkpoint, shape, config.compression, lora_alpha)
     flat = flatten(params)
     scalars = {name: float(flat[f"mig/{name}"]) for name in SCALARS}

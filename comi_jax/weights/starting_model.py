@@ -18,7 +18,7 @@ from comi_jax.runs.description import Run, is_run, read_run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_flat
 from comi_jax.weights import hf, hf_config
-from comi_jax.weights.tokenizer import check_tokenizer, load_tokenizer
+from comi_jax.weights.tokenizer import fit_tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,9 @@ class StartingModel:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that the config names, or else the model's own. Raises ConfigError if it has more tokens than
-        the model."""
+        """The tokenizer that the config names, or else the model's own, fitted to the model (``fit_tokenizer``)."""
         own = Folder(self.folder).tokenizer if self.before else self.folder
-        tokenizer = load_tokenizer(self.config.model.tokenizer or own)
-        check_tokenizer(tokenizer, self.backbone)
-        return tokenizer
+        return fit_tokenizer(load_tokenizer(self.config.model.tokenizer or own), self.backbone)
 
     @property
     def stop(self) -> tuple[int, ...]:

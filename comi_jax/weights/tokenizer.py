@@ -1,10 +1,15 @@
 """Tokenizers of Hugging Face folders."""
 
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from comi_jax.config import Backbone, ConfigError
+from comi_jax.errors import UserError
+from comi_jax.weights import hf_folder, tokenizer_model
+from comi_jax.weights.layout import some
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -16,7 +21,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     as_written = (Path(folder) / "tokenizer.json").is_file()
     reader = PreTrainedTokenizerFast if as_written else AutoTokenizer
     try:
-        tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if not as_written and (Path(folder) / "tokenizer.model").is_file():  # which transformers 5 splits otherwise
+            tokenizer = tokenizer_model.load(Path(folder))
+        else:
+            tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # of a damaged tokenizer.json, the tokenizers library raises no other
         raise ConfigError(f"{folder} holds no tokenizer that transformers can load: {error}") from None
     if tokenizer.eos_token_id is None:
@@ -24,7 +34,46 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, backbone: Backbone) -> None:
-    """Refuse a tokenizer that has more tokens than the language model."""
-    if len(tokenizer) > backbone.vocab_size:
-        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model only {backbone.vocab_size}")
+def fit_tokenizer(tokenizer: Any, backbone: Backbone) -> Any:
+    """``tokenizer`` without the special tokens that ``backbone`` has no embeddings of, a padding token most often: they
+    are told and left out, so that no text becomes one. ConfigError if it has other tokens of that kind."""
+    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= backbone.vocab_size}
+    if not beyond:
+        return tokenizer
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    spare = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - used
+    size = f"the model only {backbone.vocab_size}"
+    if missed := sorted(beyond - spare):
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, {size}: there are no embeddings of {some(missed)}; pass the "
+            "model's own tokenizer"
+        )
+    hf_folder.tell(
+        f"the tokenizer has {len(tokenizer)} tokens, {size}: {some(sorted(beyond))} is left out, and a text that "
+        "holds it is read as the letters it is written with"
+    )
+    return _without(tokenizer, beyond)
+
+
+def _without(tokenizer: Any, tokens: set[str]) -> Any:
+    """``tokenizer`` as it is read from its files after ``tokens`` were taken out of them."""
+    from transformers import PreTrainedTokenizerFast
+
+    def kept(value: Any) -> bool:
+        return (value.get("content") if isinstance(value, dict) else value) not in tokens
+
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        for path in Path(made).glob("*.json"):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "tokenizer.json":
+                values["added_tokens"] = list(filter(kept, values["added_tokens"]))
+            else:
+                values = {
+                    name: value for name, value in values.items() if not isinstance(value, str | dict) or kept(value)
+                }
+                values.pop("added_tokens_decoder", None)  # tokenizer.json has them
+                if isinstance(listed := values.get("extra_special_tokens"), list):
+                    values["extra_special_tokens"] = list(filter(kept, listed))
+            path.write_text(json.dumps(values), encoding="utf-8")
+        return PreTrainedTokenizerFast.from_pretrained(made, local_files_only=True)
