@@ -1,17 +1,21 @@
 """Train a compressor: ``python -m comi_jax.train --config=NAME [path=value ...]``.
 
-The same command goes on where it stopped. The run itself is ``training.run``.
+The same command goes on where it stopped. The run itself is ``training.run``. The exit status is 0 after the last step
+and the closing table, 85 where a signal ended it before (what there was to save is saved), 75 where another process is
+gone, 1 or 2 for what the user has to mend.
 """
 
 import argparse
+import sys
 
 import jax
 
 from comi_jax import cli
-from comi_jax.devices import distributed
+from comi_jax.devices import census, distributed
 from comi_jax.overrides import load
 from comi_jax.runs.logs import RunConsole
 from comi_jax.training.run import run
+from comi_jax.training.signals import STOPPED
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,6 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--dry-run", action="store_true", help="do everything but the training, and write nothing into its folder"
     )
     cli.add_ignore_config(parser)
+    parser.add_argument(
+        "--allow-fewer-devices", action="store_true", help="leave devices of the machine, or nodes of the job, idle"
+    )
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
@@ -36,7 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
             # Paths and data may hold brackets; what all processes know is said once.
             console = RunConsole(soft_wrap=True, markup=False, quiet=not distributed.is_first())
             config = load(options.config, overrides)
-            run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run)
+            seen = census.take()
+            console.print(census.sentence(seen), highlight=False)
+            if not options.allow_fewer_devices:
+                census.check(seen)
+            if not run(config, console, allow_change=options.allow_config_change, dry_run=options.dry_run):
+                sys.exit(STOPPED)
     except jax.errors.JaxRuntimeError as error:
         distributed.leave(*distributed.failed(error))
     except Exception as error:

@@ -1,6 +1,7 @@
 """Every test runs on four fake CPU devices (COMI_TEST_DEVICES), with JAX's silent conveniences turned into errors."""
 
 import os
+import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,7 +9,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("COMI_TEST_DEVICES", "4")))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine at which nothing listens, where no outgoing connection is given one."""
+    for port in range(62000 + os.getpid() % 3000, 65536):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    pytest.fail("every port is taken")

@@ -159,7 +159,7 @@ def main():
                 status = 0
             except SystemExit as ended:
                 print(ended.code, flush=True)
-                status = 1
+                status = ended.code if isinstance(ended.code, int) else 1
             except BaseException:
                 print(traceback.format_exc(), flush=True)
             finally:

@@ -18,6 +18,7 @@ from comi_jax.runs import selection
 from comi_jax.runs.arrays import restore_arrays, stored
 from comi_jax.runs.checkpoints import Checkpoints
 from comi_jax.runs.folder import Folder
+from comi_jax.training.signals import STOPPED
 
 STEPS, SAVE_EVERY = fault_fixtures.STEPS, fault_fixtures.SAVE_EVERY
 POINTS = [
@@ -178,7 +179,7 @@ def test_a_signal_saves_and_ends_and_no_step_is_lost(driver, undisturbed, number
     child.wait_for(f"step 5/{STEPS}")
     since = time.monotonic()
     child.kill(number)
-    assert child.status() == 0, child.printed()
+    assert child.status() == STOPPED, child.printed()
     assert time.monotonic() - since < 10
     reached = last_step(output)
     assert f"stopped by {number.name} after step {reached} of {STEPS}" in child.printed()
@@ -206,7 +207,7 @@ def test_a_second_signal_ends_at_once_and_without_harm(driver, undisturbed):
 def test_a_signal_before_the_first_step_ends_at_once(driver):
     output = driver.folder / "early"
     child = driver.train(output, die=("SIGTERM before the first step", 0))
-    assert child.status() == 0 and "there is nothing to save" in child.printed()
+    assert child.status() == STOPPED and "there is nothing to save" in child.printed()
     assert "step 1/" not in child.printed() and not (output / "lock").exists()
     assert not Folder(output).steps()
 
@@ -219,7 +220,7 @@ def test_a_signal_before_the_first_step_ends_at_once(driver):
     [
         (("in an evaluation", 140), -9),
         pytest.param(("after an evaluation", 0), -9, marks=pytest.mark.slow),
-        pytest.param(("SIGTERM in an evaluation", 5), 0, marks=pytest.mark.slow),
+        pytest.param(("SIGTERM in an evaluation", 5), STOPPED, marks=pytest.mark.slow),
     ],
 )
 def test_an_evaluation_that_was_killed_goes_on_and_has_each_example_once(driver, die, status):

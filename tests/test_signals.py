@@ -8,7 +8,7 @@ import pytest
 
 from comi_jax.devices.distributed import Peers
 from comi_jax.training import signals as stop_module
-from comi_jax.training.signals import SECOND, Stop
+from comi_jax.training.signals import SECOND, STOPPED, Stop
 
 
 class Ended(Exception):
@@ -80,10 +80,24 @@ def test_one_process_ends_between_steps_or_where_all_is_saved():
     stop.request("SIGTERM")
     assert stop.due() and not ends and "saving after this step" in said[0]
     with stop.saved():
-        assert ends == [0]
+        assert ends == [STOPPED]
     stop.request("SIGINT")
-    assert ends == [0, SECOND] and "ending at once" in said[1]
+    assert ends == [STOPPED, SECOND] and "ending at once" in said[1]
     assert left == [True, True]
+
+
+def test_a_sigterm_that_comes_twice_at_once_is_one_request(monkeypatch):
+    """Slurm's daemon gives it to a task, and srun passes on its own. Later it is a second request."""
+    ends, now = [], [0.0]
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    stop = Stop(lambda words: None, lambda: None)
+    stop._exit = ends.append
+    for now[0] in (0.0, 0.1, 4.9):
+        stop.request("SIGTERM")
+    assert stop.due() and not ends
+    now[0] = 5.1
+    stop.request("SIGTERM")
+    assert ends == [SECOND]
 
 
 @pytest.mark.parametrize("asked", [0, 2])
@@ -116,7 +130,7 @@ def test_processes_without_anything_to_lose_end_at_once_the_first_one_last(proce
             stack.enter_context(process.stop.saved())
         processes[1].stop.request("SIGINT")
         until(lambda: all(process.ended for process in processes))
-        assert {process.ended[0] for process in processes} == {0}
+        assert {process.ended[0] for process in processes} == {STOPPED}
         assert processes[0].ended[1] > max(processes[1].ended[1], processes[2].ended[1])
 
 
@@ -161,7 +175,7 @@ def test_words_that_nobody_can_hear_do_not_keep_a_run_from_ending(processes):
     processes[0].stop.request("SIGTERM")
     until(lambda: all(process.stop._until < 3 for process in processes))
     with pytest.raises(Ended):
-        processes[0].stop.request("SIGTERM")
+        processes[0].stop.request("SIGINT")
 
 
 def test_a_second_request_ends_one_process_at_once_and_the_others_are_told(processes):

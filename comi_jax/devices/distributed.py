@@ -1,10 +1,8 @@
-"""Many processes as one run: who they are, how they find each other, and what happens when one is gone.
+"""Many processes as one run: how they find each other, and what happens when one is gone.
 
-One process alone needs nothing. Several are started by a launcher (``launch/``), each with the same command; they meet
-at a coordinator, process 0, under ``jax.distributed``. Where JAX knows the place (Slurm, a TPU pod) it finds out by
-itself; elsewhere three variables say it:
-
-    COMI_COORDINATOR=HOST:PORT  COMI_PROCESSES=N  COMI_PROCESS=I
+One process alone needs nothing. Several are started by a launcher (``launch/``), each with the same command:
+``cluster`` says which of them this one is, all meet at a coordinator, process 0, in ``rollcall``, and then under
+``jax.distributed``.
 
 Every process counts aloud at the coordinator. One that has not been heard for COMI_HEARTBEAT seconds is gone, dead or
 stopped; the others say which it is and end, since no step can be finished without it.
@@ -26,12 +24,12 @@ from jax._src import distributed as jax_distributed  # the coordinator's key-val
 from jax.experimental import multihost_utils
 
 from comi_jax.config import ConfigError
+from comi_jax.devices import cluster, rollcall
 
 HEARTBEAT = 60  # seconds; JAX's own default is 100
 AGAIN = 75  # exit status, sysexits.h's for "try again", of a process that ends because another is gone
 DONE = "done"  # the last beat of a process that ends well
 NEWS = 3.0  # seconds in which every process has seen what another said
-COORDINATOR, PROCESSES, PROCESS = "COMI_COORDINATOR", "COMI_PROCESSES", "COMI_PROCESS"
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
@@ -39,57 +37,38 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
 
     Raises ConfigError for variables that do not go together, or when the others cannot be reached.
     """
-    known = described(environment)
-    if known is None and not found_by_jax(environment):
+    member = cluster.find(environment)
+    if member is None:
         return
-    heartbeat = _number(environment, "COMI_HEARTBEAT", HEARTBEAT)
+    heartbeat = cluster.number(environment, "COMI_HEARTBEAT", HEARTBEAT)
+    wait = cluster.number(environment, "COMI_JOIN_TIMEOUT", 300)
+    rollcall.meet(member, wait)
     if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    wait = _number(environment, "COMI_JOIN_TIMEOUT", 300)
-    jax.config.update("jax_enable_preemption_service", False)  # it knows SIGTERM alone, and steps alone: see stop.py
+    jax.config.update("jax_enable_preemption_service", False)  # it knows SIGTERM alone, and steps alone: see signals.py
+    os.environ["no_grpc_proxy"] = cluster.address(member.coordinator)[0]  # no proxy knows the way to it
+    jax.config.update("jax_check_proxy_envs", False)
     try:
-        # JAX's own end of a process names nobody that a user knows; it is the second resort.
+        # JAX would look for a cluster again, and under Slurm take one GPU for each task. Its own end of a process names
+        # nobody that a user knows; it is the second resort.
         jax.distributed.initialize(
-            **(known or {}), heartbeat_timeout_seconds=2 * heartbeat + 10, initialization_timeout=wait
+            member.coordinator,
+            member.count,
+            member.index,
+            local_device_ids=member.gpus,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=2 * heartbeat + 10,
+            initialization_timeout=wait,
         )
     except RuntimeError as error:
-        where = known["coordinator_address"] if known else "the coordinator"
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"this process could not join the others at {where} within {wait} s: {reason}") from None
+        raise ConfigError(
+            f"this process could not join the others at {member.coordinator} within {wait} s: {reason}"
+        ) from None
     if everyone := peers():
         watch = Watch(everyone, heartbeat)
         watch.start()
         atexit.register(watch.close)
-
-
-def described(environment: Mapping[str, str]) -> dict[str, str | int] | None:
-    """What the three variables say, as jax.distributed.initialize takes it; None if none is set."""
-    given = [name for name in (COORDINATOR, PROCESSES, PROCESS) if environment.get(name)]
-    if not given:
-        return None
-    if len(given) < 3:
-        raise ConfigError(f"{', '.join(given)} is set; {COORDINATOR}, {PROCESSES} and {PROCESS} go together")
-    count, index = _number(environment, PROCESSES, 0), _number(environment, PROCESS, 0)
-    if index >= count:
-        raise ConfigError(f"{PROCESS} is {index} of {PROCESSES} {count}; it counts from 0")
-    return {"coordinator_address": environment[COORDINATOR], "num_processes": count, "process_id": index}
-
-
-def found_by_jax(environment: Mapping[str, str]) -> bool:
-    """Whether this is a place with several processes that JAX recognises: Slurm, TPU hosts under Kubernetes, or one
-    that COMI_DISTRIBUTED=auto says is (a TPU pod, which JAX has to ask for its hosts)."""
-    if environment.get("COMI_DISTRIBUTED") == "auto":
-        return True
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        return True
-    return len([host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]) > 1
-
-
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name) or str(default)
-    if not text.isdecimal():
-        raise ConfigError(f"{name}={text} is not a whole number")
-    return int(text)
 
 
 def is_first() -> bool:
@@ -141,10 +120,10 @@ class Peers:
 
 
 def peers() -> Peers | None:
-    """The processes of this run; None if there is one."""
-    if jax.process_count() == 1:
+    """The processes of this run; None if there is one, or they have not met: JAX is not started to look."""
+    if jax_distributed.global_state.client is None or jax.process_count() == 1:
         return None
-    patience = _number(os.environ, "COMI_HEARTBEAT", HEARTBEAT)
+    patience = cluster.number(os.environ, "COMI_HEARTBEAT", HEARTBEAT)
     return Peers(jax_distributed.global_state.client, jax.process_index(), jax.process_count(), patience)
 
 
@@ -244,7 +223,7 @@ def failed(error: Exception) -> tuple[str, int]:
 def listen() -> None:
     """Wait as long as the watch needs to hear that another process is gone. If one is, it ends this one: it looks
     every second and lets the others hear of it first."""
-    time.sleep(_number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + 3 * NEWS)
+    time.sleep(cluster.number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + 3 * NEWS)
 
 
 def of_all(error: Exception) -> bool:

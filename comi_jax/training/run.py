@@ -52,12 +52,11 @@ class Data:
     shapes: Shapes
 
 
-def run(config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False) -> None:
-    """All of one training run. Raises UserError; a signal ends it once everything is saved."""
-    output, say = (
-        Folder(config.train.output or f"runs/{config.name}"),
-        functools.partial(console.print, highlight=False),
-    )
+def run(config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False) -> bool:
+    """All of one training run. Returns whether it came to its end; False: a signal ended it, everything is saved.
+    Raises UserError."""
+    say = functools.partial(console.print, highlight=False)
+    output = Folder(config.train.output or f"runs/{config.name}")
     scratch = tempfile.TemporaryDirectory(prefix="comi_jax-") if dry_run else None  # in place of the run's folder
 
     def leave() -> None:
@@ -104,7 +103,7 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
             if dry_run:
                 job.close()
             elif not loop.Loop(job, stop, console).run():
-                return
+                return False
             else:
                 say(f"{system.title}: checkpoint in {system.folder}")
             del job  # the next system needs its memory
@@ -115,6 +114,7 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
                 closing_table(systems, held_out, output, console)
     if dry_run:
         say("dry run: everything is in order; nothing was trained or written")
+    return True
 
 
 # --- 1. validate ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,14 @@ import jax
 from comi_jax.devices.distributed import Peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Exit status of a run that was asked to end before its last step and saved all: not 0, which would start what waits for
+# its end, nor 75, after which a launcher starts it again at once. HTCondor's manual gives this one to programs that end
+# once they have saved and want to be started again.
+STOPPED = 85
 SECOND = 130  # exit status after a second request, a shell's for Ctrl-C
+REPEATED = (
+    5.0  # seconds in which another SIGTERM is the same request: Slurm's daemon gives it to a task, and so does srun
+)
 POLL = 0.5  # seconds between two looks at what the other processes were asked
 ASKED, PLACE, OUT, LEAVING = "stop/asked", "stop/place/{}", "stop/out", "stop/leaving"
 
@@ -26,14 +33,15 @@ class Stop:
     """Whether the run was asked to end.
 
     The first signal sets ``requested``, here and in all other processes; while ``saved`` holds, in all of them, all
-    work so far is on disk, and they end at once, with status 0, even from within a compilation. A second signal ends
-    the process that gets it at once in any case.
+    work so far is on disk, and they end at once, with status STOPPED, even from within a compilation. A second
+    signal ends the process that gets it at once in any case, but for a SIGTERM within REPEATED seconds of a SIGTERM.
     """
 
     def __init__(self, say: Callable[[str], None], leave: Callable[[], None], peers: Peers | None = None):
         self.requested = ""
         self._say, self._leave, self._peers = say, leave, peers  # ``leave`` tidies up before the process ends
-        self._asked = self._saved = False  # _asked: whether this very process got a signal
+        self._asked: tuple[str, float] | None = None  # the first signal that this very process got, and when
+        self._saved = False
         self._steps = 0  # how often ``due`` was called, the same in all processes when they are at the same place
         self._until: float = float("inf")  # of several processes: at which of these calls they end
         self._held = False  # they are agreeing: where this process is must not change
@@ -77,7 +85,7 @@ class Stop:
         with self._moving():
             self._saved = True
             if self.requested and not self._peers:
-                self._end(0)
+                self._end(STOPPED)
         try:
             yield
         finally:
@@ -105,6 +113,9 @@ class Stop:
     def request(self, name: str) -> None:
         """Ask the run to end, as the signal ``name`` does."""
         with self._guard:
+            now = time.monotonic()
+            if self._asked and name == self._asked[0] == "SIGTERM" and now - self._asked[1] < REPEATED:
+                return
             if self._asked:
                 self._tell(f"{name}: ending at once; the newest checkpoint stands")
                 if self._peers:  # they end too, and need not wait until nothing is heard from this process
@@ -113,10 +124,10 @@ class Stop:
                     thread.start()
                     thread.join(1)
                 self._end(SECOND)
-            self._asked = True
+            self._asked = (name, now)
             self._hear(name)
             if self._saved and not self._peers:
-                self._end(0)
+                self._end(STOPPED)
 
     def _hear(self, name: str) -> None:
         if self.requested:
@@ -194,7 +205,7 @@ class Stop:
                 return None
 
     def _end_together(self, peers: Peers) -> None:
-        """End this process with status 0, the first one after all others."""
+        """End this process with status STOPPED, the first one after all others."""
         try:
             self._leave()
             if peers.index:
@@ -204,4 +215,4 @@ class Stop:
                     time.sleep(0.05)
                 time.sleep(0.2)
         finally:
-            self._exit(0)
+            self._exit(STOPPED)

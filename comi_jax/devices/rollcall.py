@@ -1,0 +1,154 @@
+"""All processes of a run call at process 0 before JAX starts: what fails in JAX's own joining aborts without a name.
+
+Process 0 listens at the coordinator's port, every process (itself too, by the name that the others use) calls and says
+who it is, and when all have, each is told to go on. JAX then takes the port.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+
+from comi_jax.config import ConfigError
+from comi_jax.devices import cluster
+from comi_jax.devices.cluster import Member
+
+HELLO, GO, REFUSED = "comi", "go", "refused "
+TRY = 5.0  # seconds for one connection, for its first line, and beyond the time to wait until process 0 gives up
+
+
+def meet(member: Member, wait: int) -> None:
+    """Return when all processes have called. Raises ConfigError, in all that can be reached, when that is not so
+    within ``wait`` seconds, or when two say that they are the same."""
+    until = time.monotonic() + wait
+    if member.index:
+        _call(member, wait, until)
+        return
+    with _listen(member, min(float(wait), 2 * TRY)) as server:
+        thread = threading.Thread(target=_hold, args=(server, member, wait, until), daemon=True, name="roll call")
+        thread.start()
+        try:
+            _call(member, wait, until)
+        finally:
+            thread.join()
+
+
+def _call(member: Member, wait: int, until: float) -> None:
+    """Say who this process is, and wait for the answer."""
+    host, port = cluster.address(member.coordinator)
+    who = f"{HELLO} {member.index} {member.count} {socket.gethostname()}, pid {os.getpid()}\n"
+    while True:
+        left = max(until - time.monotonic(), 0.1)
+        try:
+            with socket.create_connection((host, port), timeout=min(left, TRY)) as line:
+                line.settimeout(left + TRY)
+                line.sendall(who.encode())
+                answer = line.makefile(errors="replace").readline().rstrip("\n")
+            reason = "what answers there is not process 0 of this run"
+        except OSError as error:
+            answer, reason = "", error.strerror or str(error)
+        if answer == GO:
+            return
+        if answer.startswith(REFUSED):
+            raise ConfigError(answer.removeprefix(REFUSED))
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"process {member.index} of {member.count} ({socket.gethostname()}) could not reach process 0 at "
+                f"{host}:{port} within {wait} s: {reason}; see that the host's name is right, that process 0 runs "
+                "there, and that no firewall closes the port (COMI_JOIN_TIMEOUT is how long to try)"
+            )
+        time.sleep(min(0.5, left))
+
+
+def _listen(member: Member, patience: float) -> socket.socket:
+    """A socket at the coordinator's port, on all addresses, as JAX's own will be."""
+    _, port = cluster.address(member.coordinator)
+    until = time.monotonic() + patience  # what ran here before may be about to end
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    while True:
+        try:
+            return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > until:
+                raise ConfigError(
+                    f"process 0 of {member.count} cannot listen on port {port} of {socket.gethostname()}: "
+                    f"{os.strerror(error.errno or 0)}; give COMI_COORDINATOR another port, or end what holds this one"
+                ) from None
+            time.sleep(0.2)
+
+
+def _hold(server: socket.socket, member: Member, wait: int, until: float) -> None:
+    """Take the calls until all have come, or one that cannot be right, and answer them."""
+    here: dict[int, tuple[socket.socket, str]] = {}
+    lines, answer = [], ""
+    while not answer:
+        server.settimeout(max(until - time.monotonic(), 0.01))
+        try:
+            lines.append(server.accept()[0])
+        except TimeoutError:
+            missing = ", ".join(str(index) for index in range(member.count) if index not in here)
+            answer = (
+                f"{REFUSED}of {member.count} processes, these did not come to {member.coordinator} within {wait} "
+                f"s: {missing}; see what they say, and start all again"
+            )
+            break
+        index, count, name = _hear(lines[-1])
+        here = {known: entry for known, entry in here.items() if not _hung_up(entry[0])}
+        if index < 0:  # somebody else's
+            lines.pop().close()
+        elif count != member.count:
+            answer = (
+                f"{REFUSED}{name} says that it is process {index} of {count}, process 0 that it is one of "
+                f"{member.count}; give all of them the same number"
+            )
+        elif index in here:
+            answer = (
+                f"{REFUSED}two say that they are process {index} of {count}: {here[index][1]} and {name}; give each a "
+                "number of its own"
+            )
+        else:
+            here[index] = (lines[-1], name)
+            answer = GO if len(here) == count else ""
+    for line in lines:
+        _answer(line, answer)
+    if answer != GO:  # those who come late hear it too
+        server.settimeout(TRY)
+        until = time.monotonic() + TRY
+        with contextlib.suppress(TimeoutError):
+            while time.monotonic() < until:
+                line = server.accept()[0]
+                _hear(line)
+                _answer(line, answer)
+
+
+def _answer(line: socket.socket, words: str) -> None:
+    """Tell a caller, which may have hung up meanwhile."""
+    with contextlib.suppress(OSError), line:
+        line.settimeout(TRY)
+        line.sendall(f"{words}\n".encode())
+
+
+def _hear(line: socket.socket) -> tuple[int, int, str]:
+    """Index, count and name that a caller says; an index below 0 for one that says something else."""
+    line.settimeout(TRY)
+    try:
+        words = line.makefile(errors="replace").readline(200).split(maxsplit=3)
+    except OSError:
+        words = []
+    if len(words) < 4 or words[0] != HELLO or not (words[1].isdecimal() and words[2].isdecimal()):
+        return -1, 0, ""
+    return int(words[1]), int(words[2]), words[3].strip()
+
+
+def _hung_up(line: socket.socket) -> bool:
+    """Whether a caller that waits for its answer has gone."""
+    try:
+        line.setblocking(False)
+        return line.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
