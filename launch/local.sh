@@ -5,6 +5,7 @@
 #
 # When one ends badly the others are given the time in which they notice by themselves, then they are ended. If that was
 # not for something that the user has to mend, all are started again, COMI_RESTARTS times (3), from the newest checkpoint.
+# A run that was asked to end, and saved, ends with 85.
 set -u
 count="${1:?how many processes}"
 shift
@@ -18,7 +19,7 @@ signal=TERM # a second one does not wait until the run is saved
 trap 'asked=1; kill -$signal "${pids[@]}" 2>/dev/null; signal=KILL' INT TERM HUP
 
 # Start all processes and wait for them. Sets status, that of the first that ended badly, and again: whether none ended
-# with a message to the user (1, 2) or by request (130, 143), but killed, or with 75, because another was gone.
+# with a message to the user (1, 2) or by request (85, 130, 143), but killed, or with 75, because another was gone.
 run() {
     local i code port late=$((1 << 60))
     status=0 again=1 pids=()
@@ -40,7 +41,7 @@ run() {
             code=$?
             unset "pids[$i]"
             ((code == 0)) && continue
-            echo "launch/local.sh: process $i of $count ended with status $code$( ((code > 128 && code != 130)) && echo ", killed by signal $((code - 128))")" >&2
+            ((code == 85)) || echo "launch/local.sh: process $i of $count ended with status $code$( ((code > 128 && code != 130)) && echo ", killed by signal $((code - 128))")" >&2
             ((code == 75 || (code > 128 && code != 130 && code != 143))) || again=""
             ((status)) || late=$((SECONDS + COMI_HEARTBEAT + 5))
             status=$((status == 0 ? code : status))

@@ -31,9 +31,10 @@ def launcher(tmp_path):
     program.write_text(PROGRAM)
     program.chmod(0o755)
 
-    def start(script, *words, restarts=None, terminal=False, **turns):
+    def start(script, *words, restarts=None, terminal=False, variables=None, **turns):
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(program), "NOTES": str(tmp_path)}
         environment |= {"COMI_HEARTBEAT": "1"} | ({} if restarts is None else {"COMI_RESTARTS": str(restarts)})
+        environment |= variables or {}
         environment |= {f"TURN_{key}": value for key, value in turns.items()}
         # A shell cannot take over a signal that was ignored when it started, as Ctrl-C is behind nohup and in CI.
         command = ["env", "--default-signal=INT", "bash", str(LAUNCH / script), *words]
@@ -120,6 +121,13 @@ def test_one_that_was_asked_twice_is_not_started_again(launcher, tmp_path):
     assert process.returncode == 130 and turns(tmp_path) == 1, said
 
 
+def test_a_run_that_saved_and_ended_is_not_started_again(launcher, tmp_path):
+    """Somebody asked one of its processes, not the launcher."""
+    process = launcher("local.sh", "2", **{"1_0": "exit 85", "1_1": "sleep 0.5; exit 85"})
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 85 and turns(tmp_path) == 1 and not said, said
+
+
 SRUN = """#!/usr/bin/env bash
 # Two tasks, and the largest of their statuses.
 while [[ "$1" == --* ]]; do echo "$1" >> "$NOTES/options"; shift; done
@@ -129,6 +137,35 @@ SLURM_PROCID=1 "$@" & second=$!
 for task in $first $second; do wait $task; code=$?; ((code > worst)) && worst=$code; done
 exit $worst
 """
+SCANCEL = """#!/usr/bin/env bash
+# Signals the tasks.
+[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat "$NOTES"/pid_*)
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >> "$NOTES/queue"
+[ "$1" = show ] && echo "   PreemptTime=${PREEMPTED:-None}"
+exit 0
+"""
+SAVES = """trap 'exit 85' TERM
+echo $$ > $NOTES/pid_$process; echo > $NOTES/up_$process
+for i in {1..150}; do sleep 0.1; done"""
+
+
+@pytest.fixture
+def slurm(launcher, tmp_path):
+    """Starts slurm.sh, with programs in the place of Slurm's."""
+    for name, text in {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def start(*words, variables=None, **turns):
+        return launcher("slurm.sh", *words, variables={"SLURM_JOB_ID": "7"} | (variables or {}), **turns)
+
+    return start
+
+
+def asked_of_scontrol(folder):
+    return (folder / "queue").read_text().splitlines() if (folder / "queue").exists() else []
 
 
 @pytest.mark.parametrize(
@@ -137,17 +174,62 @@ exit $worst
         ({"1_0": "exit 75", "1_1": "kill -9 $$"}, 0, 2),
         ({"1_0": "exit 1", "1_1": "exit 1"}, 1, 1),
         ({"1_0": "exit 130", "1_1": "exit 130"}, 130, 1),
+        ({"1_0": "exit 85", "1_1": "exit 85"}, 85, 1),
         ({}, 0, 1),
     ],
-    ids=["killed", "refused", "asked", "well"],
+    ids=["killed", "refused", "asked twice", "asked", "well"],
 )
-def test_under_slurm_too(launcher, tmp_path, status, expected, count):
-    """With a program in the place of srun."""
-    (tmp_path / "srun").write_text(SRUN)
-    (tmp_path / "srun").chmod(0o755)
-    process = launcher("slurm.sh", **status)
+def test_under_slurm_too(slurm, tmp_path, status, expected, count):
+    process = slurm(**status)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == expected, said
     assert turns(tmp_path, 0) == turns(tmp_path, 1) == count
     assert said.count("starting again") == count - 1
     assert (tmp_path / "options").read_text().split() == ["--kill-on-bad-exit=0", "--wait=31"] * count
+    assert "requeue 7" not in asked_of_scontrol(tmp_path)
+
+
+def test_before_its_time_is_up_a_slurm_job_saves_and_is_queued_again(slurm, tmp_path):
+    process = slurm(**{"1_0": SAVES, "1_1": SAVES})
+    until_up(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=15)[1]
+    assert process.returncode == 85 and asked_of_scontrol(tmp_path) == ["requeue 7"], said
+
+
+def test_a_slurm_job_is_not_queued_again_for_ever(slurm, tmp_path):
+    process = slurm(variables={"SLURM_RESTART_COUNT": "2", "COMI_REQUEUES": "2"}, **{"1_0": SAVES, "1_1": SAVES})
+    until_up(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=15)[1]
+    assert process.returncode == 85 and "queued again 2 times already" in said
+    assert asked_of_scontrol(tmp_path) == []
+
+
+@pytest.mark.parametrize("preempted, queued", [("2026-01-01T00:00:00", True), ("None", False)])
+def test_a_slurm_job_is_queued_again_after_a_preemption_not_after_a_request(slurm, tmp_path, preempted, queued):
+    process = slurm(variables={"PREEMPTED": preempted}, **{"1_0": "exit 85", "1_1": "exit 85"})
+    said = process.communicate(timeout=15)[1]
+    assert process.returncode == 85, said
+    assert ("requeue 7" in asked_of_scontrol(tmp_path)) == queued
+
+
+def test_a_slurm_job_that_was_cancelled_is_not_queued_again(slurm, tmp_path):
+    """All its processes get SIGTERM, the script too."""
+    process = slurm(variables={"PREEMPTED": "2026-01-01T00:00:00"}, **{"1_0": SAVES, "1_1": SAVES})
+    until_up(tmp_path)
+    process.terminate()
+    for index in (0, 1):
+        os.kill(int((tmp_path / f"pid_{index}").read_text()), signal.SIGTERM)
+    said = process.communicate(timeout=15)[1]
+    assert process.returncode == 85 and "requeue 7" not in asked_of_scontrol(tmp_path), said
+
+
+def test_a_slurm_step_asks_for_the_gpus_of_its_job_and_takes_the_words_given(slurm, tmp_path):
+    process = slurm("--config=tiny", "train.steps=1", variables={"SLURM_GPUS_ON_NODE": "4"})
+    said = process.communicate(timeout=15)[1]
+    assert process.returncode == 0, said
+    assert "--gpus-per-node=4" in (tmp_path / "options").read_text().split()
+    assert {line.strip() for line in (tmp_path / "words").read_text().splitlines()} == {
+        "-m comi_jax.train --config=tiny train.steps=1"
+    }
