@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -24,6 +25,12 @@ def one_way_out(leave: Callable[[str], NoReturn] = leave) -> Iterator[None]:
         leave(str(error))
     except OSError as error:
         leave(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+def width() -> int | None:
+    """Columns of a rich Console: a terminal's own, or those that COLUMNS says; in a log so many that no table breaks
+    its cells into lines."""
+    return None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -122,7 +122,7 @@ def _do(given: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, convert, and turn what a user can mend into one sentence and exit status 1."""
-    console = Console(soft_wrap=True, markup=False)
+    console = Console(width=cli.width(), soft_wrap=True, markup=False)
     with cli.one_way_out():
         _do(_parser().parse_args(arguments), console)
 

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="path=value", help="another setting, e.g. data.on_long=truncate"
     )
     given = parser.parse_args(arguments)
-    console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
+    console = Console(width=cli.width(), soft_wrap=True, markup=False)  # paths and data may hold brackets
     with cli.one_way_out():
         if given.limit is not None and given.limit < 1:
             raise ConfigError(f"--limit={given.limit} leaves no records; it must be at least 1")

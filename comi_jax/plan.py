@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     cli.add_ignore_config(parser)
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as of comi_jax.train")
     given = parser.parse_intermixed_args(arguments)
-    console = Console()
+    console = Console(width=cli.width())
     with cli.one_way_out():
         if given.json and not Path(given.json).absolute().parent.is_dir():
             raise ConfigError(f"--json={given.json} cannot be written: there is no such folder")

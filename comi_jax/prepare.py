@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. data.train=nq:nq.jsonl.gz")
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records
-    console = Console(soft_wrap=True, markup=False)  # paths and data may hold brackets
+    console = Console(width=cli.width(), soft_wrap=True, markup=False)  # paths and data may hold brackets
     with cli.one_way_out():
         config = load(options.config, overrides)
         output = Path(os.path.abspath(options.output))

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         with cli.one_way_out(distributed.leave):
             distributed.start()
             # Paths and data may hold brackets; what all processes know is said once.
-            console = RunConsole(soft_wrap=True, markup=False, quiet=not distributed.is_first())
+            console = RunConsole(width=cli.width(), soft_wrap=True, markup=False, quiet=not distributed.is_first())
             config = load(options.config, overrides)
             seen = census.take()
             console.print(census.sentence(seen), highlight=False)

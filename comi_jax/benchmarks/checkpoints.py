@@ -23,6 +23,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from comi_jax import cli
 from comi_jax.benchmarks.speed import peak_memory
 from comi_jax.cli import at_least
 from comi_jax.runs import checksums
@@ -90,7 +91,7 @@ def main() -> None:
     for name in rows[0]:
         median = statistics.median(row[name] for row in rows)
         table.add_row(name, f"{median:.2f}", f"{median / size * GB:.2f}")
-    Console().print(table)
+    Console(width=cli.width()).print(table)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+from comi_jax import cli
 from comi_jax.benchmarks.speed import peak_memory
 from comi_jax.config import Backbone, Compression, Config, Mesh
 from comi_jax.devices import sharding
@@ -128,7 +129,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         size = write_model(Path(folder), given.layers)
-        console = Console()
+        console = Console(width=cli.width())
         console.print(f"{given.layers} layers of Qwen2-7B's shapes, {size / GB:.2f} GB in bfloat16")
         table = Table("", "s", "GB/s", "result, GB", "peak memory, GB", "result + largest tensor + 1 GB")
         for name in given.only:

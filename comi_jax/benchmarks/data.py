@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = Table("", "", "times trained" if options.steps else "", title=title)
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        Console(width=cli.width()).print(table)
 
 
 if __name__ == "__main__":

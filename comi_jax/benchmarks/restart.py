@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from comi_jax import cli
 from comi_jax.cli import at_least
 from comi_jax.runs import journal
 from comi_jax.runs.folder import Folder
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in rows[0]:
         values = [row[name] for row in rows]
         table.add_row(name, f"{statistics.median(values):.1f}", f"{max(values):.1f}")
-    Console().print(table)
+    Console(width=cli.width()).print(table)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from comi_jax import cli
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Compression, Generation, Optimizer
 from comi_jax.model import architecture, comi, generate
@@ -153,7 +154,7 @@ def main() -> None:
             figures = json.loads(done.stdout.splitlines()[-1])
             cells = (f"{figures[name]:.2f}" for name in ("first", "median", "peak_gb"))
             table.add_row(task, f"{tokens:,}", *cells)
-    Console().print(table)
+    Console(width=cli.width()).print(table)
 
 
 if __name__ == "__main__":
