@@ -8,7 +8,7 @@ PROJECT=my-project
 FOLDER=comi_jax           # a checkout of this repository on every host, with '.[tpu]' installed
 COMMAND="--config=qwen2 model.path=/mnt/models/qwen2 data.train=/mnt/data/train.jsonl.gz train.output=/mnt/runs/qwen2"
 # ----------------------------------------------------------------------------------------------------------------------
-# JAX reads from the slice who the processes are. /mnt must be a file system that all hosts share. A run that is started
-# again goes on from its newest checkpoint.
+# The slice's metadata server says who the processes are. /mnt must be a file system that all hosts share. A run that is
+# started again goes on from its newest checkpoint.
 exec gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --project="$PROJECT" --worker=all \
     --command="cd $FOLDER && COMI_DISTRIBUTED=auto COMI_HEARTBEAT=${COMI_HEARTBEAT:-60} python -m comi_jax.train $COMMAND"

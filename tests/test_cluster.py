@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from comi_jax import train
 from comi_jax.config import ConfigError
 from comi_jax.devices import census, cluster, machine
 from comi_jax.devices.census import Seen
@@ -234,3 +235,12 @@ def test_all_devices_of_all_hosts_in_use():
 def test_devices_that_lie_idle_are_refused(all_seen, message):
     with pytest.raises(ConfigError, match=message):
         census.check(all_seen)
+
+
+def test_the_command_says_what_it_has_and_refuses_less_than_there_is(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "accelerators", lambda environment: (8, "nvidia-smi -L shows"))
+    with pytest.raises(SystemExit, match="this run has 0 of .*'s devices, of which nvidia-smi -L shows 8; JAX is on"):
+        train.main(["--config=qwen2"])
+    assert "1 host, 1 process, 4 cpu devices a process" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="data.train is not set"):
+        train.main(["--config=qwen2", "--allow-fewer-devices"])

@@ -134,6 +134,8 @@ class Watch(threading.Thread):
         super().__init__(name="comi-watch", daemon=True)
         self._peers, self._timeout, self._end = peers, timeout, end or _end
         self._closed = threading.Event()
+        self._answered = time.monotonic()  # when the coordinator last did
+        self._names: dict[int, str] = {}
 
     def close(self) -> None:
         """Stop watching, at the end of the program: a thread that Python ends within JAX's C++ aborts the process."""
@@ -143,6 +145,20 @@ class Watch(threading.Thread):
             self._peers.say("beat", DONE)
 
     def run(self) -> None:
+        threading.Thread(target=self._look_at_the_clock, daemon=True, name="comi-clock").start()
+        try:
+            self._listen()
+        finally:
+            self._closed.set()
+
+    def _look_at_the_clock(self) -> None:
+        """A call over a cable that is cut comes back after minutes, later than JAX ends the process without a name."""
+        while not self._closed.wait(min(1.0, self._timeout / 5)):
+            if time.monotonic() - self._answered > self._timeout:
+                self._end(self._no_answer(), AGAIN)
+                return
+
+    def _listen(self) -> None:
         peers, beat = self._peers, 0
         heard: dict[int, tuple[str, float]] = {}  # by process: what it said last, and when that was new
         try:
@@ -155,6 +171,9 @@ class Watch(threading.Thread):
                     if heard.get(process, ("", 0.0))[0] != said:
                         heard[process] = (said, now)
                 left = peers.said("left")
+                if len(self._names) < peers.count:
+                    self._names = peers.said("name")
+                self._answered = time.monotonic()
                 silent = {process for process, (_, since) in heard.items() if now - since > self._timeout}
                 gone = [process for process in silent if heard[process][0] != DONE]
                 if left and peers.index not in left:  # one that said so itself is on its way out
@@ -168,11 +187,7 @@ class Watch(threading.Thread):
         except jax.errors.JaxRuntimeError:
             if self._closed.is_set():
                 return
-            self._end(
-                f"process 0 of {peers.count}, where all meet, does not answer; this process ends too. Start all of "
-                "them again to go on from the last checkpoint",
-                AGAIN,
-            )
+            self._end(self._no_answer(), AGAIN)
 
     def _leave(self, message: str, status: int) -> None:
         if self._peers.index == 0:  # which holds the store, where the others have yet to look
@@ -180,11 +195,19 @@ class Watch(threading.Thread):
         self._end(message, status)
 
     def _message(self, process: int) -> str:
-        who = f"process {process} of {self._peers.count} ({self._peers.said('name').get(process, '')})"
         return (
-            f"{who} has not been heard for {self._timeout:.0f} s, it is dead or stopped; this process ends too. Start "
-            "all of them again to go on from the last checkpoint"
+            f"{self._who(process)} has not been heard for {self._timeout:.0f} s, it is dead, stopped or cut off; this "
+            "process ends too. Start all of them again to go on from the last checkpoint"
         )
+
+    def _no_answer(self) -> str:
+        return (
+            f"{self._who(0)}, where all meet, does not answer; this process ends too. Start all of them again to go on "
+            "from the last checkpoint"
+        )
+
+    def _who(self, process: int) -> str:
+        return f"process {process} of {self._peers.count} ({self._names.get(process, 'it did not say from where')})"
 
 
 @contextlib.contextmanager
