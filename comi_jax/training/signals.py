@@ -18,13 +18,10 @@ from comi_jax.devices.distributed import Peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Exit status of a run that was asked to end before its last step and saved all: not 0, which would start what waits for
-# its end, nor 75, after which a launcher starts it again at once. HTCondor's manual gives this one to programs that end
-# once they have saved and want to be started again.
+# its end, nor 75, after which a launcher starts it again at once. Jobs under HTCondor often say this by 85.
 STOPPED = 85
 SECOND = 130  # exit status after a second request, a shell's for Ctrl-C
-REPEATED = (
-    5.0  # seconds in which another SIGTERM is the same request: Slurm's daemon gives it to a task, and so does srun
-)
+REPEATED = 5.0  # seconds in which another SIGTERM is the same request: Slurm's daemon sends one, and so does srun
 POLL = 0.5  # seconds between two looks at what the other processes were asked
 ASKED, PLACE, OUT, LEAVING = "stop/asked", "stop/place/{}", "stop/out", "stop/leaving"
 
