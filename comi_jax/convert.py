@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     folders = command("export-hf", "Three folders for plain transformers: decoder, encoder, lsa.")
     folders.add_argument("--checkpoint", required=True, help="folder of a COMI checkpoint")
     folders.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
+    folders.add_argument("--adapter", action="store_true", help="LoRA adapters for PEFT beside the decoder, not merged")
     folders.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file (default: 5)")
     for one in (back, folders):
         one.add_argument("--dtype", default="", help="of all weights: float32, float16 or bfloat16 (default: kept)")
@@ -107,7 +108,12 @@ def _do(given: argparse.Namespace, console: Console) -> None:
     if given.command == "export-hf":
         if given.shard_gb <= 0:
             raise ConfigError(f"--shard-gb={given.shard_gb} is not a size")
-        sizes = export_models.export_hf(given.checkpoint, given.output, given.dtype, int(given.shard_gb * 1e9))
+        shard_bytes = int(given.shard_gb * 1e9)
+        sizes = export_models.export_hf(
+            given.checkpoint, given.output, given.dtype, shard_bytes, adapter=given.adapter
+        )
+            given.checkpoint, given.output, given.dtype, int(given.shard_gb * 1e9), adapter=given.adapter
+        )
         words = ", ".join(f"{part}/ {size / 1e9:.2f} GB" for part, size in sizes.items())
         console.print(f"{given.output}: {words}", highlight=False)
         return

@@ -71,13 +71,8 @@ def group_sizes(relevance, units, rate, model):
     chosen = [first + int(part.argmax()) for first, part in zip(range(0, n, rate), relevance.split(rate), strict=True)]
     if len(chosen) == 1:
         return [n]
-    gains = gain(
-        relevance[chosen],
-        units[chosen],
-        scalars["alpha_coarse"],
-        scalars["beta_coarse"],
-        model.switches["coarse_redundancy"],
-    )
+    alpha, beta = scalars["alpha_coarse"], scalars["beta_coarse"]
+    gains = gain(relevance[chosen], units[chosen], alpha, beta, model.switches["coarse_redundancy"])
     quota = n * torch.softmax(-gains, dim=0)
     sizes = quota.floor().long()
     largest_fraction_first = torch.argsort(-(quota - sizes), stable=True)
@@ -91,15 +86,10 @@ def compress(states, query, rate, model):
     units = unit(states)
     relevance = units @ unit(query)
     sizes = [size for size in group_sizes(relevance, units, rate, model) if size]
+    alpha, beta = model.scalars["alpha_fine"], model.scalars["beta_fine"]
     memory = []
     for group in torch.arange(len(states)).split(sizes):
-        gains = gain(
-            relevance[group],
-            units[group],
-            model.scalars["alpha_fine"],
-            model.scalars["beta_fine"],
-            model.switches["fine_redundancy"],
-        )
+        gains = gain(relevance[group], units[group], alpha, beta, model.switches["fine_redundancy"])
         weights = torch.softmax(gains if model.switches["fine"] else torch.zeros_like(gains), dim=0)
         memory.append(weights @ states[group])  # (7), (8)
     return torch.stack(memory)
@@ -120,28 +110,36 @@ def remember(model, context_ids, question_ids, rate):
 
 
 @torch.no_grad()
-def answer(model, context, question, rate=None, max_new_tokens=None):
-    """The greedy answer's token ids, and the memory it was read from."""
-    context_ids, question_ids = (token_ids(model.tokenizer, text) for text in (context, question))
-    memory = remember(model, context_ids, question_ids, rate or model.rates[0])
-    embedded = model.decoder.get_input_embeddings()(question_ids)
-    prompt = torch.cat([memory.to(embedded.dtype), embedded])[None]
+def answer(model, contexts, questions, rate=None, max_new_tokens=None):
+    """The greedy answers to several questions, each from its own context: token ids, and the memories they were read
+    from. Rows of unlike length are padded on the left, where the attention mask hides the padding."""
+    ids = [[token_ids(model.tokenizer, text) for text in pair] for pair in zip(contexts, questions, strict=True)]
+    memories = [remember(model, context, question, rate or model.rates[0]) for context, question in ids]
+    embed = model.decoder.get_input_embeddings()
+    prompts = [torch.cat([m.to(embed.weight.dtype), embed(q)]) for m, (_, q) in zip(memories, ids, strict=True)]
+    width = max(map(len, prompts))
+    rows = torch.stack([torch.nn.functional.pad(prompt, (0, 0, width - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
     length = max_new_tokens or model.generation["max_new_tokens"]
-    out = model.decoder.generate(inputs_embeds=prompt, max_new_tokens=length, do_sample=False)
-    return out[0], memory
+    end = model.tokens["stop"][0]
+    out = model.decoder.generate(
+        inputs_embeds=rows, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=end
+    )
+    return out, memories
 
 
 def main():
     parser = argparse.ArgumentParser(description="Answer a question from a compressed text, in PyTorch.")
     parser.add_argument("folder", help="written by python -m comi_jax.convert export-hf")
-    parser.add_argument("--context", required=True, type=Path, help="text file")
-    parser.add_argument("--question", required=True)
+    parser.add_argument("--context", required=True, type=Path, nargs="+", help="text files, one for each question")
+    parser.add_argument("--question", required=True, nargs="+")
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
     given = parser.parse_args()
-    model = load(given.folder)
-    ids, memory = answer(model, given.context.read_text(encoding="utf-8"), given.question, given.rate)
-    print(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    print(f"[{len(memory)} memory vectors]")
+    model, contexts = load(given.folder), [path.read_text(encoding="utf-8") for path in given.context]
+    rows, memories = answer(model, contexts, given.question, given.rate)
+    for ids, memory in zip(rows, memories, strict=True):
+        print(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        print(f"[{len(memory)} memory vectors]")
 
 
 if __name__ == "__main__":

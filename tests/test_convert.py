@@ -272,6 +272,49 @@ def test_pytorch_replays_the_whole_pipeline(kind, replay, tmp_path):
     assert out.ids[0, : int(out.length[0])].tolist() == ids
 
 
+def test_pytorch_answers_a_batch_as_one_at_a_time(replay, tmp_path):
+    """Contexts and questions of unlike lengths: rows are padded on the left."""
+    lm = train_fixtures.language_model(tmp_path / "lm")
+    command("import-hf", f"--backbone={lm}", f"--output={tmp_path / 'comi'}", "--encoder-layers=1", "--rates=2")
+    command("export-hf", f"--checkpoint={tmp_path / 'comi'}", f"--output={tmp_path / 'out'}")
+    model = replay.load(tmp_path / "out")
+    rows = [(" ".join(row["input"][: i + 1]), row["prompt"]) for i, row in enumerate(train_fixtures.records(3))]
+    contexts, questions = zip(*rows, strict=True)
+    together, memories = replay.answer(model, contexts, questions, max_new_tokens=8)
+    assert len({len(memory) for memory in memories}) == 3
+    for ids, context, question in zip(together, contexts, questions, strict=True):
+        (alone,), _ = replay.answer(model, [context], [question], max_new_tokens=8)
+        assert ids[: len(alone)].tolist() == alone.tolist()
+    (found,) = {
+        answer.tokens for answer in [Comi.load(tmp_path / "comi").answer(contexts[2], questions[2], max_new_tokens=8)]
+    }
+    assert together[2].tolist()[: len(found)] == list(found)
+
+
+def test_adapters_for_peft_are_those_that_the_other_export_merges(tmp_path):
+    """W + (lora_alpha / r) B A, as PEFT computes it, of the unmerged decoder and its adapter: the merged decoder."""
+    file, _, _ = official_file(tmp_path / "theirs", "qwen2", 2)
+    ours = import_official(file, language_model(tmp_path / "lm", "qwen2"), tmp_path / "comi")
+    command("export-hf", f"--checkpoint={ours}", f"--output={tmp_path / 'merged'}")
+    command("export-hf", f"--checkpoint={ours}", f"--output={tmp_path / 'apart'}", "--adapter")
+    merged, base = (load_file(tmp_path / name / "decoder" / "model.safetensors") for name in ("merged", "apart"))
+    adapter = load_file(tmp_path / "apart" / "adapter" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "apart" / "adapter" / "adapter_config.json").read_text())
+    adapted = 0
+    for name, weight in base.items():
+        a, b = (f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight" for part in "AB")
+        if a in adapter:
+            adapted += 1
+            assert name.split(".")[-2] in config["target_modules"] and adapter[a].shape[0] == config["r"]
+            weight = weight + config["lora_alpha"] / config["r"] * adapter[b] @ adapter[a]
+        np.testing.assert_allclose(weight, merged[name], rtol=0, atol=1e-6)
+    assert len(adapter) == 2 * adapted > 0
+    plain = import_hf(language_model(tmp_path / "other", "qwen2"), tmp_path / "plain")
+    with pytest.raises(SystemExit, match="has no adapters"):
+        command("export-hf", f"--checkpoint={plain}", f"--output={tmp_path / 'none'}", "--adapter")
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_replay_is_short_enough_to_be_documentation():
     assert len((ROOT / "launch" / "replay_pytorch.py").read_text().splitlines()) < 150
 

@@ -1,6 +1,7 @@
 """A COMI checkpoint as three folders that plain transformers and serving engines load, without any code of ours.
 
     decoder/   the causal LM that answers, adapters merged, with tokenizer and generation config
+    adapter/   its adapters for PEFT, if they were not to be merged
     encoder/   the model that reads [context; question]        lsa/   the model that aligns merged vectors
     comi.json  what happens between them: rates, scalars, switches, token conventions
     README.md  model card
@@ -24,7 +25,7 @@ from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, check_new, read_run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_flat
-from comi_jax.weights import files, hf, hf_config, official, writing
+from comi_jax.weights import files, hf, hf_config, official, peft, writing
 from comi_jax.weights.tokenizer import load_tokenizer
 from comi_jax.weights.writing import SHARD_BYTES
 
@@ -33,14 +34,24 @@ SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy", "lsa")
 
 
 def export_hf(
-    checkpoint: str | Path, output: str | Path, dtype: str = "", shard_bytes: int = SHARD_BYTES
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: str = "",
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    adapter: bool = False,
 ) -> dict[str, int]:
     """Write the COMI checkpoint into the new folder ``output``. ``dtype`` is one of DTYPES; empty: as it came for an
-    imported model, the model's dtype for a trained one. Returns the bytes of each part's weights."""
+    imported model, the model's dtype for a trained one. With ``adapter`` the decoder's adapters are not merged, but
+    written for PEFT beside it. Returns the bytes of each part's weights."""
     check_new(output)
     run, output = read_run(checkpoint), Path(output)
+    if adapter and not run.architecture.lora.rank:
+        raise ConfigError(f"{checkpoint} has no adapters (lora.rank is 0); leave --adapter out")
     tokenizer = load_tokenizer(Folder(checkpoint).tokenizer)
-    arch, flat = merged(run.architecture, load_flat(checkpoint, run.architecture))
+    arch, flat = run.architecture, load_flat(checkpoint, run.architecture)
+    if not adapter:
+        arch, flat = merged(arch, flat)
     kept, results = dtype_of(run, dtype), results_of(checkpoint)
     params = unflatten(flat)
     params["lsa"]["embed"] = params["decoder"]["embed"]  # never read: the LSA is given vectors
@@ -51,6 +62,8 @@ def export_hf(
         ("lsa", arch.compression.lsa_layers),
     ):
         written[part] = _save_part(output / part, part, layers, params[part], run, tokenizer, kept, shard_bytes)
+    if adapter:
+        written["adapter"] = peft.save_adapter(output / "adapter", arch, flat, kept)
     tokenizer.save_pretrained(output / "decoder")
     ends = {"eos_token_id": list(run.stop), "do_sample": False} | _special(tokenizer)
     _write_json(output / "decoder" / "generation_config.json", ends)
@@ -174,6 +187,18 @@ def card(run: Run, arch: Architecture, results: Mapping[str, Any]) -> str:
         "",
         "`decoder/` is a causal LM; `encoder/` and `lsa/` load with `AutoModel`. `comi.json` says what is computed "
         "between them. The decoder reads prompt embeddings `[memory; embedded question]`.",
+        *(
+            ["The adapters in `adapter/` belong onto it: `PeftModel.from_pretrained(decoder, ...)`."]
+            * bool(arch.lora.rank)
+        ),
+        "",
+        "vLLM (tried: 0.32) serves the decoder with prompt embeddings, over `/v1/completions`; let trusted callers alone "
+        "reach it. In this folder:",
+        "",
+        "```sh",
+        "python -m vllm.entrypoints.openai.api_server --model decoder --served-model-name comi --enable-prompt-embeds "
+        "--host 127.0.0.1",
+        "```",
         "",
     ]
     if not results:

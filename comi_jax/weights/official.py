@@ -52,9 +52,15 @@ def sources(arch: Architecture) -> dict[str, Source]:
         under = hf.sources(specs[part], lambda name, part=part: named(part, name))
         found |= {f"{part}/{path}": source for path, source in under.items()}
     found |= {path: Source((name,), (), Layout(), stacked=False) for path, name in SCALARS.items()}
-    for path, spec in flatten({"lora": specs.get("lora", {})}).items():
+    return found | adapter_sources(arch, ADAPTER)
+
+
+def adapter_sources(arch: Architecture, name: str) -> dict[str, Source]:
+    """The tensors of the adapters of ``arch``, by flat path, under a ``name`` with {layer}, {target} and {part}."""
+    found = {}
+    for path, spec in flatten({"lora": architecture.specs(arch).get("lora", {})}).items():
         _, target, side = path.split("/")
-        names = [ADAPTER.format(layer=i, target=target, part=side.upper()) for i in range(spec.shape[0])]
+        names = [name.format(layer=i, target=target, part=side.upper()) for i in range(spec.shape[0])]
         found[path] = Source(tuple(names), spec.shape, Layout(inputs=1), stacked=True)
     return found
 
