@@ -109,11 +109,7 @@ def _do(given: argparse.Namespace, console: Console) -> None:
         if given.shard_gb <= 0:
             raise ConfigError(f"--shard-gb={given.shard_gb} is not a size")
         shard_bytes = int(given.shard_gb * 1e9)
-        sizes = export_models.export_hf(
-            given.checkpoint, given.output, given.dtype, shard_bytes, adapter=given.adapter
-        )
-            given.checkpoint, given.output, given.dtype, int(given.shard_gb * 1e9), adapter=given.adapter
-        )
+        sizes = export_models.export_hf(given.checkpoint, given.output, given.dtype, shard_bytes, adapter=given.adapter)
         words = ", ".join(f"{part}/ {size / 1e9:.2f} GB" for part, size in sizes.items())
         console.print(f"{given.output}: {words}", highlight=False)
         return

@@ -11,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax.config import ConfigError, Llama3Rope
+from comi_jax.config import Config, ConfigError, Llama3Rope
 from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
+from comi_jax.overrides import override
 from comi_jax.params import flatten
+from comi_jax.planning import programs
 from comi_jax.weights import hf, hf_config, hf_folder
 from comi_jax.weights.hf_attributes import ATTRIBUTES, COMPUTED, HARMLESS, MUST, MUST_BE, NOTHING
 from comi_jax.weights.layout import WeightsError
+from comi_jax.weights.starting_model import starting_point
 from comi_jax.weights.tokenizer import fit_tokenizer, load_tokenizer
 
 KINDS = list(tiny_models.BACKBONES)
@@ -303,6 +307,17 @@ def test_a_tokenizer_splits_words_as_its_file_says(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_run_starts_from_a_folder_of_which_something_is_ignored(folders, tmp_path):
+    folder, _ = folders("qwen2")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    rewrite(folder, tmp_path, dual_chunk_attention_config={"chunk_size": 8})
+    train_fixtures.tokenizer().save_pretrained(tmp_path)
+    config = override(Config(), [f"model.path={tmp_path}", "model.ignore_config=dual_chunk_attention_config"])
+    assert programs.backbone_of(config) == starting_point(config, tmp_path)[0] == tiny_models.BACKBONES["qwen2"]
+    with pytest.raises(ConfigError, match="--ignore-config=dual_chunk_attention_config"):
+        starting_point(override(config, ["model.ignore_config="]), tmp_path)
 
 
 def varint(number):

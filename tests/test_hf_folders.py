@@ -180,6 +180,12 @@ def tied_with_its_head_repeated(path):
     safe(folder_of(path, "qwen3"), held | {HEAD: held[EMBED].clone()})
 
 
+def tied_with_its_head_repeated_in_another_dtype(path):
+    held = tensors("qwen3")
+    held = held | {EMBED: held[EMBED].bfloat16()}
+    safe(folder_of(path, "qwen3"), held | {HEAD: held[EMBED].float()})
+
+
 def tied_with_the_head_alone(path):
     held = dict(tensors("qwen3"))
     safe(folder_of(path, "qwen3"), {HEAD: held.pop(EMBED)} | held)
@@ -212,7 +218,8 @@ READ = [
     shards_beside_shards_of_another_save, safetensors_beside_bin, shards_beside_bin, bin_beside_shards_of_bin,
     config_that_names_its_file, config_that_names_its_index, bin_of_parameters, bin_of_bfloat16_parameters,
     buffers_that_nothing_reads, index_with_more_keys_than_the_files, index_that_puts_a_tensor_into_another_file,
-    tied_without_a_head, tied_with_its_head_repeated, tied_with_the_head_alone, tied_under_the_names_of_a_base_model,
+    tied_without_a_head, tied_with_its_head_repeated,
+    tied_with_its_head_repeated_in_another_dtype, tied_with_the_head_alone, tied_under_the_names_of_a_base_model,
     untied_in_a_config_that_is_silent, tensors_of_no_use, layers_of_several_dtypes, norms_of_another_dtype,
 ]  # fmt: skip
 IDS = np.random.default_rng(0).integers(0, 61, (2, 16))

@@ -14,6 +14,7 @@ from comi_jax.config import Backbone, Compression, Data, max_groups, shown
 from comi_jax.data.records import BYTE_ORDER_MARK, Record
 from comi_jax.errors import UserError
 
+FORMAT = 2  # to be raised when other examples are made of the same records
 CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
 PARTS = ("context", "question", "answer")
 

@@ -35,7 +35,7 @@ class ComiAnswerer:
     def identity(self) -> str:
         if not self.weights:
             return ""
-        of = (self.model.run, self.weights, self.rate, self.decoding, self.closed_book)
+        of = (encode.FORMAT, self.model.run, self.weights, self.rate, self.decoding, self.closed_book)
         return xxhash.xxh3_128(repr(of).encode()).hexdigest()
 
     @property

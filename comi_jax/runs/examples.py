@@ -23,12 +23,11 @@ import xxhash
 
 from comi_jax.config import Config
 from comi_jax.data import sources
-from comi_jax.data.encode import Example
+from comi_jax.data.encode import FORMAT, Example
 from comi_jax.data.records import DataError
 from comi_jax.runs.checksums import CheckpointError, checksum
 from comi_jax.runs.folder import Folder
 
-FORMAT = 2  # to be raised when other examples are made of the same records
 PARTS = ("context", "query", "answer")
 SCHEMA = pa.schema([*((part, pa.list_(pa.int32())) for part in PARTS), ("truncated", pa.bool_())])
 

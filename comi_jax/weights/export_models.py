@@ -124,7 +124,7 @@ def protocol(run: Run, arch: Architecture, scalars: Mapping[str, Any]) -> dict[s
         "tokens": {
             "encoder_input": "[context; question]",
             "decoder_input": "[memory; question]",
-            "special_tokens": "none are added to context, question or answer; no chat template, no separators",
+            "special_tokens": "none are added; those within a text are read as letters; no chat template, no separators",
             "stop": list(run.stop),
         },
         "generation": {"method": "greedy", **dataclasses.asdict(run.config.generation)},
@@ -187,13 +187,10 @@ def card(run: Run, arch: Architecture, results: Mapping[str, Any]) -> str:
         "",
         "`decoder/` is a causal LM; `encoder/` and `lsa/` load with `AutoModel`. `comi.json` says what is computed "
         "between them. The decoder reads prompt embeddings `[memory; embedded question]`.",
-        *(
-            ["The adapters in `adapter/` belong onto it: `PeftModel.from_pretrained(decoder, ...)`."]
-            * bool(arch.lora.rank)
-        ),
+        *["Its adapters are in `adapter/`: `PeftModel.from_pretrained(decoder, ...)`."] * bool(arch.lora.rank),
         "",
-        "vLLM (tried: 0.32) serves the decoder with prompt embeddings, over `/v1/completions`; let trusted callers alone "
-        "reach it. In this folder:",
+        "vLLM (tried: 0.32) serves the decoder with prompt embeddings, over `/v1/completions`; let none but trusted "
+        "callers reach it. In this folder:",
         "",
         "```sh",
         "python -m vllm.entrypoints.openai.api_server --model decoder --served-model-name comi --enable-prompt-embeds "

@@ -164,12 +164,13 @@ def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, str
 
 
 def same(have: Tensors, one: str, other: str) -> bool:
-    """Whether two tensors of the same shape hold the same numbers; a few rows are read at a time."""
-    rows, width = have.shapes[one][0], max(1, math.prod(have.shapes[one][1:]))
-    step = max(1, PIECE_BYTES // (4 * width))
-    return all(
-        np.array_equal(
-            *(have.read(name, (slice(first, min(rows, first + step)),)) for name in (one, other)), equal_nan=False
-        )
-        for first in range(0, rows, step)
-    )
+    """Whether two tensors hold the same numbers, in whichever dtypes; a few rows are read at a time."""
+    shape = have.shapes[one]
+    if shape != have.shapes[other] or not {have.dtypes[one], have.dtypes[other]} <= set(DTYPES.values()):
+        return False
+    step = max(1, PIECE_BYTES // (4 * max(1, math.prod(shape[1:]))))
+
+    def rows(name: str, first: int) -> np.ndarray:
+        return have.read(name, (slice(first, min(shape[0], first + step)),)).astype(np.float32)
+
+    return all(np.array_equal(rows(one, first), rows(other, first)) for first in range(0, shape[0], step))
