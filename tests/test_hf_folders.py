@@ -388,3 +388,12 @@ def test_what_is_not_read_is_told(make, said, tmp_path, caplog):
 def test_inspect_tells_an_adapter_beside_a_model(tmp_path):
     adapter_beside_a_model(tmp_path)
     assert any("adapter_config.json lies beside a model" in note for note in inspection.inspect(tmp_path).notes)
+
+
+def test_inspect_tells_all_that_a_folder_is_refused_for(tmp_path):
+    tied_with_a_head_of_its_own(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": None, "some_scale": False}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    notes = inspection.inspect(tmp_path).notes
+    for said in ("some_scale=False", "names no eos_token_id", "lm_head.weight differs from model.embed_tokens.weight"):
+        assert sum(said in note for note in notes) == 1

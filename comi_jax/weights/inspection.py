@@ -134,12 +134,14 @@ def _language_model(path: Path) -> Inspection:
     notes += hf.notes(tensors, sources, set(held) - set(wanted) - {rename(hf.TABLE["head"][0])})
     if others := hf_folder.beside(path)[1]:
         notes.append(f"not read: {some(others)}")
-    try:
-        hf_config.stop_tokens(path)
-        if backbone.tie_word_embeddings:
-            hf.check_tied(tensors, *(rename(hf.TABLE[name][0]) for name in ("head", "embed")))
-    except UserError as error:
-        notes.append(str(error))
+    tables = (rename(hf.TABLE[name][0]) for name in ("head", "embed"))
+    checks = [lambda: hf_config.stop_tokens(path)]
+    checks += [lambda: hf.check_tied(tensors, *tables)] * backbone.tie_word_embeddings
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            notes.append(str(error))
 
     def part_of(name: str) -> str:
         if re.search(r"(^|\.)layers\.", name):
