@@ -203,6 +203,10 @@ LEFTOVERS = {
         "tf_legacy_loss": False, "suppress_tokens": None, "diversity_penalty": 0.0, "length_penalty": 1.0,
         "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "num_beam_groups": 1,
     },
+    "SmolLM": {
+        "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None,
+        "transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"q4f16": "float16"}},
+    },
     "fine-tunes": {
         "unsloth_version": "2024.12.4", "unsloth_fixed": True, "use_cache": False, "gradient_checkpointing": False,
         "_attn_implementation_autoset": True, "neftune_noise_alpha": 5, "model_max_length": 4096,
@@ -211,6 +215,7 @@ LEFTOVERS = {
     "Qwen2 and Qwen2.5": {
         "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "attention_bias": True,
         "auto_map": {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"}, "max_length": 32768,
+        "use_mrope": False,
     },
 }  # fmt: skip
 

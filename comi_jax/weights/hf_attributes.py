@@ -40,6 +40,8 @@ MUST = {
     "add_cross_attention": (OFF, "a decoder over another model's states", MODEL_TYPES),
     "is_encoder_decoder": (OFF, "a decoder over another model's states", MODEL_TYPES),
     "partial_rotary_factor": ((1, None), "rotates a part of each head", MODEL_TYPES),
+    "rope_interleaved": (OFF, "rotates neighbours instead of halves", MODEL_TYPES),
+    "use_mrope": (OFF, "rotates by positions in pictures", MODEL_TYPES),
     "quantization_config": ((None,), "weights are not numbers but codes", MODEL_TYPES),
     "compression_config": ((None,), "weights are not numbers but codes", MODEL_TYPES),
     "attn_logit_softcapping": ((None,), "bounds the scores", MODEL_TYPES),
@@ -61,8 +63,9 @@ COMPUTED = (
 
 HARMLESS = (
     ("names and versions", """
-        architectures transformers_version name_or_path _name_or_path _commit_hash model_name custom_pipelines
-        transformers.js_config base_model_tp_plan base_model_pp_plan base_model_ep_plan base_model_fsdp_plan"""),
+        architectures is_llama_config transformers_version name_or_path _name_or_path _commit_hash model_name
+        custom_pipelines transformers.js_config base_model_tp_plan base_model_pp_plan base_model_ep_plan
+        base_model_fsdp_plan"""),
     ("code of its own, which transformers does not run unless told to trust it", "auto_map _auto_class"),
     ("the dtype of the files, which the files say themselves", "dtype torch_dtype use_bfloat16"),
     ("the tokenizer's, or the ids of its tokens", """
