@@ -30,15 +30,15 @@ asked="" # whether it was cancelled
 trap 'late=1; echo "launch/slurm.sh: the time is nearly up" >&2; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 trap 'asked=1' TERM
 
-# Queue this job again: at the end of its time, or when a job of higher priority takes its nodes.
+# Queue this job again, if it ends because its time is up or a job of higher priority takes its nodes.
 requeue() {
     [ -z "$asked" ] || return
     [ -n "$late" ] || scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]' || return
     if ((${SLURM_RESTART_COUNT:-0} >= REQUEUES)); then
         echo "launch/slurm.sh: queued again $REQUEUES times already (COMI_REQUEUES)" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "launch/slurm.sh: saved; the job is queued again" >&2
+        return 1
     fi
+    scontrol requeue "$SLURM_JOB_ID" && echo "launch/slurm.sh: the job is queued again" >&2
 }
 
 # Tasks that are not killed notice by themselves that another is gone, and end with 75. A run that the user has to mend
@@ -47,8 +47,10 @@ requeue() {
 for ((turn = 1; ; turn++)); do
     srun "${STEP[@]}" "$PYTHON" -m comi_jax.train "${COMMAND[@]}" </dev/null &
     step=$!
-    while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do :; done # a signal ends the waiting, not srun
-    ((status != 85)) || requeue
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal ends the waiting, not srun
+    wait "$step"
+    status=$?
+    ((status >= 75)) && requeue && exit "$status" # 143, too, of a run that was not yet listening
     ((status < 75 || status == 85 || status == 130 || status == 143 || turn > RESTARTS)) && exit "$status"
     [ -z "$asked$late" ] || exit "$status"
     echo "launch/slurm.sh: srun ended with status $status; starting again ($turn of $RESTARTS)" >&2

@@ -68,8 +68,9 @@ class Hosts:
         inside += [f'hostname {host}; exec "$@"', "sh"] if host else []
         return ["nsenter", "--all", "--target", self.first, *inside, *map(str, words)]
 
-    def run(self, *words):
-        done = subprocess.run(self.command(*words), env=self.environment, capture_output=True, text=True, timeout=60)
+    def run(self, *words, **variables):
+        environment = self.environment | variables
+        done = subprocess.run(self.command(*words), env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 

@@ -189,19 +189,22 @@ def test_under_slurm_too(slurm, tmp_path, status, expected, count):
     assert "requeue 7" not in asked_of_scontrol(tmp_path)
 
 
-def test_before_its_time_is_up_a_slurm_job_saves_and_is_queued_again(slurm, tmp_path):
-    process = slurm(**{"1_0": SAVES, "1_1": SAVES})
+@pytest.mark.parametrize("status", [85, 143])
+def test_before_its_time_is_up_a_slurm_job_saves_and_is_queued_again(slurm, tmp_path, status):
+    """Also one that had only begun to start, and has died of the signal."""
+    saves = SAVES.replace("85", str(status))
+    process = slurm(**{"1_0": saves, "1_1": saves})
     until_up(tmp_path)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate(timeout=15)[1]
-    assert process.returncode == 85 and asked_of_scontrol(tmp_path) == ["requeue 7"], said
+    said = process.communicate(timeout=40)[1]
+    assert process.returncode == status and asked_of_scontrol(tmp_path) == ["requeue 7"], said
 
 
 def test_a_slurm_job_is_not_queued_again_for_ever(slurm, tmp_path):
     process = slurm(variables={"SLURM_RESTART_COUNT": "2", "COMI_REQUEUES": "2"}, **{"1_0": SAVES, "1_1": SAVES})
     until_up(tmp_path)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate(timeout=15)[1]
+    said = process.communicate(timeout=40)[1]
     assert process.returncode == 85 and "queued again 2 times already" in said
     assert asked_of_scontrol(tmp_path) == []
 
@@ -209,7 +212,7 @@ def test_a_slurm_job_is_not_queued_again_for_ever(slurm, tmp_path):
 @pytest.mark.parametrize("preempted, queued", [("2026-01-01T00:00:00", True), ("None", False)])
 def test_a_slurm_job_is_queued_again_after_a_preemption_not_after_a_request(slurm, tmp_path, preempted, queued):
     process = slurm(variables={"PREEMPTED": preempted}, **{"1_0": "exit 85", "1_1": "exit 85"})
-    said = process.communicate(timeout=15)[1]
+    said = process.communicate(timeout=40)[1]
     assert process.returncode == 85, said
     assert ("requeue 7" in asked_of_scontrol(tmp_path)) == queued
 
@@ -221,13 +224,13 @@ def test_a_slurm_job_that_was_cancelled_is_not_queued_again(slurm, tmp_path):
     process.terminate()
     for index in (0, 1):
         os.kill(int((tmp_path / f"pid_{index}").read_text()), signal.SIGTERM)
-    said = process.communicate(timeout=15)[1]
+    said = process.communicate(timeout=40)[1]
     assert process.returncode == 85 and "requeue 7" not in asked_of_scontrol(tmp_path), said
 
 
 def test_a_slurm_step_asks_for_the_gpus_of_its_job_and_takes_the_words_given(slurm, tmp_path):
     process = slurm("--config=tiny", "train.steps=1", variables={"SLURM_GPUS_ON_NODE": "4"})
-    said = process.communicate(timeout=15)[1]
+    said = process.communicate(timeout=40)[1]
     assert process.returncode == 0, said
     assert "--gpus-per-node=4" in (tmp_path / "options").read_text().split()
     assert {line.strip() for line in (tmp_path / "words").read_text().splitlines()} == {

@@ -26,15 +26,10 @@ class Cluster(hosts_fixtures.Hosts):
         """A job of slurm.sh that trains into ``output``."""
         words = hosts_fixtures.settings(self.folder, f"train.output={output}", *more)
         script = hosts_fixtures.ROOT / "launch" / "slurm.sh"
-        self.environment |= variables
-        try:
-            return Job(self, self.batch("--nodes=2", f"--chdir={self.folder}", *options, script, *words))
-        finally:
-            for name in variables:
-                del self.environment[name]
+        return Job(self, self.batch("--nodes=2", f"--chdir={self.folder}", *options, script, *words, **variables))
 
-    def batch(self, *words):
-        return self.run("sbatch", "--parsable", *words).strip()
+    def batch(self, *words, **variables):
+        return self.run("sbatch", "--parsable", *words, **variables).strip()
 
 
 class Job:
