@@ -42,7 +42,7 @@ class Run:
     def said(self):
         return [log.read_text() for log in self.logs]
 
-    def until(self, words, seconds=200):
+    def until(self, words, seconds=400):
         hosts_fixtures.until(lambda: words in self.said()[0], seconds, lambda: "\n".join(self.said()))
 
     def stop(self, index):

@@ -45,10 +45,10 @@ class Job:
     def about(self, name):
         return re.search(rf"\b{name}=(\S+)", self.cluster.run("scontrol", "--oneliner", "show", "job", self.number))[1]
 
-    def until(self, words, count=1, seconds=200):
+    def until(self, words, count=1, seconds=400):
         until(lambda: self.said().count(words) >= count, seconds, self.said)
 
-    def ends(self, seconds=300):
+    def ends(self, seconds=400):
         """Its state and its status."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         until(lambda: self.about("JobState") in over, seconds, self.said)
@@ -76,10 +76,18 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    made = Cluster(tmp_path_factory.mktemp("slurm"))
+def made(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(made):
+    """Behind a test that failed, its jobs are ended."""
     yield made
-    made.close()
+    made.run("scancel", "--signal=KILL", "--full", "--user=root", "--state=RUNNING")
+    made.run("scancel", "--user=root")
 
 
 def test_it_trains_to_the_closing_table_over_two_nodes(cluster, tmp_path):
