@@ -26,10 +26,10 @@ class Cluster(hosts_fixtures.Hosts):
         """A job of slurm.sh that trains into ``output``."""
         words = hosts_fixtures.settings(self.folder, f"train.output={output}", *more)
         script = hosts_fixtures.ROOT / "launch" / "slurm.sh"
-        return Job(self, self.batch("--nodes=2", f"--chdir={self.folder}", *options, script, *words, **variables))
+        return Job(self, self.batch("--nodes=2", *options, script, *words, **variables))
 
     def batch(self, *words, **variables):
-        return self.run("sbatch", "--parsable", *words, **variables).strip()
+        return self.run("sbatch", "--parsable", f"--chdir={self.folder}", *words, **variables).strip()
 
 
 class Job:

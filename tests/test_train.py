@@ -232,7 +232,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 def test_options_and_overrides_may_stand_in_any_order(monkeypatch):
     seen = []
-    monkeypatch.setattr("comi_jax.train.run", lambda config, console, **more: seen.append(config))
+    monkeypatch.setattr("comi_jax.train.run", lambda config, console, **more: seen.append(config) or True)
     train.main(["train.steps=7", "--config=qwen2", "model.path=x", "--skip-bad-records", "train.seed=3"])
     (got,) = seen
     assert (got.train.steps, got.model.path, got.train.seed, got.data.skip_bad_records) == (7, "x", 3, True)
