@@ -1,4 +1,4 @@
-"""COMI context compression for language models, in JAX: what a user imports."""
+"""COMI context compression for language models, in JAX; ``Comi`` is the class that users import."""
 
 from pathlib import Path as _Path
 
@@ -11,7 +11,7 @@ from comi_jax.version import __version__ as __version__  # noqa: E402
 
 
 def __getattr__(name: str):
-    """Import ``Comi`` when it is asked for, so that importing a part of the package does not import all of it."""
+    """Import ``Comi`` lazily, so that importing a submodule does not import the whole package."""
     if name == "Comi":
         from comi_jax.serving.compressor import Comi
 

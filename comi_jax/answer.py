@@ -1,4 +1,4 @@
-"""Ask a text a question: ``python -m comi_jax.answer --checkpoint=DIR --context=FILE --question=TEXT``."""
+"""Ask a question about a text: ``python -m comi_jax.answer --checkpoint=DIR --context=FILE --question=TEXT``."""
 
 import argparse
 import sys
@@ -12,18 +12,20 @@ from comi_jax.serving.compressor import Comi
 
 def main(arguments: list[str] | None = None) -> None:
     """Answer one question about one text file."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.answer", description="Ask a compressed text a question.")
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.answer", description="Ask a question about a text.")
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
-    parser.add_argument("--step", default="newest", help='number of a checkpoint, "best" or "newest" (default)')
+    parser.add_argument("--step", default="newest", help='step of the checkpoint, "best" or "newest" (default)')
     parser.add_argument("--context", required=True, help="text file (UTF-8), or - for standard input")
-    parser.add_argument("--question", required=True, help="given to the model as it is, e.g. 'Question: ... Answer:'")
+    parser.add_argument("--question", required=True, help="passed to the model verbatim, e.g. 'Question: ... Answer:'")
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
     parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--repetition-penalty", type=float, help="on generated tokens; 1 is off, the release used 1.3")
     parser.add_argument(
-        "--repetition-penalty", type=float, help="over generated tokens; 1 is none, the release used 1.3"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="path=value", help="another setting, e.g. data.on_long=truncate"
+        "--set",
+        action="append",
+        default=[],
+        metavar="path=value",
+        help="override a setting, e.g. data.on_long=truncate",
     )
     options = parser.parse_args(arguments)
     with cli.one_way_out():
@@ -39,9 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     print(answer.text)
     print(
-        f"[{answer.context_tokens} context tokens{' (cut)' if 'context' in answer.cut else ''} in "
+        f"[{answer.context_tokens} context tokens{' (truncated)' if 'context' in answer.cut else ''} in "
         f"{answer.memory_vectors} memory vectors: ratio {answer.ratio:.1f}"
-        f"{'; the question was cut at its beginning' if 'question' in answer.cut else ''}]",
+        f"{'; the question lost its beginning' if 'question' in answer.cut else ''}]",
         file=sys.stderr,
     )
 
@@ -52,7 +54,7 @@ def _read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--context={path} cannot be read as UTF-8 text: {error}") from None
     if not text.strip():
-        raise ConfigError(f"--context={path} is empty; there is nothing to compress")
+        raise ConfigError(f"--context={path} is empty; give a file that holds text")
     return text
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: types of their arguments, and the one way out of them."""
+"""What the commands share: argument types, and the handling of errors."""
 
 import argparse
 import contextlib
@@ -17,8 +17,8 @@ def leave(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def one_way_out(leave: Callable[[str], NoReturn] = leave) -> Iterator[None]:
-    """What a user can mend, and what the system refuses, ends a command by ``leave`` with one sentence; any other
-    exception is a fault of ours and goes on as a traceback."""
+    """Ends the command through ``leave`` with one sentence on a UserError or an OSError. Any other exception is a bug
+    and keeps its traceback."""
     try:
         yield
     except UserError as error:
@@ -34,7 +34,7 @@ def width() -> int | None:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type of command-line numbers."""
+    """An argparse type: whole numbers from ``least`` up."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:

@@ -1,6 +1,6 @@
-"""Every setting of a run, as frozen dataclasses that refuse numbers which cannot work.
+"""Every setting of a run, as frozen dataclasses that validate their values.
 
-The letters of array shapes, in annotations, einsums and name suffixes:
+The letters of array shapes, used in annotations, einsums and name suffixes:
 
     B batch           C contexts of a batch     G segments of a context
     X context tokens, S of a segment            Q query tokens      A answer tokens
@@ -8,11 +8,11 @@ The letters of array shapes, in annotations, einsums and name suffixes:
     D model width     N query heads             K key/value heads   H head width     F feed-forward width
     R rank of a low-rank adapter
 
-Tests check them in every call. Containers are marked ``no_type_check``: their annotations hold for the model, while JAX
-also builds them with other leaves (shardings, numpy arrays).
+The tests check annotated shapes in every call. Containers are marked ``no_type_check``, because JAX also builds them
+with other leaves than arrays (shardings, abstract shapes).
 
-A config file ``configs/<name>.py`` has one function, ``get_config() -> Config``. ``load("qwen2", ["train.steps=10"])``
-imports it and applies typed overrides.
+A config file ``configs/<name>.py`` has one function, ``get_config() -> Config``. ``overrides.load("qwen2",
+["train.steps=10"])`` imports it and applies typed overrides.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from comi_jax.errors import UserError
 
 
 class ConfigError(UserError):
-    """A setting that does not exist or cannot work; the message says which and what would."""
+    """An unknown setting or an invalid value; the message names it and the valid ones."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -38,7 +38,7 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 80
 
 
 def shown(value: Any) -> str:
-    """``repr`` for a message: short however large or deep ``value`` is, and printable."""
+    """A short, printable ``repr`` for messages, however large or deeply nested ``value`` is."""
     return _SHOWN.repr(value)
 
 
@@ -65,8 +65,7 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class Backbone:
-    """The shape of a causal language model, under Hugging Face's names. ``comi_jax.weights.hf_config`` reads it from a
-    config.json."""
+    """The shape of a causal language model, in the names of Hugging Face's config.json (see ``weights.hf_config``)."""
 
     model_type: str
     vocab_size: int
@@ -101,16 +100,18 @@ class Backbone:
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"the backbone has {self.num_attention_heads} attention heads over {self.num_key_value_heads} key/value "
-            "heads; the first must be a multiple of the second",
+            "heads; the number of attention heads must be a multiple of the number of key/value heads",
         )
-        require(self.head_dim % 2 == 0, f"the backbone's head_dim is {self.head_dim}; rotary embeddings need it even")
+        require(
+            self.head_dim % 2 == 0, f"the backbone's head_dim is {self.head_dim}; rotary embeddings need an even one"
+        )
 
 
 @dataclass(frozen=True)
 class Compression:
-    """COMI's own settings (docs/method.md: the paper's section 4, and the switches of its Table 2)."""
+    """COMI's settings (docs/method.md: the paper's section 4, and the switches of its Table 2)."""
 
-    rates: tuple[int, ...] = (16, 32)  # training draws one per example; answering uses the first unless told
+    rates: tuple[int, ...] = (16, 32)  # training draws one per example; answering uses the first by default
     encoder_layers: int = 8
     lsa_layers: int = 1
     segment_size: int = 32_768  # context tokens that are encoded and compressed together
@@ -140,11 +141,11 @@ class Compression:
         )
 
     def segments(self, context: int) -> list[int]:
-        """The lengths of the segments that a context of so many tokens is cut into."""
+        """The lengths of the segments of a context of ``context`` tokens."""
         return [min(self.segment_size, context - first) for first in range(0, context, self.segment_size)]
 
     def check(self, backbone: Backbone) -> None:
-        """Refuse layer counts that ``backbone`` does not have."""
+        """Raises ConfigError if a layer count exceeds the number of layers of ``backbone``."""
         for name in ("encoder_layers", "lsa_layers"):
             require(
                 getattr(self, name) <= backbone.num_hidden_layers,
@@ -154,8 +155,7 @@ class Compression:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on the decoder's W_Q W_K W_V W_O. Rank 0 trains those matrices themselves, as the paper
-    does."""
+    """Low-rank adapters on the decoder's W_Q W_K W_V W_O. Rank 0 trains these matrices themselves, as in the paper."""
 
     rank: int = 0
     alpha: float = 32.0
@@ -178,15 +178,16 @@ class Lora:
 
 @dataclass(frozen=True)
 class Model:
-    path: str = ""  # Hugging Face folder of the pretrained backbone, or "tiny" for the one the package carries
+    path: str = ""  # Hugging Face folder of the pretrained backbone, a COMI run, or "tiny" for the bundled model
     hub: str = ""  # where that folder is published, for the message when it is missing
-    tokenizer: str = ""  # folder of the tokenizer; empty: the same
-    ignore_config: tuple[str, ...] = ()  # attributes of that folder's config.json that are known to compute nothing
-    attention: str = ""  # implementation by name, of whole rows (cudnn and splash take no cache); empty: chosen
-    kernels: str = ""  # of the compression, the same
-    dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are kept in float32
-    # What of a block the backward pass computes again: nothing ("off"), the feed-forward layer ("projections"), all but
-    # attention, all ("full"), or all but attention with what is kept in the host's memory ("offload").
+    tokenizer: str = ""  # folder of the tokenizer; empty: model.path
+    ignore_config: tuple[str, ...] = ()  # unknown attributes of that folder's config.json that compute nothing
+    attention: str = ""  # attention implementation (cudnn and splash take no KV cache); empty: chosen by the backend
+    kernels: str = ""  # implementation of the compression kernels; empty: chosen by the backend
+    dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are float32
+    # What the backward pass recomputes in a block: nothing ("off"), the feed-forward layer ("projections"), everything
+    # but attention ("attention"), everything ("full"), or as "attention" with the kept arrays in host memory
+    # ("offload").
     remat: str = "attention"
 
     def __post_init__(self):
@@ -195,50 +196,52 @@ class Model:
         one_of("model.kernels", self.kernels, ("", "xla", "tpu", "gpu", "interpret"))
         require(
             self.dtype == "bfloat16" or self.attention not in ("cudnn", "splash"),
-            f"model.attention={self.attention} computes in bfloat16, but model.dtype is {self.dtype}; change one",
+            f"model.attention={self.attention} needs bfloat16, but model.dtype is {self.dtype}; change one of them",
         )
         one_of("model.remat", self.remat, ("off", "projections", "attention", "full", "offload"))
 
     @staticmethod
     def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-        """``values`` of runs that knew remat as true or false."""
+        """``values`` with the remat of older runs, true or false, as a name."""
         names = {True: "attention", False: "off", "true": "attention", "false": "off"}
         return values | {"remat": names.get(values["remat"], values["remat"])} if "remat" in values else values
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is read. A word of ``train`` or ``eval`` is [SCHEMA:]PLACE[@WEIGHT], or "synthetic" alone:
+    """The data. Each entry of ``train`` and ``eval`` is [SCHEMA:]PLACE[@WEIGHT], or "synthetic" alone:
 
-        train.jsonl  'part-*.jsonl.gz'  prepared/  hotpotqa:hotpot.jsonl@0.5  nq:nq.jsonl.gz@2  hf://OWNER/NAME#train
+        train.jsonl  'part-*.jsonl.gz'   JSON Lines, plain or gzipped; a glob
+        prepared/                        a folder written by comi_jax.prepare
+        hotpotqa:hotpot.jsonl@0.5        a published schema; an epoch takes half of the examples (@2: each one twice)
+        hf://OWNER/NAME[/CONFIG][#SPLIT] a dataset of the Hugging Face hub
 
-    a file, files by a glob, a folder that comi_jax.prepare made, a file of a published schema (which the fields tell
-    where no word does) of which an epoch takes a half, or every example twice, and a dataset of the Hugging Face hub,
-    hf://OWNER/NAME[/CONFIG][#SPLIT]. ``comi_jax.data.sources`` reads them. Files are JSON Lines or CSV (plain, .gz,
-    .bz2, .xz, .zst) or Parquet; ~ is the home folder, and a comma in a path is written ``\\,``. ``fields`` says where
-    the parts of an example stand in a schema of one's own:
+    Without SCHEMA, all fields of an example decide. ``comi_jax.data.sources`` reads them. Files are JSON Lines or CSV
+    (plain, .gz, .bz2, .xz, .zst) or Parquet; ~ is the home folder, and a comma in a path is written ``\\,``.
+    ``fields`` maps a schema of one's own:
 
         context:passage,question:q,answer:gold        context:article,answer:highlights        answer:answers.text
 
-    Examples that have all these fields are read so; of others, their fields tell. Without a question, the prompt asks
-    for a summary.
+    It applies to examples that have all these fields. Without a question, the prompt asks for a summary.
     """
 
     train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
-    examples_per_source: int = 0  # comi_jax.prepare draws at most so many from each word of data.train; 0: all
-    eval_examples: int = 0  # the first so many of data.eval; 0: all
-    synthetic_examples: int = 0  # how many records "synthetic" makes for training
+    examples_per_source: int = 0  # at most, drawn by comi_jax.prepare from each entry of data.train; 0: all
+    eval_examples: int = 0  # how many records of data.eval to use, from the first; 0: all
+    synthetic_examples: int = 0  # how many training records "synthetic" generates
     max_context: int = 32_768  # tokens
     max_query: int = 256
-    max_answer: int = 64  # end-of-sequence token included
-    # A context, question or answer above its maximum: "refuse", or "truncate" (counted, reported): a context and an
-    # answer lose their end, a question its beginning.
+    max_answer: int = 64  # including the end-of-sequence token
+    # A context, question or answer above its maximum: "refuse", or "truncate" (counted, reported). Contexts and answers
+    # lose their end, questions their beginning.
     on_long: str = "refuse"
     skip_bad_records: bool = False
-    buckets: tuple[int, ...] = ()  # lengths that contexts are padded to, beyond them whole segments; empty: in training
-    max_buckets: int = 12  # at most so many, fitted to the data, in answering powers of two and halves up to a segment
+    # Lengths that contexts are padded to; longer ones are padded to whole segments. Empty: training fits at most
+    # max_buckets of them to the data, answering uses 2^n and 1.5 · 2^n up to a segment.
+    buckets: tuple[int, ...] = ()
+    max_buckets: int = 12
 
     def __post_init__(self):
         one_of("data.on_long", self.on_long, ("refuse", "truncate"))
@@ -263,17 +266,19 @@ class Data:
 class Optimizer:
     learning_rate: float = 1e-5
     schedule: str = "linear"  # decay after warm-up: "linear", "cosine" or "constant"
-    warmup: float = 0.1  # share of all steps
+    warmup: float = 0.1  # fraction of all steps
     weight_decay: float = 0.01
     clip_norm: float = 1.0  # 0: no clipping
     beta1: float = 0.9
     beta2: float = 0.999
-    accumulate: int = 1  # micro-batches per update; 0: so many that a device has one context at a time
+    accumulate: int = 1  # micro-batches per update; 0: as many as leave each device one context at a time
 
     def __post_init__(self):
         one_of("optimizer.schedule", self.schedule, ("linear", "cosine", "constant"))
         require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        require(0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
+        require(
+            0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a fraction of all steps, in [0, 1)"
+        )
         for name in ("weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("beta1", "beta2"):
@@ -285,16 +290,18 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; the one that is 0 takes all that are left."""
+    """Devices along each axis; the axis set to 0 takes the remaining devices."""
 
-    data: int = 0  # contexts are split over them, weights are repeated
-    fsdp: int = 1  # contexts and weights are split over them
-    tensor: int = 1  # heads and feed-forward are split over them
-    context: int = 1  # the tokens of a row, and weights, are split over them
+    data: int = 0  # splits contexts, replicates weights
+    fsdp: int = 1  # splits contexts and weights
+    tensor: int = 1  # splits heads and the feed-forward width
+    context: int = 1  # splits the tokens of a row, and weights
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        require(min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, one of them may be 0: {self}")
+        require(
+            min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, and at most one of them 0: {self}"
+        )
 
 
 MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")  # of evaluation.metrics
@@ -305,16 +312,16 @@ class Train:
     output: str = ""  # folder of the run; empty: runs/<config name>
     steps: int = 1000
     batch_size: int = 64  # examples per update, over all devices and micro-batches
-    # Up to so many neighbouring examples about one context are taken together, encoding it once. The encoder's keys and
-    # values of the context are kept for each of them: with long contexts and large models that is much memory.
+    # Up to this many consecutive examples with the same context are batched together, and the context is encoded once.
+    # The encoder's keys and values are copied for each example, which is much memory for long contexts or large models.
     share_context: int = 1
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0  # evaluate on data.eval, after saving; 0: only at the end
-    checkpoint_every: int = 0  # 0: only at the end. A save that fails is told; the second in a row ends the run
-    keep_checkpoints: int = 2  # the newest so many, and besides them the best evaluated one
-    best_by: str = "f1_max"  # the metric of the evaluations that says which is best
-    max_skipped: int = 10  # stop after so many steps in a row whose loss or gradient is not finite
+    checkpoint_every: int = 0  # 0: only at the end. A failed save is reported; the second in a row ends the run
+    keep_checkpoints: int = 2  # how many of the newest to keep, besides the best evaluated one
+    best_by: str = "f1_max"  # the metric that the best checkpoint is chosen by
+    max_skipped: int = 10  # consecutive steps with a non-finite loss or gradient after which the run stops
     compare_mean_pooling: bool = False  # also train group mean-pooling on the same data, for the closing table
 
     def __post_init__(self):
@@ -328,8 +335,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are decoded. ``repetition_penalty`` acts on generated tokens only; the release used 1.3 and 20
-    tokens."""
+    """How answers are decoded. ``repetition_penalty`` acts on generated tokens only; the release uses 20 tokens and a
+    penalty of 1.3."""
 
     max_new_tokens: int = 20
     repetition_penalty: float = 1.0
@@ -362,5 +369,5 @@ class Config:
 
 
 def max_groups(length: int, rate: int) -> int:
-    """The static number of memory slots that ``length`` tokens need at ``rate`` or any higher rate."""
+    """The number of memory slots that ``length`` tokens need at ``rate`` or any higher rate (static)."""
     return -(-length // rate)

@@ -1,11 +1,9 @@
-"""Weights in and out: ``python -m comi_jax.convert COMMAND``, of import-hf, import-official, export-official, export-hf
-and inspect.
+"""Import, export and inspect weights: ``python -m comi_jax.convert COMMAND``, with COMMAND inspect or an arrow below.
 
     language model (Hugging Face) --import-hf-------> COMI checkpoint --export-hf-------> decoder/ encoder/ lsa/
     official COMI state dict ------import-official--> COMI checkpoint --export-official-> official COMI state dict
 
-A COMI checkpoint is a folder as training leaves it. What comes in keeps its dtype, so that what goes out again is the
-same, byte for byte.
+A COMI checkpoint is the folder of a run. An import keeps the dtypes, so that exporting it gives the same bytes.
 """
 
 import argparse
@@ -23,7 +21,7 @@ from comi_jax.weights.writing import SHARD_BYTES
 
 
 def print_inspection(found: inspection.Inspection, console: Console) -> None:
-    """Show what ``inspect`` found as a table."""
+    """Print what ``inspect`` found."""
     console.print(f"{found.kind}\n{found.architecture}", highlight=False)
     if found.weights:
         console.print(f"weights: {found.weights}", highlight=False)
@@ -41,39 +39,43 @@ def print_inspection(found: inspection.Inspection, console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.convert", description="Weights in and out.")
+    parser = argparse.ArgumentParser(
+        prog="python -m comi_jax.convert", description="Import, export and inspect weights."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     settings = {"nargs": "*", "metavar": "path=value", "help": "settings, e.g. compression.encoder_layers=8"}
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text)
 
-    fresh = command("import-hf", "A fresh COMI from a Hugging Face language model.")
+    fresh = command("import-hf", "Make an untrained COMI checkpoint from a Hugging Face language model.")
     fresh.add_argument("--backbone", required=True, help="folder of the language model")
-    theirs = command("import-official", "A COMI from the official release's state dict.")
+    theirs = command("import-official", "Make a COMI checkpoint from the official release's state dict.")
     theirs.add_argument("--checkpoint", required=True, help="safetensors or .bin file, an index, or a folder of them")
     theirs.add_argument("--backbone", required=True, help="folder of the language model it was trained from")
-    theirs.add_argument("--lora-alpha", type=float, help="needed where the decoder has adapters")
+    theirs.add_argument("--lora-alpha", type=float, help="required if the decoder has adapters")
     for one in (fresh, theirs):
-        one.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
+        one.add_argument("--output", required=True, help="folder to write; must be new or empty")
         one.add_argument("--rates", help="e.g. 16,32")
-        one.add_argument("--segment-size", help="context tokens that are encoded together")
+        one.add_argument("--segment-size", help="context tokens encoded together")
         cli.add_ignore_config(one)
         one.add_argument("settings", **settings)
     fresh.add_argument("--encoder-layers")
     fresh.add_argument("--lsa-layers")
-    back = command("export-official", "The official release's state dict of a COMI checkpoint.")
+    back = command("export-official", "Write a COMI checkpoint as the official release's state dict.")
     back.add_argument("--checkpoint", required=True, help="folder of a COMI checkpoint")
     back.add_argument("--output", required=True, help="safetensors file to write")
-    back.add_argument("--merge-lora", action="store_true", help="adapters merged into the decoder's projections")
-    folders = command("export-hf", "Three folders for plain transformers: decoder, encoder, lsa.")
+    back.add_argument("--merge-lora", action="store_true", help="merge the adapters into the decoder's projections")
+    folders = command("export-hf", "Write three folders that plain transformers loads: decoder, encoder, lsa.")
     folders.add_argument("--checkpoint", required=True, help="folder of a COMI checkpoint")
-    folders.add_argument("--output", required=True, help="folder to write; it must not exist or be empty")
-    folders.add_argument("--adapter", action="store_true", help="LoRA adapters for PEFT beside the decoder, not merged")
-    folders.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file (default: 5)")
+    folders.add_argument("--output", required=True, help="folder to write; must be new or empty")
+    folders.add_argument("--adapter", action="store_true", help="write LoRA adapters for PEFT instead of merging them")
+    folders.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="maximum file size (default: 5)")
     for one in (back, folders):
-        one.add_argument("--dtype", default="", help="of all weights: float32, float16 or bfloat16 (default: kept)")
-    look = command("inspect", "What a folder or file of weights is.")
+        one.add_argument(
+            "--dtype", default="", help="dtype of all weights: float32, float16 or bfloat16 (default: unchanged)"
+        )
+    look = command("inspect", "Show what a folder or file of weights holds.")
     look.add_argument("path")
     return parser
 
@@ -93,7 +95,10 @@ def _config(given: argparse.Namespace) -> Config:
         )
         read = [word for word in words if word.startswith(known)]
         if read:
-            raise ConfigError(f"{', '.join(read)}: the checkpoint says it itself; leave it out (--lora-alpha is given)")
+            raise ConfigError(
+                f"{', '.join(read)} cannot be set, as the checkpoint determines it; remove it (for alpha of the "
+                "adapters: --lora-alpha)"
+            )
     return override(Config(name=given.command), words)
 
 
@@ -107,7 +112,7 @@ def _do(given: argparse.Namespace, console: Console) -> None:
         return
     if given.command == "export-hf":
         if given.shard_gb <= 0:
-            raise ConfigError(f"--shard-gb={given.shard_gb} is not a size")
+            raise ConfigError(f"--shard-gb={given.shard_gb} is not a size; give a positive number of GB")
         shard_bytes = int(given.shard_gb * 1e9)
         sizes = export_models.export_hf(given.checkpoint, given.output, given.dtype, shard_bytes, adapter=given.adapter)
         words = ", ".join(f"{part}/ {size / 1e9:.2f} GB" for part, size in sizes.items())
@@ -123,7 +128,7 @@ def _do(given: argparse.Namespace, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, convert, and turn what a user can mend into one sentence and exit status 1."""
+    """Convert; an error that the user can fix ends in one sentence and exit status 1."""
     console = Console(width=cli.width(), soft_wrap=True, markup=False)
     with cli.one_way_out():
         _do(_parser().parse_args(arguments), console)

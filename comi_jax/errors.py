@@ -1,4 +1,4 @@
-"""What a user can mend. Every message is one sentence: what, where, what to do."""
+"""The base class of errors that a user can fix. Every message is one sentence: what, where, what to do."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""Answer held-out questions and measure: ``python -m comi_jax.evaluate --checkpoint=DIR --data=FILE``."""
+"""Evaluate a checkpoint on held-out questions: ``python -m comi_jax.evaluate --checkpoint=DIR --data=FILE``."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ from comi_jax.training.dataset import read_held_out
 
 
 def of_data(config: Config, words: Sequence[str], skip_bad: bool) -> Config:
-    """``config`` with ``words`` as its held-out data, all of them unless they are made up."""
+    """``config`` with ``words`` as its held-out data: every record, or for "synthetic" as many as the config says."""
     count = config.data.eval_examples if tuple(words) == ("synthetic",) else 0
     data = dataclasses.replace(config.data, eval=tuple(words), eval_examples=count, skip_bad_records=skip_bad)
     return dataclasses.replace(config, data=data)
@@ -31,34 +31,38 @@ def main(arguments: list[str] | None = None) -> None:
     """Evaluate a checkpoint on a file of records."""
     parser = argparse.ArgumentParser(
         prog="python -m comi_jax.evaluate",
-        description="Measure a COMI checkpoint, its weights and the examples split over all devices of this machine.",
+        description="Evaluate a COMI checkpoint on all devices of this machine.",
     )
     parser.add_argument("--checkpoint", required=True, help="folder of a training run")
-    parser.add_argument("--step", default="newest", help='number of a checkpoint, "best" or "newest" (default)')
+    parser.add_argument("--step", default="newest", help='step of the checkpoint, "best" or "newest" (default)')
     parser.add_argument(
         "--data",
         required=True,
         nargs="+",
-        help="what data.eval takes: files, globs, hf://..., each [SCHEMA:]PLACE[@WEIGHT]",
+        help="as data.eval: files, globs, hf://..., each [SCHEMA:]PLACE[@WEIGHT]",
     )
     parser.add_argument(
         "--output", help="folder for predictions.jsonl and results.json (default: CHECKPOINT/evaluation)"
     )
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
-    parser.add_argument("--limit", type=int, help="the first so many records only")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT records")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--repetition-penalty", type=float)
-    parser.add_argument("--closed-book", action="store_true", help="withhold the contexts")
+    parser.add_argument("--closed-book", action="store_true", help="answer without the contexts")
     parser.add_argument("--skip-bad-records", action="store_true")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="path=value", help="another setting, e.g. data.on_long=truncate"
+        "--set",
+        action="append",
+        default=[],
+        metavar="path=value",
+        help="override a setting, e.g. data.on_long=truncate",
     )
     given = parser.parse_args(arguments)
     console = Console(width=cli.width(), soft_wrap=True, markup=False)  # paths and data may hold brackets
     with cli.one_way_out():
         if given.limit is not None and given.limit < 1:
-            raise ConfigError(f"--limit={given.limit} leaves no records; it must be at least 1")
+            raise ConfigError(f"--limit={given.limit} leaves no records; give at least 1")
         step = choose_step(given.checkpoint, given.step)
         mesh = sharding.make_mesh(Mesh(data=1, fsdp=0)) if jax.device_count() > 1 else None
         model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step, mesh=mesh)
@@ -74,8 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
     console.print(
         f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts and "
-        f"{result['truncated_queries']} questions cut, "
-        f"{skipped} records left out; predictions and results in {output}",
+        f"{result['truncated_queries']} questions truncated, "
+        f"{skipped} records skipped; predictions and results in {output}",
         highlight=False,
     )
 

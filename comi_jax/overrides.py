@@ -1,4 +1,4 @@
-"""Configs by name, ``path=value`` overrides, and configs as plain JSON values and back."""
+"""Load a config by name, apply ``path=value`` overrides, and convert configs to plain JSON values and back."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
-    """The inverse of ``to_dict``; unknown or wrongly typed entries are refused by name."""
+    """The inverse of ``to_dict``. Raises ConfigError with the name of an unknown, missing or wrongly typed entry."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"{where} has unknown entries {shown(unknown)}; known are {sorted(hints)}")
@@ -46,8 +46,7 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
 
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """``config`` with each ``path=value`` applied. All at once, so that two that need each other can be changed
-    together."""
+    """``config`` with all ``path=value`` applied before any is validated, as some settings only work together."""
     values = to_dict(config)
     for word in overrides:
         path, equals, text = word.partition("=")
@@ -86,15 +85,15 @@ def _parse(text: str, hint: Any, path: str) -> Any:
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        require(isinstance(value, dict), f"{where} is {shown(value)}; an object is expected")
+        require(isinstance(value, dict), f"{where} is {shown(value)}; expected an object")
         return from_dict(hint, value, where)
     if isinstance(hint, types.UnionType):
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return None if value is None else _coerce(value, inner[0], where)
     if typing.get_origin(hint) is tuple:
-        require(isinstance(value, list | tuple), f"{where} is {shown(value)}; a list is expected")
+        require(isinstance(value, list | tuple), f"{where} is {shown(value)}; expected a list")
         return tuple(_coerce(v, typing.get_args(hint)[0], where) for v in value)
-    if type(value) is int:  # before it is shown or converted, neither of which Python does with any size
+    if type(value) is int:  # first, as Python refuses to format or convert very large integers
         require(abs(value) < 2**63, f"{where} is a whole number beyond 64 bits")
     if hint is float and type(value) is int:
         return float(value)
@@ -103,7 +102,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is str:
         require(
             "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value),
-            f"{where} is {shown(value)}; a NUL character or half a surrogate pair is no text",
+            f"{where} is {shown(value)}; text must not hold NUL characters or lone surrogates",
         )
     return value
 

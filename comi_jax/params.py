@@ -22,9 +22,9 @@ Tree = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """An array to be. ``axes`` names each dimension for the sharding rules.
+    """A parameter before it is created. ``axes`` names each dimension for the sharding rules.
 
-    ``init`` is a number to fill it with, or "normal": drawn from a normal distribution of variance 1/fan_in.
+    ``init`` is a constant, or "normal": a normal distribution of variance 1/fan_in.
     """
 
     shape: tuple[int, ...]
@@ -48,12 +48,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count(tree: Tree) -> int:
-    """How many numbers the arrays (or specs) of ``tree`` hold."""
+    """The number of parameters in the arrays (or specs) of ``tree``."""
     return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())
 
 
 def initialize(specs: Tree, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random arrays for ``specs``. Each depends on ``key`` and its own path only, not on what else is in the tree."""
+    """Random arrays for ``specs``. Each depends only on ``key`` and its path, not on the rest of the tree."""
     return unflatten({path: _draw(spec, path, key, dtype) for path, spec in flatten(specs).items()})
 
 
@@ -66,12 +66,12 @@ def _draw(spec: ParamSpec, path: str, key: jax.Array, dtype: Any) -> jax.Array:
 
 
 def abstract(specs: Tree, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """``specs`` as jax.ShapeDtypeStruct, for restoring and for ahead-of-time compilation."""
+    """``specs`` as jax.ShapeDtypeStruct, for restoring and ahead-of-time compilation."""
     return unflatten({path: jax.ShapeDtypeStruct(spec.shape, dtype) for path, spec in flatten(specs).items()})
 
 
 def partition(tree: Tree, keep: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The leaves whose path ``keep`` accepts, and the rest, each as a flat dict. ``combine`` puts them together."""
+    """The leaves whose path ``keep`` accepts, and the rest, each as a flat dict; ``combine`` is the inverse."""
     flat = flatten(tree)
     return {p: x for p, x in flat.items() if keep(p)}, {p: x for p, x in flat.items() if not keep(p)}
 
@@ -82,5 +82,5 @@ def combine(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_stored(_: str) -> tuple[None, None]:
-    """The placement that keeps the dtype of the file, on the first device."""
+    """A placement: the dtype of the file, on the first device."""
     return None, None

@@ -1,4 +1,4 @@
-"""What a run would need on chips that are not there: ``python -m comi_jax.plan --config=qwen2 --topology=v5e:8x8``."""
+"""Plan a run without its hardware: ``python -m comi_jax.plan --config=qwen2 --topology=v5e:8x8``."""
 
 import argparse
 import dataclasses
@@ -16,13 +16,7 @@ from comi_jax.overrides import load
 from comi_jax.planning import sweep
 from comi_jax.planning.programs import Program, backbone_of, serving, train_step
 
-EXAMPLES = 100_000  # that the paper trains on
-
-
-# --- compilation ------------------------------------------------------------------------------------------------------
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
+EXAMPLES = 100_000  # the size of the paper's training set
 
 
 def gigabytes(size: float | int) -> str:
@@ -30,8 +24,8 @@ def gigabytes(size: float | int) -> str:
 
 
 def table(program: Program, where: topology.Topology, config: Config) -> Table:
-    """Memory, work and time of ``program``; of one that does not fit, what is known of its memory."""
-    rows = Table("of one device", "", show_edge=False)
+    """Memory, work and time of ``program``; memory alone if it does not fit."""
+    rows = Table("per device", "", show_edge=False)
     for kind, size in program.memory.items():
         if size:
             rows.add_row(kind, gigabytes(size))
@@ -39,15 +33,16 @@ def table(program: Program, where: topology.Topology, config: Config) -> Table:
         return rows
     rows.add_section()
     rows.add_row("operations, compiled", f"{program.flops / 1e12:,.1f} TFLOP")
-    rows.add_row("the model's own", f"{program.own_flops / 1e12:,.1f} TFLOP")
-    rows.add_row("compiled / own (recomputation, waste)", f"{program.waste:.2f}")
+    rows.add_row("operations of the model", f"{program.own_flops / 1e12:,.1f} TFLOP")
+    rows.add_row("compiled / model (rematerialisation, waste)", f"{program.waste:.2f}")
     rows.add_row("attention", ", ".join(program.kernels) or "no fused kernel")
     for kind, size in sorted(program.sent.items()):
         rows.add_row(f"sent by {kind}", gigabytes(size))
     rows.add_section()
     least = program.seconds[program.bound]
     for name, seconds in program.seconds.items():
-        rows.add_row(f"seconds of {name}, at least", f"{seconds:,.4f}" + (" (bounds)" if name == program.bound else ""))
+        limits = " (bottleneck)" if name == program.bound else ""
+        rows.add_row(f"seconds of {name}, at least", f"{seconds:,.4f}{limits}")
     if program.name == "train step":
         each = least / config.train.batch_size
         rows.add_row("context tokens a second, at most", f"{config.data.max_context / each:,.0f}")
@@ -71,29 +66,31 @@ def show(programs: list[Program], where: topology.Topology, config: Config, cons
 
 
 def to_json(programs: list[Program], where: topology.Topology, config: Config) -> dict[str, Any]:
-    """Everything that is shown, with what was planned."""
+    """Everything that ``show`` prints, with the mesh and the settings it was planned for."""
     rows = [dataclasses.asdict(p) | {"waste": p.waste, "bound": p.bound if p.seconds else None} for p in programs]
     mesh = dataclasses.asdict(config.mesh) | {"accumulate": config.optimizer.accumulate, "remat": config.model.remat}
     return {"config": config.name, "topology": where.name, "devices": len(where.devices), **mesh, "programs": rows}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, compile, print."""
+    """Compile the programs of a run for the named topology and print what they need."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.plan", description="Plan a run without its hardware.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--topology", required=True, help="v5e:8x8, v5p:2x2x1, v6e:4x4, h100:8, h100:64, ...")
-    parser.add_argument("--sweep", action="store_true", help="try meshes, micro-batches and remat; name the best")
+    parser.add_argument(
+        "--sweep", action="store_true", help="try meshes, micro-batches and remat, and plan the fastest"
+    )
     parser.add_argument("--compiles", type=cli.at_least(1), default=6, help="how many candidates a sweep compiles")
-    parser.add_argument("--serve", action="store_true", help="plan compressing and answering, on one device")
+    parser.add_argument("--serve", action="store_true", help="plan compressing and answering on one device")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=1, help="examples served at once")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
     cli.add_ignore_config(parser)
-    parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as of comi_jax.train")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as for comi_jax.train")
     given = parser.parse_intermixed_args(arguments)
     console = Console(width=cli.width())
     with cli.one_way_out():
         if given.json and not Path(given.json).absolute().parent.is_dir():
-            raise ConfigError(f"--json={given.json} cannot be written: there is no such folder")
+            raise ConfigError(f"--json={given.json} cannot be written: its folder does not exist; create it")
         config = load(given.config, given.overrides + cli.ignore_config(given))
         backbone, where = backbone_of(config), topology.find(given.topology)
         if given.sweep:

@@ -1,8 +1,8 @@
-"""Make the training mixture once: ``python -m comi_jax.prepare --config=NAME [path=value ...] --output=DIR``.
+"""Prepare a training mixture once: ``python -m comi_jax.prepare --config=NAME [path=value ...] --output=DIR``.
 
-DIR gets train.jsonl.gz, eval.jsonl.gz where data.eval is set, and report.json: counts, token lengths, the share of
-answers found in their contexts, what was dropped and why, and fingerprints. ``data.train=DIR data.eval=DIR`` trains on
-it, and refuses when the records are not those of the report. Sources are read twice and never held: any size will do.
+DIR gets train.jsonl.gz, eval.jsonl.gz if data.eval is set, and report.json: counts, token lengths, the share of answers
+found in their contexts, dropped records with reasons, and fingerprints. ``data.train=DIR data.eval=DIR`` trains on it,
+and is refused if the records do not match the report. Sources are streamed twice, so they may be of any size.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from comi_jax.weights.starting_model import tokenizer_of
 
 
 def print_report(report: dict[str, Any], output: Path, console: Console) -> None:
-    """The numbers of a report as tables, and the first of what was dropped."""
+    """Print a report as tables, with the first dropped records."""
     sizes, lengths = Table(title="examples"), Table(title="tokens")
     for name in ("source", "examples", "answer in context", "above data.max_*", "dropped"):
         sizes.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
@@ -45,11 +45,11 @@ def print_report(report: dict[str, Any], output: Path, console: Console) -> None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, prepare, and turn what a user can mend into one sentence and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.prepare", description="Make the training mixture once.")
+    """Prepare; an error that the user can fix ends in one sentence and exit status 1."""
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.prepare", description="Prepare a training mixture once.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
-    parser.add_argument("--output", required=True, type=Path, help="the folder to make; data.train=FOLDER trains on it")
-    parser.add_argument("--skip-bad-records", action="store_true", help="leave out bad records, counted and named")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; data.train=FOLDER trains on it")
+    parser.add_argument("--skip-bad-records", action="store_true", help="skip, count and list bad records")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. data.train=nq:nq.jsonl.gz")
     options = parser.parse_intermixed_args(arguments)
     overrides = options.overrides + ["data.skip_bad_records=true"] * options.skip_bad_records

@@ -1,4 +1,4 @@
-"""Pretrain the tiny language model that the package carries: ``python -m comi_jax.pretrain --output=DIR``."""
+"""Pretrain the tiny language model bundled with the package: ``python -m comi_jax.pretrain --output=DIR``."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m comi_jax.pretrain", description="Pretrain the tiny language model."
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; it must not hold a model yet")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not hold a model yet")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with cli.one_way_out():

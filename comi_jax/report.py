@@ -1,6 +1,6 @@
-"""Draw the course of runs: ``python -m comi_jax.report RUN_DIR [RUN_DIR ...]``.
+"""Plot training runs: ``python -m comi_jax.report RUN_DIR [RUN_DIR ...]``.
 
-report.png has the curves; report.html has them too, with settings and results, in one file that needs no other.
+report.png has the curves; report.html is a self-contained page with curves, settings and results.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from comi_jax.runs.report_page import page
 
 def main(arguments: list[str] | None = None) -> None:
     """Write report.png and report.html."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.report", description="Draw the course of training runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of training runs, drawn over each other")
+    parser = argparse.ArgumentParser(prog="python -m comi_jax.report", description="Plot training runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of training runs, overlaid in one plot")
     parser.add_argument("--output", help="folder for report.png and report.html (default: the first RUN_DIR)")
     given = parser.parse_args(arguments)
     output = Path(given.output or given.runs[0])

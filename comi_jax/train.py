@@ -1,8 +1,8 @@
 """Train a compressor: ``python -m comi_jax.train --config=NAME [path=value ...]``.
 
-The same command goes on where it stopped. The run itself is ``training.run``. The exit status is 0 after the last step
-and the closing table, 85 where a signal ended it before (what there was to save is saved), 75 where another process is
-gone, 1 or 2 for what the user has to mend.
+The same command resumes a stopped run. The run itself is ``training.run``. Exit status: 0 after the last step and the
+closing table; 85 if a signal stopped it before, everything saved; 75 if a peer process is gone; 1 or 2 for an error that
+the user can fix.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from comi_jax.training.signals import STOPPED
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, run, and turn what a user can mend into one sentence and exit status 1."""
+    """Train; an error that the user can fix ends in one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.train", description="Train a COMI compressor.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
-    parser.add_argument("--skip-bad-records", action="store_true", help="leave out bad data lines, counted and listed")
+    parser.add_argument("--skip-bad-records", action="store_true", help="skip, count and list bad data lines")
     parser.add_argument(
-        "--allow-config-change", action="store_true", help="go on with a run whose settings were others"
+        "--allow-config-change", action="store_true", help="resume a run with settings other than it began with"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="do everything but the training, and write nothing into its folder"
+        "--dry-run", action="store_true", help="do everything but train and evaluate, and write nothing"
     )
     cli.add_ignore_config(parser)
     parser.add_argument(
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with cli.one_way_out(distributed.leave):
             distributed.start()
-            # Paths and data may hold brackets; what all processes know is said once.
+            # No markup, as paths and data may hold brackets; only the first process prints.
             console = RunConsole(width=cli.width(), soft_wrap=True, markup=False, quiet=not distributed.is_first())
             config = load(options.config, overrides)
             seen = census.take()

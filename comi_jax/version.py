@@ -1,3 +1,3 @@
-"""The version, in a file that a build can read without importing anything."""
+"""The version, in a file that the build reads without importing the package."""
 
 __version__ = "0.1.0"

@@ -211,11 +211,11 @@ def test_the_command_reads_standard_input_and_says_what_was_cut(world, capsys, m
     monkeypatch.setattr("sys.stdin", io.StringIO(CONTEXTS[0]))
     answer.main(arguments(world, "-", "--set=data.on_long=truncate", "--set=data.max_context=20"))
     said = capsys.readouterr().err
-    assert "[20 context tokens (cut) in " in said and "question" not in said
+    assert "[20 context tokens (truncated) in " in said and "question" not in said
     monkeypatch.setattr("sys.stdin", io.StringIO(CONTEXTS[0]))
     answer.main(arguments(world, "-", "--set=data.on_long=truncate", "--set=data.max_query=6"))
     said = capsys.readouterr().err
-    assert "[21 context tokens in " in said and "; the question was cut at its beginning]" in said
+    assert "[21 context tokens in " in said and "; the question lost its beginning]" in said
 
 
 @pytest.mark.parametrize(

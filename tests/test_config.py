@@ -41,10 +41,10 @@ REFUSED = [
     (c.Train, {"seed": -1}, "seed"),
     (c.Data, {"eval_examples": -1}, "eval_examples"),
     (c.Data, {"synthetic_examples": -1}, "synthetic_examples"),
-    (c.Model, {"attention": "cudnn", "dtype": "float32"}, "computes in bfloat16"),
+    (c.Model, {"attention": "cudnn", "dtype": "float32"}, "needs bfloat16"),
     (c.Lora, {"alpha": float("nan")}, "alpha"),
     (c.Optimizer, {"accumulate": -1}, "accumulate"),
-    (c.Mesh, {"fsdp": 0}, "one of them may be 0"),
+    (c.Mesh, {"fsdp": 0}, "at most one of them 0"),
     (c.Mesh, {"data": -1}, "data"),
     (c.Train, {"steps": 0}, "steps"),
     (c.Train, {"batch_size": 0}, "batch_size"),
@@ -114,8 +114,8 @@ def test_dict_and_back_is_the_identity():
         ({"lora": {"alpha": "32"}}, "config.lora.alpha is '32', not a number"),
         ({"lora": {"alpha": float("nan")}}, "config.lora.alpha is nan"),
         ({"compression": {"coarse": 1}}, "config.compression.coarse is 1, not true or false"),
-        ({"compression": {"rates": 16}}, "config.compression.rates is 16; a list is expected"),
-        ({"compression": 3}, "config.compression is 3; an object is expected"),
+        ({"compression": {"rates": 16}}, "config.compression.rates is 16; expected a list"),
+        ({"compression": 3}, "config.compression is 3; expected an object"),
     ],
 )
 def test_wrong_entries_of_a_file_are_refused_with_their_place(change, message):

@@ -552,7 +552,7 @@ def test_a_tensor_in_two_files_is_refused(whole, tmp_path):
 def test_what_an_official_file_says_itself_cannot_be_told(whole, tmp_path):
     words = (f"--checkpoint={whole[1]}", f"--backbone={whole[0]}", f"--output={tmp_path / 'out'}")
     said = refusal("import-official", *words, "compression.alpha_fine=4", "lora.rank=3", "compression.fine=false")
-    assert "compression.alpha_fine=4, lora.rank=3: the checkpoint says it itself" in said
+    assert "compression.alpha_fine=4, lora.rank=3 cannot be set, as the checkpoint determines it" in said
 
 
 # --- PyTorch's own files ----------------------------------------------------------------------------------------------
