@@ -230,7 +230,7 @@ def test_blocked_memory_is_linear():
 
 
 REFUSALS = {
-    "unknown": ({"implementation": "flash"}, "no implementation 'flash'; there are dense, blocked, cudnn, splash"),
+    "unknown": ({"implementation": "flash"}, "no implementation 'flash'; choose from dense, blocked, cudnn, splash"),
     "cudnn start": ({"implementation": "cudnn", "start": (0, 0)}, "cudnn takes no start"),
     "cudnn float32": ({"implementation": "cudnn"}, "bfloat16 or float16, not float32"),
     "cudnn lengths differ": ({"implementation": "cudnn", "S": 9, "dtype": jnp.bfloat16}, r"as many keys \(9\) as"),

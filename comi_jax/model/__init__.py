@@ -7,7 +7,6 @@
     (7), (8) softmax over a group, merging          compress.py; the merge itself: kernels/merge.py
     (9) LSA, decoder, loss                          comi.py; decoding: generate.py
 
-batch.py holds what goes in, architecture.py what the model is made of, lora.py the adapters, attention.py and
-attention_blocked.py attention, cache.py keys and values, remat.py what the backward pass computes again, flops.py the
-operations counted.
+The rest: batch.py (the input), architecture.py (parts and parameters), lora.py (adapters), attention.py and
+attention_blocked.py, cache.py (the KV cache), remat.py (rematerialisation policies), flops.py (FLOP counts).
 """

@@ -1,4 +1,4 @@
-"""What a model is made of: its parts, their parameters, and which of them are trained."""
+"""The parts of a model, their parameters, and which of them are trained."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ ATTENTION_WEIGHTS = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """All that is static about a model: its shapes, the switches of COMI and how blocks are run."""
+    """The static description of a model: shapes, COMI's switches, and how blocks are run."""
 
     backbone: Backbone
     compression: Compression
@@ -38,7 +38,7 @@ class Architecture:
         return cls(backbone, config.compression, config.lora, config.model.dtype, runtime)
 
     def on(self, mesh: jax.sharding.Mesh) -> "Architecture":
-        """The same model, computed by the devices of ``mesh``."""
+        """The same model on the devices of ``mesh``."""
         return dataclasses.replace(self, runtime=self.runtime.replace(mesh=mesh))
 
 
@@ -56,14 +56,14 @@ def specs(arch: Architecture) -> dict[str, Any]:
 
 
 def parts_of_backbone(arch: Architecture) -> dict[str, Tree]:
-    """The spec trees of what a fresh model takes from one causal LM: encoder its first blocks, LSA its first ones,
-    decoder all. ``own_parameters`` are the rest."""
+    """The spec trees of the parts that a fresh model copies from one causal LM: encoder and LSA take its first blocks,
+    the decoder all of it. ``own_parameters`` makes the rest."""
     return {part: tree for part, tree in specs(arch).items() if part in ("encoder", "lsa", "decoder")}
 
 
 def own_parameters(arch: Architecture, seed: int, mesh: jax.sharding.Mesh | None = None) -> dict[str, Array]:
-    """The parameters of a fresh model that no language model has, by flat path: the scalars, and any adapters at
-    random. With a ``mesh`` every device makes its own shards of them."""
+    """The parameters of a fresh model that come from no language model, by flat path: the four scalars and randomly
+    initialised adapters. With a ``mesh``, every device initialises its own shards."""
     if mesh is not None:
         make = functools.partial(own_parameters, arch, seed)
         shardings = sharding.parameters(specs(arch), mesh)
@@ -75,8 +75,8 @@ def own_parameters(arch: Architecture, seed: int, mesh: jax.sharding.Mesh | None
 
 
 def is_trained(path: str, arch: Architecture) -> bool:
-    """Whether the parameter at ``path`` ("encoder/layers/q") is trained: encoder and LSA whole; of the decoder W_Q,
-    W_K, W_V, W_O with their biases, or the adapters in their place; the four scalars if asked for."""
+    """Whether the parameter at ``path`` ("encoder/layers/q") is trained: all of encoder and LSA; of the decoder W_Q,
+    W_K, W_V, W_O with their biases, or the adapters instead; the four scalars if compression.learn_mig is set."""
     part, _, rest = path.partition("/")
     if part == "decoder":
         return not arch.lora.rank and rest.removeprefix("layers/") in ATTENTION_WEIGHTS
@@ -84,5 +84,5 @@ def is_trained(path: str, arch: Architecture) -> bool:
 
 
 def frozen_dtype(path: str, arch: Architecture) -> str:
-    """Frozen weights are kept in the model's dtype, COMI's scalars in float32."""
+    """The dtype of the weight at ``path`` if it is frozen: the model's dtype, float32 for COMI's scalars."""
     return "float32" if path.startswith("mig/") else arch.dtype

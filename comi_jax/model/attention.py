@@ -1,8 +1,8 @@
 """Scaled dot-product attention with grouped kv heads: one signature, several implementations.
 
-    out[i] = sum_j softmax_j(q_i . k_j / sqrt(H)) v_j    over the keys j that query i may see
+    out[i] = sum_j softmax_j(q_i . k_j / sqrt(H)) v_j    over the keys j visible to query i
 
-The implementations differ in where they run and in what they hold: dense all scores, the others a block of them.
+"dense" materialises all scores; "blocked" (any device), "cudnn" (GPU) and "splash" (TPU) hold one block at a time.
 """
 
 import functools
@@ -20,7 +20,7 @@ from comi_jax.devices.sharding import platform, row_axes
 from comi_jax.model.attention_blocked import blocked
 
 MASKED = -1e30
-SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens, of queries as of keys
+SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens, for queries and keys alike
 
 
 def attention(
@@ -36,20 +36,20 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Attention output (B T N H) in q's dtype; query head n reads kv head n // (N // K); softmax in float32 at least.
 
-    Query i of row b stands at position start[b] + i (`start` None is 0), key j at position j. Key j is visible iff
-    (not causal or j <= start[b] + i) and (lengths is None or j < lengths[b]). A query that sees no key gives 0, and 0
-    gradients. `implementation` is a key of IMPLEMENTATIONS, or None for choose(). Raises ValueError for an unknown
-    name, for heads that do not divide, and where a named implementation cannot do what is asked: none is substituted.
+    Query i of row b is at position start[b] + i (`start` None is 0), key j at position j. Key j is visible iff
+    (not causal or j <= start[b] + i) and (lengths is None or j < lengths[b]). A query without visible keys gives 0 with
+    zero gradients. `implementation` is a key of IMPLEMENTATIONS, or None for choose(). Raises ValueError for an unknown
+    name, for head counts that do not divide, and if a named implementation cannot compute the call.
 
-    With a `mesh` of several devices each computes its own rows (axes data and fsdp) and heads (axis tensor), as the
-    fused kernels, which XLA cannot split, need it; rows or heads that do not divide are computed by all. Where tokens
-    are split too (axis context, and no `start`), each device exchanges its part of the row in all heads for the whole
-    row in its share of the heads, and back: so every device has the same work, and kernels see whole rows.
+    With a `mesh` of several devices, each computes its own rows (axes data and fsdp) and heads (axis tensor) inside
+    shard_map, as XLA cannot partition the fused kernels; rows or heads that do not divide are replicated. If tokens are
+    split too (axis context, without `start`), an all-to-all turns a slice of the tokens in all heads into all tokens in
+    a slice of the heads, and back after the kernel: the work is balanced, and kernels see whole rows.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {k.shape[2]} kv heads do not divide {q.shape[2]} query heads.")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention: no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(f"attention: no implementation {implementation!r}; choose from {', '.join(IMPLEMENTATIONS)}.")
     run = functools.partial(_on_one_device, causal=causal, implementation=implementation, backend=platform(mesh))
     if mesh is not None and mesh.size > 1:
         run = _on_each_device(run, q, k, mesh, cached=start is not None)
@@ -65,34 +65,33 @@ def _on_one_device(q, k, v, start, lengths, *, causal, implementation, backend):
 
 
 def _on_each_device(function, q, k, mesh, cached):
-    """``function`` over the rows and heads of every device of ``mesh``."""
+    """``function`` under shard_map, over the rows and heads of each device of ``mesh``."""
     rows = row_axes(q.shape[0], mesh)
     heads = None if k.shape[2] % mesh.shape["tensor"] else "tensor"
-    here, parts = q.shape[2] // (mesh.shape["tensor"] if heads else 1), mesh.shape["context"]
+    local_heads, shards = q.shape[2] // (mesh.shape["tensor"] if heads else 1), mesh.shape["context"]
     tokens = None
-    if parts > 1 and not cached and not (here % parts or q.shape[1] % parts or k.shape[1] % parts):
-        tokens, function = "context", functools.partial(_exchanged, function, parts)
+    if shards > 1 and not cached and not (local_heads % shards or q.shape[1] % shards or k.shape[1] % shards):
+        tokens, function = "context", functools.partial(_exchanged, function, shards)
     array, vector = PartitionSpec(rows, tokens, heads, None), PartitionSpec(rows)
     return jax.shard_map(
         function, mesh=mesh, in_specs=(array, array, array, vector, vector), out_specs=array, check_vma=False
     )
 
 
-def _exchanged(function, parts, q, k, v, start, lengths):
-    """``function`` over whole rows and a share of the heads, from a part of the rows and all heads. kv heads that do
-    not divide are repeated."""
-    repeat = parts // math.gcd(k.shape[2], parts)
+def _exchanged(function, shards, q, k, v, start, lengths):
+    """``function`` over whole rows and a slice of the heads, by all-to-all from a slice of the tokens and all heads.
+    kv heads that do not divide are repeated."""
+    repeat = shards // math.gcd(k.shape[2], shards)
     k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
     q, k, v = (lax.all_to_all(x, "context", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
     return lax.all_to_all(function(q, k, v, start, lengths), "context", split_axis=1, concat_axis=2, tiled=True)
 
 
 def choose(q, k, start, causal, backend) -> str:
-    """The implementation that None stands for: the fused one of the backend where it can, else blocked or dense.
+    """The default implementation: the backend's fused kernel if it supports the call, else dense or blocked.
 
-    Dense where its scores are small and a loop over blocks would not pay: up to 8 queries or 4 MiB of scores on CPU, up
-    to 1 GiB of scores on an accelerator, and there only where the fused kernel is out (a `start`, or a dtype or shape
-    that it does not take).
+    Dense if its scores are so small that a loop over blocks does not pay: up to 8 queries or 4 MiB of scores on CPU, up
+    to 1 GiB of scores on an accelerator. The fused kernels do not support a `start`, nor every dtype and shape.
     """
     (B, T, N, H), S = q.shape, k.shape[1]
     if start is None:
@@ -111,7 +110,7 @@ def _log_choice(name, backend, dtype):
 
 
 def _dense(q, k, v, start, lengths, causal):
-    """The readable reference: all T x S scores at once."""
+    """The readable reference, with all T x S scores at once."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -121,7 +120,7 @@ def _dense(q, k, v, start, lengths, causal):
     )
     seen = _visible(T, S, start, lengths, causal)[:, None, None]
     probs = jax.nn.softmax(jnp.where(seen, scores * jnp.asarray(H**-0.5, dtype), MASKED), axis=-1)
-    probs = jnp.where(seen, probs, 0).astype(v.dtype)  # a row that sees nothing would be uniform
+    probs = jnp.where(seen, probs, 0).astype(v.dtype)  # softmax is uniform over a fully masked row
     out = jnp.einsum("bkgts,bskh->btkgh", probs, v, precision=precision, preferred_element_type=dtype)
     return out.reshape(q.shape).astype(q.dtype)
 
@@ -138,7 +137,7 @@ def _visible(T, S, start, lengths, causal):
 
 
 def _blocked(q, k, v, start, lengths, causal):
-    """Blocks of scores, forward and backward, in plain JAX: see attention_blocked."""
+    """Plain JAX, a block of scores at a time: see attention_blocked."""
     B, S = k.shape[:2]
     start = jnp.zeros(B, jnp.int32) if start is None else start
     lengths = jnp.full(B, S, jnp.int32) if lengths is None else lengths
@@ -146,14 +145,14 @@ def _blocked(q, k, v, start, lengths, causal):
 
 
 def _cudnn(q, k, v, start, lengths, causal):
-    """cuDNN's fused attention, through jax.nn; its backward refuses odd lengths, so these are padded."""
+    """cuDNN's fused attention, through jax.nn. Odd lengths are padded, as its backward pass does not support them."""
     if start is not None:
         raise ValueError("attention: cudnn takes no start; name dense or blocked for a cached call.")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"attention: cudnn computes in bfloat16 or float16, not {q.dtype}; name blocked or dense.")
     T, S = q.shape[1], k.shape[1]
     if causal and T != S:
-        raise ValueError(f"attention: causal cudnn wants as many keys ({S}) as queries ({T}).")
+        raise ValueError(f"attention: causal cudnn needs as many keys ({S}) as queries ({T}).")
     q, k, v = (_pad(x, 2) for x in (q, k, v))
     ends = _ends(lengths, k, T, S, causal)
     try:
@@ -166,15 +165,15 @@ def _cudnn(q, k, v, start, lengths, causal):
 
 
 def _splash(q, k, v, start, lengths, causal, interpret=False):
-    """JAX's splash attention for TPU; it does not scale, and takes lengths in multiples of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and of use on TPU alone
+    """JAX's splash attention for TPU. It leaves the scaling to its caller and takes lengths in multiples of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and only used on TPU
 
     if start is not None:
         raise ValueError("attention: splash takes no start; name dense or blocked for a cached call.")
     if q.dtype != jnp.bfloat16:
         raise ValueError(f"attention: splash multiplies in bfloat16, not {q.dtype}; name blocked or dense.")
     T, S = q.shape[1], k.shape[1]
-    q = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)  # one rounding, as H**-0.5 itself is not rounded
+    q = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)  # in float32, so that only the product is rounded
     q, k, v = (_pad(x, 128) for x in (q, k, v))
     segments = None
     if (ends := _ends(lengths, k, T, S, causal)) is not None:
@@ -208,7 +207,7 @@ def _ends(lengths, padded_k, T, S, causal):
 
 
 def _drop_empty(out, lengths):
-    """0, with 0 gradients, for the rows that have no key and were given one by _ends."""
+    """0, with zero gradients, for the rows of length 0, to which _ends gave one key."""
     return out if lengths is None else jnp.where((lengths > 0)[:, None, None, None], out, 0)
 
 

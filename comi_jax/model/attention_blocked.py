@@ -4,8 +4,8 @@
 
 Online softmax forward (Dao et al., arXiv 2205.14135) and its own backward from `out` and `lse = m + log l` alone,
     p = e^(s-lse)   dv = p^T do   ds = p (do v^T - rowsum(do out))   dq = ds k   dk = ds^T q,
-so nothing of size T x S is ever held. Written for CPU, where 2-D matmuls are the fast ones: one batch row and one kv
-head at a time, with the N / K query heads that share the kv head folded into the rows of the query block.
+so nothing of size T x S is ever held. Written for CPU, where 2-D matmuls are fastest: one batch row and one kv head at
+a time, with the N / K query heads that share the kv head folded into the rows of the query block.
 """
 
 from functools import partial
@@ -17,15 +17,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-# Measured on CPU, float32, 512 to 8,192 tokens: 256 keys beat 512 wherever the causal diagonal weighs, and lose nothing
-# beyond; from 512 to 2,048 rows the speed hardly moves.
+# Measured on CPU, float32, 512 to 8,192 tokens: 256 keys are faster than 512 for short rows, where the causal diagonal
+# dominates, and as fast for long ones; 512 to 2,048 rows differ little.
 BLOCK_ROWS = 1024  # of the query: tokens times the heads that share a kv head
 BLOCK_KEYS = 256
-MASKED = -1e30  # finite, so that a row without any visible key never meets inf - inf
+MASKED = -1e30  # finite, so that a row without any visible key never computes inf - inf
 
 
 class Plan(NamedTuple):
-    """What is static about a call: query heads to a kv head, tokens and keys to a block, causal or not, precision."""
+    """The static settings of a call: query heads per kv head, tokens and keys per block, causality, precision."""
 
     heads: int
     tokens: int
@@ -49,11 +49,11 @@ def blocked(
     lengths: Int[Array, " B"],
     causal: bool,
 ) -> Float[Array, "B T N H"]:
-    """attention() with `start` and `lengths` given, in the dtype it computes in: float32, or float64 for float64."""
+    """attention() with `start` and `lengths` required. The result is float32, or float64 for float64 inputs."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    # Short floats are exact in one pass of the matmul units; float32 in full needs several on a TPU or GPU.
+    # Products of bfloat16 values are exact in one pass of the matmul units; full float32 needs several on a TPU or GPU.
     precision = lax.Precision.HIGHEST if q.dtype == dtype else lax.Precision.DEFAULT
     plan = Plan(N // K, _even(T, max(1, BLOCK_ROWS * K // N)), _even(S, BLOCK_KEYS), causal, precision)
     q = q.astype(dtype) * jnp.asarray(H**-0.5, dtype)
@@ -64,7 +64,7 @@ def blocked(
 
 
 def _even(size, largest):
-    """Length of the blocks when `size` is cut into as few near-equal ones of at most `largest` as possible."""
+    """The block length that cuts `size` into the fewest blocks of at most `largest`, all nearly equal."""
     return -(-size // -(-size // largest))
 
 
@@ -126,7 +126,7 @@ def _backward(plan, q, k, v, start, lengths, out, lse, dout):
         def query_block(grads, i):
             q_i, do_i, lse_i, out_i = (_block(x, i, plan.rows) for x in (q, dout, lse, out))
             delta = (do_i * out_i).sum(1)
-            # dk and dv are gathered transposed: p^T do, with the wide p transposed, is the slow matmul on CPU.
+            # dk and dv are accumulated transposed, as p^T do, which transposes the wide p, is a slow matmul on CPU.
             q_t, do_t = q_i.T, do_i.T
 
             def key_block(j, state, edge):
@@ -149,18 +149,19 @@ def _backward(plan, q, k, v, start, lengths, out, lse, dout):
 
 
 def _over_heads(head, *args):
-    """Runs `head` for every batch row and kv head in turn; the last two arguments, start and lengths, are per row."""
+    """Runs `head` for each batch row and kv head in turn; the last two arguments, start and lengths, are per row."""
     B, K = args[0].shape[:2]
     merged = [x.reshape(B * K, *x.shape[2:]) for x in args[:-2]] + [jnp.repeat(x, K) for x in args[-2:]]
     return [x.reshape(B, K, *x.shape[1:]) for x in lax.map(lambda each: head(*each), merged)]
 
 
 def _over_keys(plan, i, start, length, key_block, state):
-    """Folds key_block(j, state, edge) over the key blocks that query block i sees; only the edge ones need a mask."""
+    """Folds key_block(j, state, edge) over the key blocks visible to query block i; only those at the edge need a
+    mask."""
     full = end = length
     if plan.causal:
-        full = jnp.minimum(full, start + i * plan.tokens + 1)  # keys that the first query of the block sees
-        end = jnp.minimum(end, start + (i + 1) * plan.tokens)  # keys that its last query sees
+        full = jnp.minimum(full, start + i * plan.tokens + 1)  # keys visible to the first query of the block
+        end = jnp.minimum(end, start + (i + 1) * plan.tokens)  # keys visible to its last query
     full = jnp.maximum(full, 0) // plan.keys
     end = (jnp.maximum(end, 0) + plan.keys - 1) // plan.keys
     state = lax.fori_loop(0, full, partial(key_block, edge=False), state)
@@ -168,7 +169,7 @@ def _over_keys(plan, i, start, length, key_block, state):
 
 
 def _visible(plan, i, j, start, length):
-    """Which keys of block j (columns) the rows of query block i may see."""
+    """The mask [rows, keys] of the keys of block j visible to the rows of query block i."""
     shape = (plan.rows, plan.keys)
     key = j * plan.keys + lax.broadcasted_iota(jnp.int32, shape, 1)
     seen = key < length

@@ -1,10 +1,10 @@
-"""The causal transformer of LLaMA-2, LLaMA-3, Qwen2 and Qwen3: one block, scanned over layers, used by all of COMI.
+"""The causal transformer of LLaMA-2, LLaMA-3, Qwen2 and Qwen3: one block, scanned over layers, shared by encoder, LSA
+and decoder.
 
     y = x + W_O attention(rope(W_Q n₁(x)), rope(W_K n₁(x)), W_V n₁(x))         n₁, n₂ RMS norms
     block(x) = y + W_down (silu(W_gate n₂(y)) * W_up n₂(y))
 
-Projections are stored as they are applied, input axes first; the parameters of all layers are stacked along a leading
-axis L.
+Projections are stored with their input axes first; the parameters of all layers are stacked along a leading axis L.
 """
 
 import math
@@ -27,27 +27,26 @@ from comi_jax.model.cache import KVCache, write
 from comi_jax.model.remat import remat_policy
 from comi_jax.params import ParamSpec, Tree
 
-CPU_SLICE = 512  # tokens of a row that the feed-forward layer takes at a time on CPU
+CPU_SLICE = 512  # tokens that the feed-forward layer processes at a time on CPU
 
 
 @struct.dataclass
 class Runtime:
-    """How to run a block, as opposed to what it computes."""
+    """How a block is run, as opposed to what it computes."""
 
-    attention: str | None = struct.field(pytree_node=False, default=None)  # implementation, where there is no ``start``
+    attention: str | None = struct.field(pytree_node=False, default=None)  # implementation, for calls without ``start``
     kernels: str | None = struct.field(pytree_node=False, default=None)  # of the compression: see kernels.dispatch
     remat: str = struct.field(pytree_node=False, default="off")  # one of REMAT
-    mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # None: one device, or as XLA splits it
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)  # None: one device, or XLA's own partitioning
 
     @property
-    def parts(self) -> int:
-        """Devices that the tokens of a row are split over."""
+    def context_shards(self) -> int:
+        """The number of devices that the tokens of a row are split over."""
         return 1 if self.mesh is None else self.mesh.shape["context"]
 
 
 def specs(backbone: Backbone, layers: int, *, embed: bool, head: bool) -> dict[str, Any]:
-    """The spec tree of ``layers`` blocks and the final norm, with an embedding table and an output head if asked
-    for."""
+    """The spec tree of ``layers`` blocks and the final norm, optionally with embedding table and output head."""
     d, n, k, h = backbone.hidden_size, backbone.num_attention_heads, backbone.num_key_value_heads, backbone.head_dim
     f, v = backbone.intermediate_size, backbone.vocab_size
 
@@ -104,7 +103,7 @@ def rope_frequencies(backbone: Backbone) -> Float[Array, " half"]:
 
 
 def rotation(backbone: Backbone, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T 1 half"], ...]:
-    """Cosine and sine of every position's rotation, float32."""
+    """Cosine and sine of the rotation at each position, float32."""
     angle = positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(backbone)[None, None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -120,14 +119,14 @@ def embed_tokens(
     params: Tree, ids: Int[Array, "*shape"], dtype: Any, runtime: Runtime = Runtime()
 ) -> Float[Array, "*shape D"]:
     """Rows of the embedding table, in ``dtype``."""
-    table, mesh = params["embed"], runtime.mesh
-    if mesh is None or ids.ndim != 2 or sharding.row_axes(ids.shape[0], mesh) is None or ids.shape[1] % runtime.parts:
+    table, mesh, shards = params["embed"], runtime.mesh, runtime.context_shards
+    if mesh is None or ids.ndim != 2 or sharding.row_axes(ids.shape[0], mesh) is None or ids.shape[1] % shards:
         return table[ids].astype(dtype)
     width = sharding.partition_spec(ParamSpec(table.shape, ("vocab", "embed"), 0.0), mesh)[1]
     if not width:
         return table[ids].astype(dtype)
-    # Looked up where the table's columns lie, and exchanged for whole vectors one axis at a time. In one go XLA would
-    # have every device hold everything, of the gradient above all.
+    # Looked up on the devices that hold the table's columns, then resharded to whole vectors one axis at a time. In one
+    # step, XLA would replicate the whole array on every device, and its gradient too.
     ids = _constrain(ids, NamedSharding(mesh, PartitionSpec("data")))
     x = table[ids].astype(dtype)
     rows = sharding.row_axes(x.shape[0], mesh)
@@ -137,7 +136,7 @@ def embed_tokens(
 
 
 def logits(params: Tree, states: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
-    """Scores of the next token in float32 at least. Call it on the few positions that need it, never on a context."""
+    """Logits of the next token, in float32 at least. Call it only on the few positions that need them."""
     dtype = np.promote_types(states.dtype, jnp.float32)
     with jax.named_scope("logits"):
         if "head" in params:
@@ -159,54 +158,53 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """All blocks of ``params`` and the final norm over the embedded tokens ``x``.
 
-    Rows are right-padded: causality alone keeps real tokens from seeing padding, and what stands at padded positions of
-    the result means nothing. With a ``cache``, keys and values are written into it; with ``start`` too, row b's tokens
-    stand at positions start[b], start[b] + 1, ... and see all that the cache holds before them. Returns the states and
-    the updated cache.
+    Rows are right-padded: causality hides padding from real tokens, and results at padded positions are undefined. With
+    a ``cache``, keys and values are written into it; with ``start`` too, row b's tokens are at positions start[b],
+    start[b] + 1, ... and attend to everything before them in the cache. Returns the states and the updated cache.
     """
     batch, length, _ = x.shape
     first = jnp.zeros((batch,), jnp.int32) if start is None else start
     rope = rotation(backbone, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :])
 
-    homes = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
-    home = None if cache is not None else token_sharding(x, runtime)
+    weight_shardings = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
+    activations = None if cache is not None else token_sharding(x, runtime)
 
     def body(carry, layer):
         x, cache = carry
-        x = checkpoint_name(_constrain(x, home), "input")
+        x = checkpoint_name(_constrain(x, activations), "input")
         index, weights, adapters = layer
-        # Cast where they lie, so that half the bytes are gathered; and their gradients are scattered back there.
+        # Cast on their shards, which halves the bytes of the all-gather; gradients are reduce-scattered to the shards.
         weights = {name: w.astype(x.dtype) for name, w in weights.items()}
-        weights = {name: _constrain(w, homes.get(name)) for name, w in weights.items()}
+        weights = {name: _constrain(w, weight_shardings.get(name)) for name, w in weights.items()}
         x, cache = block(
             weights, x, rope, backbone, index=index, cache=cache, start=start, lora=adapters, runtime=runtime
         )
-        return (_constrain(x, home), cache), None
+        return (_constrain(x, activations), cache), None
 
     if runtime.remat != "off":
         body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(runtime.remat))
     layers = params["layers"]["q"].shape[0]
     (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora))
-    x = _constrain(x, home)
+    x = _constrain(x, activations)
     return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
 
 
 def layer_shardings(backbone: Backbone, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where the weights of one block lie on ``mesh``."""
+    """The shardings of one block's weights on ``mesh``."""
     weights = specs(backbone, 1, embed=False, head=False)["layers"]
     axes = {name: sharding.partition_spec(spec, mesh)[1:] for name, spec in weights.items()}
     return {name: NamedSharding(mesh, PartitionSpec(*kept)) for name, kept in axes.items()}
 
 
 def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding | None:
-    """Where rows lie whose tokens are split over devices; None where they are not, or do not divide."""
-    if runtime.parts == 1 or x.shape[1] % runtime.parts:
+    """The sharding of activations whose tokens are split over devices; None if they are not split or do not divide."""
+    if runtime.context_shards == 1 or x.shape[1] % runtime.context_shards:
         return None
     return NamedSharding(runtime.mesh, PartitionSpec(sharding.row_axes(x.shape[0], runtime.mesh), "context"))
 
 
-def _constrain(x: Array, home: NamedSharding | None) -> Array:
-    return x if home is None else jax.lax.with_sharding_constraint(x, home)
+def _constrain(x: Array, placed: NamedSharding | None) -> Array:
+    return x if placed is None else jax.lax.with_sharding_constraint(x, placed)
 
 
 def block(
@@ -221,7 +219,7 @@ def block(
     lora: lora_module.Adapters | None,
     runtime: Runtime,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """One transformer block; ``index`` is its layer in the cache."""
+    """One transformer block; ``index`` is its layer index in the cache."""
     w = {name: value.astype(x.dtype) for name, value in weights.items()}
     with jax.named_scope("attention_block"):
         n = rms_norm(x, w["attention_norm"], backbone.rms_norm_eps)
@@ -232,20 +230,20 @@ def block(
         q, k, v = (checkpoint_name(x, "projections") for x in (rotate(q, rope), rotate(k, rope), v))
         if cache is not None:
             cache = write(cache, index, start, k, v)
-            if start is not None:  # a fresh cache holds nothing but k and v
+            if start is not None:  # otherwise the cache holds only these k and v
                 k, v = cache.k[index], cache.v[index]
         named = runtime.attention if start is None or runtime.attention in TAKE_START else None
         out = attention(q, k, v, start=start, implementation=named, mesh=runtime.mesh)
         x = x + _project_out(w, lora, out)
     with jax.named_scope("mlp"):
-        slices = platform(runtime.mesh) == "cpu" and runtime.parts == 1
+        slices = platform(runtime.mesh) == "cpu" and runtime.context_shards == 1
         x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps), slices)
     return x, cache
 
 
 def mlp(w: Tree, x: Float[Array, "B T D"], slices: bool) -> Float[Array, "B T D"]:
-    """The gated feed-forward layer. On CPU a long row is taken in ``slices``, whose F wide intermediate results stay in
-    its caches and are recomputed, not kept, for the gradient."""
+    """The gated feed-forward layer. With ``slices`` (on CPU) long rows are processed in slices of tokens, whose F-wide
+    intermediates fit the processor's caches and are rematerialised for the gradient."""
 
     def whole(x):
         hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, w["gate"])) * jnp.einsum("btd,df->btf", x, w["up"])

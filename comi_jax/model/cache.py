@@ -1,4 +1,4 @@
-"""Keys and values of tokens that a block has seen."""
+"""The KV cache of the transformer blocks."""
 
 from typing import Any, no_type_check
 
@@ -13,14 +13,14 @@ from comi_jax.config import Backbone
 @no_type_check
 @struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far; a row's token at position p stands at index p."""
+    """Keys and values of the tokens so far; the token at position p of a row is at index p."""
 
     k: Float[Array, "L B S K H"]
     v: Float[Array, "L B S K H"]
 
 
 def write(cache: KVCache, layer: Int[Array, ""], start: Int[Array, " B"] | None, k: Array, v: Array) -> KVCache:
-    """``cache`` with the keys and values of row b's new tokens at positions start[b], start[b] + 1, ... (None: 0)."""
+    """``cache`` with the new tokens of row b written at positions start[b], start[b] + 1, ... (``start`` None: 0)."""
     batch, length = k.shape[:2]
     if start is None:
         at = (layer, 0, 0, 0, 0)
@@ -38,6 +38,6 @@ def write(cache: KVCache, layer: Int[Array, ""], start: Int[Array, " B"] | None,
 
 
 def empty_cache(backbone: Backbone, layers: int, batch: int, length: int, dtype: Any) -> KVCache:
-    """A cache for ``length`` positions of ``layers`` blocks."""
+    """A cache of ``length`` positions for ``layers`` blocks."""
     shape = (layers, batch, length, backbone.num_key_value_heads, backbone.head_dim)
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))

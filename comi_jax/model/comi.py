@@ -5,7 +5,7 @@
     [memory; embed(Q); embed(answer)] -> decoder -> loss on the answer (9)
 
 The tree has the parts "encoder", "lsa", "decoder", "mig" (the four scalars) and, with adapters, "lora".
-A context is cut into G segments of at most S tokens, which are encoded, compressed and aligned each on its own.
+A context is cut into G segments of at most S tokens; each is encoded, compressed and aligned independently.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,11 @@ from comi_jax.params import Tree
 @no_type_check
 @struct.dataclass
 class Memory:
-    """Aligned memory vectors of all segments, in order; each row's first ``length`` are real.
+    """Aligned memory vectors of all segments, in order; the first ``length`` of each row are real.
 
-    ``aux`` is that of the whole segments, rows in the order of reshape(B * G), and of the rest of each context, if the
-    width leaves any. Where tokens are split over devices, it has as many as a row of the encoder, [context; query].
+    ``aux`` has one entry for the full segments, with rows in the order of reshape(B * G), and one for the shorter last
+    segments, if the width leaves any. If tokens are split over devices, its token axis is that of the encoder's rows,
+    [context; query].
     """
 
     vectors: Float[Array, "B M D"]
@@ -46,19 +47,18 @@ class Memory:
 @no_type_check
 @struct.dataclass
 class EncodedSegments:
-    """The segments of one width S of every context, as the encoder leaves them: one row a segment, those of a context
-    in order."""
+    """Encoder states of all segments of one width S: one row per segment, those of a context in order."""
 
-    states: Float[Array, "CG S D"]  # what stands behind a segment's length means nothing
+    states: Float[Array, "CG S D"]  # undefined beyond a segment's length
     length: Int[Array, "C G"]
-    cache: KVCache | None  # keys and values, for queries; None where each query was encoded with its context
+    cache: KVCache | None  # for encoding queries later; None if each query was encoded with its context
 
 
 @no_type_check
 @struct.dataclass
 class Encoded:
-    """Contexts as the encoder leaves them: all whole segments, then the shorter rest of each context, if the width
-    leaves any. No query changes them: a causal encoder reads the context first."""
+    """Encoded contexts: the full segments, then the shorter last segments, if the width leaves any. They do not depend
+    on the query, as a causal encoder reads the context first."""
 
     segments: tuple[EncodedSegments, ...]
 
@@ -66,18 +66,18 @@ class Encoded:
 @no_type_check
 @struct.dataclass
 class LossSums:
-    """Sums over answer tokens, to be divided by ``tokens`` once every micro-batch and device has added its own."""
+    """Sums over answer tokens, to be divided by ``tokens`` after summing over micro-batches and devices."""
 
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     tokens: Float[Array, ""]
-    vectors: Float[Array, ""] | float = 0.0  # of memory, for the examples that have an answer
+    vectors: Float[Array, ""] | float = 0.0  # memory vectors of the examples that have an answer
 
 
 def join_rows(
     first: Array, first_length: Int[Array, " B"], second: Array, second_length: Int[Array, " B"]
 ) -> tuple[Array, Int[Array, " B"]]:
-    """Rows [first | second | padding] without a gap, from two right-padded arrays [B, X, ...] and [B, Y, ...]."""
+    """Rows [first | second | padding] from two right-padded arrays [B, X, ...] and [B, Y, ...]."""
     x, y = first.shape[1], second.shape[1]
     position = jnp.arange(x + y, dtype=jnp.int32)[None, :]
     behind = position - first_length[:, None]
@@ -97,8 +97,7 @@ def masked_mean(states: Float[Array, "B T D"], first: Int[Array, " B"], count: I
 def encode(
     params: Tree, arch: Architecture, context: Int[Array, "C X"], context_length: Int[Array, " C"], room: int
 ) -> Encoded:
-    """Contexts without any question: their states, and the keys and values of the encoder with ``room`` positions for
-    the tokens of a query."""
+    """Encode contexts without a query. The KV cache has ``room`` more positions, for the tokens of a query."""
     parts = []
     with jax.named_scope("encode"):
         for ids, length in segments(context, context_length, arch.compression.segment_size):
@@ -119,7 +118,7 @@ def query_vectors(
     query: Int[Array, "B Q"],
     query_length: Int[Array, " B"],
 ) -> Float[Array, "BG D"]:
-    """The query vector q̄ (3) of every query after every segment of its context, whose keys and values are there."""
+    """The query vector q̄ (3) of each query, encoded after each segment of its context by means of the KV cache."""
     segment = _segment_of_row(part, query.shape[0])
     query, query_length = (jnp.repeat(x, part.length.shape[1], axis=0) for x in (query, query_length))
     with jax.named_scope("encode"):
@@ -138,27 +137,27 @@ def encode_pairs(
     query: Int[Array, "C Q"],
     query_length: Int[Array, " C"],
 ) -> tuple[EncodedSegments, Float[Array, "CG D"]]:
-    """``encode`` and ``query_vectors`` of one query for each context, in one causal pass over [segment; query], which
-    needs no cache.
+    """``encode`` and ``query_vectors`` for one query per context, in one causal pass over [segment; query] without a
+    cache.
 
-    Where the tokens of a row are split over devices, the states are not cut to the segment, which would move them
-    between devices.
+    If the tokens of a row are split over devices, the states keep the query's positions, as slicing them off would move
+    states between devices.
     """
-    encoder, parts, width = params["encoder"], arch.runtime.parts, context.shape[2]
+    encoder, shards, width = params["encoder"], arch.runtime.context_shards, context.shape[2]
     query, query_length = (jnp.repeat(x, context.shape[1], axis=0) for x in (query, query_length))
     lengths = context_length.reshape(-1)
     with jax.named_scope("encode"):
         rows, _ = join_rows(context.reshape(-1, width), lengths, query, query_length)
-        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % parts)))
+        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % shards)))
         x = lm.embed_tokens(encoder, rows, arch.dtype, arch.runtime)
         states, _ = lm.forward(encoder, x, arch.backbone, runtime=arch.runtime)
         query_vector = masked_mean(states, lengths, query_length)
-        states = states if parts > 1 else states[:, :width]
+        states = states if shards > 1 else states[:, :width]
         return EncodedSegments(states, context_length, None), query_vector
 
 
 def align(params: Tree, arch: Architecture, memory: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
-    """The LSA over merged vectors; with the switch off, the vectors themselves, in the model's dtype."""
+    """The LSA over merged vectors, in the model's dtype; with compression.lsa off, the vectors themselves."""
     memory = memory.astype(arch.dtype)
     if not arch.compression.lsa:
         return memory
@@ -169,7 +168,7 @@ def align(params: Tree, arch: Architecture, memory: Float[Array, "B M D"]) -> Fl
 def join_segments(
     memory: Float[Array, "B G M D"], count: Int[Array, "B G"]
 ) -> tuple[Float[Array, "B GM D"], Int[Array, " B"]]:
-    """The first count[b, g] vectors of every segment, one after another without gaps."""
+    """The first count[b, g] vectors of each segment, concatenated without gaps."""
     batch, segments, slots, width = memory.shape
     ends = jnp.cumsum(count, axis=1)
     position = jnp.arange(segments * slots, dtype=jnp.int32)
@@ -184,8 +183,8 @@ def join_segments(
 def segments(
     context: Int[Array, "C X"], context_length: Int[Array, " C"], size: int
 ) -> list[tuple[Int[Array, "C G S"], Int[Array, "C G"]]]:
-    """Contexts cut after every ``size`` tokens, and the lengths of the segments: first all whole segments, then, if the
-    width leaves a rest, that as one shorter segment of each. What a context has no tokens for is of length 0."""
+    """Contexts cut after every ``size`` tokens, with the lengths of the segments: first all full segments, then, if the
+    width is no multiple of ``size``, the shorter last one. A segment beyond the end of a context has length 0."""
     c, width = context.shape
     whole = width - width % size
     parts = []
@@ -198,10 +197,10 @@ def segments(
 
 
 def memory_of(params: Tree, arch: Architecture, batch: Batch, min_rate: int) -> Memory:
-    """From token ids to the memory the decoder reads. A context that several examples ask about is encoded once;
-    where each has one question, both are encoded in one pass, which gives the same.
+    """The memory of a batch of token ids. A context shared by several examples is encoded once; otherwise context and
+    query are encoded in one pass, with the same result.
 
-    ``min_rate`` is the static lower bound of the rates in the batch; it sets how many slots a segment has.
+    ``min_rate`` is the static lower bound of the rates in the batch; it sets the number of slots of a segment.
     """
     if batch.share > 1:
         encoded = encode(params, arch, batch.context, batch.context_length, room=batch.query.shape[1])
@@ -223,7 +222,7 @@ def remember(
     rate: Int[Array, " B"],
     min_rate: int,
 ) -> Memory:
-    """The memory of contexts for questions: B is a multiple of the number of contexts C, as in Batch."""
+    """The memory of encoded contexts for queries; B is a multiple of the number of contexts C, as in Batch."""
     memories = []
     for part in encoded.segments:
         query_vector = query_vectors(params, arch, part, query, query_length)
@@ -240,8 +239,7 @@ def remember_segments(
     rate: Int[Array, " B"],
     slots: int,
 ) -> Memory:
-    """The segments of one width compressed for every query vector, into ``slots`` vectors each at most, aligned, and
-    joined."""
+    """Compress all segments of one width for each query vector into at most ``slots`` vectors, align and join them."""
     b, g = rate.shape[0], part.length.shape[1]
     states, lengths = part.states, part.length.reshape(-1)
     if states.shape[0] < b * g:
@@ -260,7 +258,7 @@ def remember_segments(
 
 
 def join_memories(memories: Sequence[Memory]) -> Memory:
-    """Memories of the same rows, one after another without gaps."""
+    """Memories of the same rows, concatenated without gaps."""
     memory, *rest = memories
     for last in rest:
         vectors, length = join_rows(memory.vectors, memory.length, last.vectors, last.length)
@@ -269,7 +267,7 @@ def join_memories(memories: Sequence[Memory]) -> Memory:
 
 
 def _segment_of_row(part: EncodedSegments, examples: int) -> Int[Array, " BG"]:
-    """The row of ``part`` for each segment of each example's context."""
+    """The row index into ``part`` for each segment of each example's context."""
     c, g = part.length.shape
     return jnp.repeat(jnp.arange(c * g).reshape(c, g), examples // c, axis=0).reshape(-1)
 
@@ -277,25 +275,25 @@ def _segment_of_row(part: EncodedSegments, examples: int) -> Int[Array, " BG"]:
 def prompt(
     params: Tree, arch: Architecture, memory: Memory, batch: Batch
 ) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
-    """What the decoder reads before it answers: [memory; embed(Q)], and its length."""
+    """The decoder's prompt, [memory; embed(Q)], and its length."""
     query = lm.embed_tokens(params["decoder"], batch.query, arch.dtype, arch.runtime)
     return join_rows(memory.vectors.astype(arch.dtype), memory.length, query, batch.query_length)
 
 
 def adapters(params: Tree, arch: Architecture, dropout_key: Array | None = None) -> lora_module.Adapters | None:
-    """The decoder's adapters, if the model has any."""
+    """The decoder's adapters, or None if the model has none."""
     return lora_module.adapters(params["lora"], arch.lora, dropout_key) if arch.lora.rank else None
 
 
 def answer_logits(
     params: Tree, arch: Architecture, memory: Memory, batch: Batch, dropout_key: Array | None = None
 ) -> Float[Array, "B A V"]:
-    """Logits that predict each answer token, from memory, query and the answer tokens before it; nowhere else."""
+    """The logits that predict each answer token from memory, query and the preceding answer tokens."""
     with jax.named_scope("decode"):
         before, length = prompt(params, arch, memory, batch)
         answer = lm.embed_tokens(params["decoder"], batch.answer, arch.dtype, arch.runtime)
         rows, _ = join_rows(before, length, answer, batch.answer_length)
-        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % arch.runtime.parts), (0, 0)))
+        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % arch.runtime.context_shards), (0, 0)))
         lora = adapters(params, arch, dropout_key)
         states, _ = lm.forward(params["decoder"], rows, arch.backbone, lora=lora, runtime=arch.runtime)
         predicts = length[:, None] - 1 + jnp.arange(batch.answer.shape[1], dtype=jnp.int32)[None, :]
@@ -304,7 +302,7 @@ def answer_logits(
 
 
 def loss(params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_key: Array | None = None) -> LossSums:
-    """(9): next-token cross-entropy on the answer tokens only, summed; also how many were predicted right."""
+    """(9): next-token cross-entropy on the answer tokens, summed, and the number of correct predictions."""
     memory = memory_of(params, arch, batch, min_rate)
     scores = answer_logits(params, arch, memory, batch, dropout_key)
     vectors = jnp.sum(jnp.where(batch.answer_length > 0, memory.length, 0).astype(scores.dtype))

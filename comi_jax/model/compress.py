@@ -1,9 +1,8 @@
-"""COMI's compression, section 4 of the paper: coarse group sizes by MIG, equations (4) to (6), fine merging, (7) and
-(8).
+"""COMI's compression, section 4 of the paper: coarse group sizes by MIG, (4) to (6), and fine merging, (7) and (8).
 
-Everything has a static shape: group sizes are data, carried as one group id per token. Products are summed, and all
-that follows is computed, in float32 at least. Arrays here have S tokens of a context (or of a segment), right-padded,
-and up to M groups. What touches the states themselves, the redundancy and the merge, is in ``kernels``.
+All shapes are static: group sizes are data, carried as one group id per token. Arithmetic is in float32 at least. Rows
+are right-padded segments of S tokens with up to M groups. The two operations that read the states themselves,
+redundancy and merge, are in ``kernels``.
 """
 
 import functools
@@ -28,22 +27,22 @@ WHOLE = Whole()  # rows that are not split over devices
 @no_type_check
 @struct.dataclass
 class Aux:
-    """What led to a memory. Under jit, what nobody reads is not computed."""
+    """The intermediate results behind a memory. Under jit, XLA removes the ones that are not used."""
 
-    group_sizes: Int[Array, "B M"]  # of the m groups in order, zeros among them; zeros behind the m-th
+    group_sizes: Int[Array, "B M"]  # of the m groups in order, some may be empty; 0 after the m-th
     group: Int[Array, "B S"]  # memory slot of every token, -1 for padding
     relevance: Float[Array, "B S"]  # cos to the query vector
     redundancy: Float[Array, "B S"]  # largest cos to another token of the group
     mig: Float[Array, "B S"]  # (1) within the group
     weights: Float[Array, "B S"]  # of the merge; they sum to 1 over each group
-    representative: Int[Array, "B M"] | None  # (4), token index; None with coarse off, as is the next
+    representative: Int[Array, "B M"] | None  # (4), token index; this and the next are None with coarse off
     coarse_mig: Float[Array, "B M"] | None  # (1) among the representatives
 
 
 @no_type_check
 @struct.dataclass
 class Compressed:
-    """Memory vectors: the first mask.sum() slots of each row are real, the rest zero."""
+    """Memory vectors: the first mask.sum() slots of each row are filled, the rest are zero."""
 
     memory: Float[Array, "B M D"]
     mask: Bool[Array, "B M"]
@@ -62,23 +61,23 @@ def compress(
     kernels: str | None = None,
     mesh: Mesh | None = None,
 ) -> Compressed:
-    """Merge each row's first ``lengths`` states into about lengths / rates memory vectors, float32 at least.
+    """Merge the first ``lengths`` states of each row into about lengths / rates memory vectors, in float32 at least.
 
-    ``query`` is the query vector (3), ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine, ``slots``
-    is M, at least max_groups(S, smallest rate), ``kernels`` an implementation of kernels.dispatch. Rates may differ
-    from row to row. A row of length 0 gives no memory.
+    ``query`` is the query vector (3); ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine; ``slots``
+    is M, at least max_groups(S, smallest rate); ``kernels`` is one of kernels.dispatch.NAMES, or None. Each row has its
+    own rate. A row of length 0 gives no memory.
 
-    With a ``mesh`` of several devices each computes its own rows (axes data and fsdp; rows that do not divide are
-    computed by all) and its own part of every row (axis context): see ``sequence``.
+    With a ``mesh`` of several devices, each computes its own rows (axes data and fsdp; rows that do not divide are
+    replicated) and its own shard of every row's tokens (axis context; see ``context_parallel``).
     """
     run = functools.partial(compress_rows, settings=settings, slots=slots, kernels=kernels)
     length = states.shape[1]
     if mesh is not None and mesh.size > 1:
-        parts = mesh.shape["context"]
-        split = Split("context", parts, mesh.axis_names) if parts > 1 else WHOLE
-        states = jnp.pad(states, ((0, 0), (0, -length % parts), (0, 0)))
+        shards = mesh.shape["context"]
+        split = Split("context", shards, mesh.axis_names) if shards > 1 else WHOLE
+        states = jnp.pad(states, ((0, 0), (0, -length % shards), (0, 0)))
         rows = row_axes(states.shape[0], mesh)
-        by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if parts > 1 else None)
+        by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if shards > 1 else None)
         aux = Aux(by_row, by_token, by_token, by_token, by_token, by_token, by_row, by_row)
         run = jax.shard_map(
             functools.partial(run, sequence=split),
@@ -106,8 +105,8 @@ def compress_rows(
     kernels: str | None = None,
     sequence: Whole | Split = WHOLE,
 ) -> Compressed:
-    """Section 4 of the paper on one device: ``compress`` of its own rows, and of its own part of their ``sequence``."""
-    # Padding may hold anything, infinities too, which a cotangent of zero would turn into NaN; the merge leaves it out.
+    """Section 4 of the paper on one device: ``compress`` of the device's own rows and tokens (``sequence``)."""
+    # Padding may hold infinities, whose gradient would be 0 * inf = NaN, so it is zeroed; the merge ignores it.
     position = sequence.position(states.shape[1])
     directions, inverse = mig.directions(jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0))
     relevance = mig.relevance(directions, inverse, query)
@@ -164,7 +163,7 @@ def coarse_sizes(
 def most_relevant(
     relevance: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
 ) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
-    """(4): the index of each group's token of largest relevance (ties: the first), and whether the group exists."""
+    """(4): the index of the most relevant token of each group (ties: the first), and whether the group exists."""
     length = relevance.shape[1]
     position = jnp.arange(length, dtype=jnp.int32)
 
@@ -179,9 +178,8 @@ def most_relevant(
 
 
 def reallocate(gain: Float[Array, "B M"], exists: Bool[Array, "B M"], lengths: Int[Array, " B"]) -> Int[Array, "B M"]:
-    """(5), (6): size_i = floor(n · softmax(−G)_i), the rest one each to the largest fractions (ties: the first).
-
-    The sizes of a row sum to its length exactly.
+    """(5), (6): size_i = floor(n · softmax(−G)_i); the remaining tokens go one each to the groups with the largest
+    fractional parts (ties: the first). The sizes of a row sum to its length exactly.
     """
     share = jax.nn.softmax(jnp.where(exists, -gain, jnp.finfo(gain.dtype).min), axis=1)  # (5)
     quota = jnp.where(exists, lengths.astype(gain.dtype)[:, None] * share, 0.0)  # (6)
@@ -193,7 +191,7 @@ def reallocate(gain: Float[Array, "B M"], exists: Bool[Array, "B M"], lengths: I
 
 
 def equal_sizes(lengths: Int[Array, " B"], rates: Int[Array, " B"], slots: int) -> Int[Array, "B M"]:
-    """Sizes with coarse off: max(1, round(n / r)) groups, halves to even, the first n mod m one larger."""
+    """Sizes with coarse off: m = max(1, round(n / r)) groups, halves rounded to even, the first n mod m one larger."""
     whole, rest = lengths // rates, lengths % rates
     up = (2 * rest > rates) | ((2 * rest == rates) & (whole % 2 == 1))
     groups = jnp.maximum(1, whole + up.astype(lengths.dtype))[:, None]
@@ -205,8 +203,8 @@ def equal_sizes(lengths: Int[Array, " B"], rates: Int[Array, " B"], slots: int) 
 def assign(
     sizes: Int[Array, "B M"], lengths: Int[Array, " B"], length: int
 ) -> tuple[Int[Array, "B S"], Bool[Array, "B M"]]:
-    """Cut tokens left to right into groups of ``sizes``; empty groups take no slot. Returns slots and which are
-    filled."""
+    """Cut tokens left to right into groups of ``sizes``; empty groups take no slot. Returns the slot of each token (-1
+    for padding) and which slots are filled."""
     position = jnp.arange(length, dtype=jnp.int32)
     group = jax.vmap(lambda ends: jnp.searchsorted(ends, position, side="right"))(jnp.cumsum(sizes, axis=1))
     slot = jnp.cumsum((sizes > 0).astype(jnp.int32), axis=1) - 1

@@ -1,12 +1,12 @@
-"""The tokens of a row, on one device or split over several: all that compression asks of tokens elsewhere.
+"""Compression over the tokens of a row on one device (Whole) or split over several (Split).
 
-Split tokens lie in order on the devices of one mesh axis, equally many on each. Numbers (one per token) and the
-representatives' vectors are gathered; vectors of other tokens pass from neighbour to neighbour, as far as a group
-reaches; parts of a group are merged on their devices and joined by their softmax normalizers,
+Split tokens lie in order on the devices of one mesh axis, equally many on each. Per-token scalars and the vectors of
+the representatives are all-gathered; vectors of other tokens pass around a ring, as far as a group reaches. Each device
+merges its part of a group, and the parts are combined by their softmax normalizers,
 
-    h_g = sum_d exp(z_gd - z_g) h_gd,   z_g = log sum_d exp(z_gd)        d the devices that hold tokens of g
+    h_g = sum_d exp(z_gd - z_g) h_gd,   z_g = log sum_d exp(z_gd)        d: the devices that hold tokens of g
 
-so that every result, and every gradient, is what one device computes.
+so that results and gradients equal those of one device.
 """
 
 import dataclasses
@@ -23,30 +23,30 @@ from comi_jax.model import mig
 
 
 class Whole:
-    """All tokens of a row are here."""
+    """All tokens of a row are on this device."""
 
     devices = 1
 
     def position(self, length: int) -> Int[Array, " S"]:
-        """The place in the row of each of the ``length`` tokens that are here."""
+        """The position in the row of each of this device's ``length`` tokens."""
         return jnp.arange(length, dtype=jnp.int32)
 
     def all(self, numbers: Array) -> Array:
-        """Numbers [B, S] of the tokens here, for all tokens of the row."""
+        """Per-token scalars [B, S] of this device, gathered for all tokens of the row."""
         return numbers
 
     def own(self, numbers: Array) -> Array:
-        """The inverse of ``all``."""
+        """The inverse of ``all``: the scalars of this device's tokens."""
         return numbers
 
     def vectors(self, x: Float[Array, "B S D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
-        """The vectors of a few tokens, by their places in the row."""
+        """The vectors of a few tokens, by their positions in the row."""
         return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
     def redundancy(
         self, x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B T"], kernels: str | None
     ) -> Float[Array, "B S"]:
-        """``mig.redundancy`` of the tokens here, among all; ``group`` is of all."""
+        """``mig.redundancy`` of this device's tokens among all tokens of the row; ``group`` covers all of them."""
         return mig.redundancy(x, inverse, group, kernels)
 
     def merge(
@@ -57,17 +57,17 @@ class Whole:
         slots: int,
         kernels: str | None,
     ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
-        """``kernels.merge.merge`` over all tokens; ``group`` is of all."""
+        """``kernels.merge.merge`` over all tokens of the row; ``group`` covers all of them."""
         return merge(x, gain, group, slots, implementation=kernels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The tokens of a row are split over the ``devices`` devices of the mesh axis ``axis``: inside jax.shard_map."""
+    """The tokens of a row are split over the ``devices`` devices of the mesh axis ``axis``; used inside shard_map."""
 
     axis: str
     devices: int
-    mesh_axes: tuple[str, ...]  # of all devices, which go through loops together
+    mesh_axes: tuple[str, ...]  # all axes of the mesh: loops with collectives need one trip count on all devices
 
     def position(self, length: int) -> Int[Array, " S"]:
         return jax.lax.axis_index(self.axis) * length + jnp.arange(length, dtype=jnp.int32)
@@ -112,25 +112,25 @@ class Split:
         return whole, jnp.where(filled, top + jnp.log(total), -jnp.inf)
 
     def _here(self, index, length, device):
-        """Places on ``device`` of the tokens ``index``, and which of them are there."""
+        """The local positions on ``device`` of the tokens ``index``, and which of them it holds."""
         return jnp.clip(index - device * length, 0, length - 1), index // length == device
 
     def _shift(self, tree, step):
-        """What the neighbour ``step`` places before has."""
+        """``tree`` of the device ``step`` places before this one in the ring."""
         ring = [(device, (device + step) % self.devices) for device in range(self.devices)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, self.axis, ring), tree)
 
     def _reach(self, group, length):
-        """How many devices away the farthest token of any group is; the same on all devices."""
+        """The largest distance, in devices, between a token and another one of its group; the same on all devices."""
         (group,) = dispatch.pad_tokens(length, group)
         first, end = dispatch.reach(group, length)
         device = jnp.arange(self.devices, dtype=jnp.int32)[None, :]
         farthest = jnp.maximum(device - first // length, (end - 1) // length - device)
-        farthest = jnp.where(end > 0, farthest, 0)  # the tokens of a device may all be of no group
+        farthest = jnp.where(end > 0, farthest, 0)  # a device whose tokens have no group
         return jax.lax.pmax(jnp.max(farthest), self.mesh_axes)
 
     def _partners(self, x, inverse, group, reach, kernels):
-        """The place in the row of each token's arg-max among its group, -1 where it is alone."""
+        """The position in the row of each token's most similar other token of its group, -1 if it is alone."""
         length, device = x.shape[1], jax.lax.axis_index(self.axis)
         here = (x, inverse, self.own(group))
         value, index = max_cosine(*here, implementation=kernels)
@@ -138,8 +138,8 @@ class Split:
         token = jnp.arange(length, dtype=jnp.int32)
 
         def window(left, right, step):
-            """[left | here | right] as one sequence. What lies beyond the ends of the row is in nobody's group: a
-            group of its own for each token before the first, none behind the last."""
+            """[left | here | right] as one sequence. Tokens that wrapped around the ends of the row must match none:
+            those before the first token get a group each, those after the last none."""
             before, ours, behind = (jnp.where(g < 0, -1, g + length) for g in (left[2], here[2], right[2]))
             before = jnp.where(device >= step, before, token[None, :])
             behind = jnp.where(device + step < self.devices, behind, -1)
@@ -152,9 +152,9 @@ class Split:
             new, at = max_cosine(*window(left, right, step), implementation=kernels)
             new, at = new[:, length : 2 * length], at[:, length : 2 * length]
             side = at // length - 1  # -1, 0, 1 for left, here, right
-            place = (device + side * step) * length + at % length
-            better = (at >= 0) & ((new > value) | ((new == value) & (place < index)))
-            return step + 1, left, right, (jnp.where(better, new, value), jnp.where(better, place, index))
+            position = (device + side * step) * length + at % length
+            better = (at >= 0) & ((new > value) | ((new == value) & (position < index)))
+            return step + 1, left, right, (jnp.where(better, new, value), jnp.where(better, position, index))
 
         start = (jnp.int32(1), here, here, best)
         return jax.lax.while_loop(lambda state: state[0] <= reach, farther, start)[3][1]
@@ -162,13 +162,13 @@ class Split:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fetch(split, x, index, reach):
-    """The vectors [B, S, D] of the tokens ``index`` [B, S] of the row, at most ``reach`` devices away; 0 for -1."""
+    """The vectors [B, S, D] of the row's tokens ``index`` [B, S], at most ``reach`` devices away; 0 for index -1."""
     device, length = jax.lax.axis_index(split.axis), x.shape[1]
 
     def take(out, source, vectors):
-        place, inside = split._here(index, length, source)
+        local, inside = split._here(index, length, source)
         return jnp.where(
-            (inside & (index >= 0))[:, :, None], jnp.take_along_axis(vectors, place[:, :, None], axis=1), out
+            (inside & (index >= 0))[:, :, None], jnp.take_along_axis(vectors, local[:, :, None], axis=1), out
         )
 
     def farther(state):
@@ -185,16 +185,16 @@ def _fetch_forward(split, x, index, reach):
 
 
 def _fetch_backward(split, saved, cotangent):
-    """Sums of what was fetched from each token travel home, collecting the shares of the devices they pass."""
+    """The cotangents of fetched tokens travel back around the ring, summed with those of the devices they pass."""
     index, reach = saved
     device, length = jax.lax.axis_index(split.axis), index.shape[1]
     wide = dispatch.wide(cotangent)
     rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
 
     def give(total, source):
-        place, inside = split._here(index, length, source)
-        share = jnp.where((inside & (index >= 0))[:, :, None], cotangent, 0).astype(wide)
-        return total.at[rows, place].add(share)
+        local, inside = split._here(index, length, source)
+        own = jnp.where((inside & (index >= 0))[:, :, None], cotangent, 0).astype(wide)
+        return total.at[rows, local].add(own)
 
     def nearer(state):
         step, left, right = state

@@ -1,8 +1,8 @@
-"""Floating-point operations of the model's own arithmetic, counted from its shapes: no recomputation, no padding.
+"""Model FLOP, counted from shapes, without rematerialisation and padding.
 
-A matrix product of [a, b] and [b, c] is 2abc; causal attention over T tokens is half of 2 · 2T²NH. A trained matrix
-costs the backward pass twice its forward product (its own gradient and its input's), a frozen one once. Norms,
-rotations, softmax and the embedding lookup are left out: together they are below one percent.
+A matrix product of [a, b] and [b, c] is 2abc; causal attention over T tokens is half of 2 · 2T²NH. In the backward pass
+a trained matrix costs twice its forward product (the gradients of the matrix and of its input), a frozen one once.
+Norms, rotations, softmax and the embedding lookup are left out: together they are below one percent.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from comi_jax.model.architecture import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Real tokens of one example and the rate it is compressed at."""
+    """Token counts of one example, without padding, and its compression rate."""
 
     context: int
     query: int
@@ -23,7 +23,7 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Operations of one example, forward and backward, in FLOP."""
+    """FLOP of one example."""
 
     forward: float
     backward: float = 0.0
@@ -48,9 +48,10 @@ def mlp_weights(backbone: Backbone) -> int:
 
 
 def blocks(backbone: Backbone, layers: int, tokens: int, trained: tuple[bool, bool]) -> Cost:
-    """``layers`` blocks over one row of ``tokens``, causal; ``trained``: attention matrices, feed-forward."""
+    """``layers`` causal blocks over a row of ``tokens``. ``trained``: whether the attention matrices are, and the
+    feed-forward's."""
     width = backbone.num_attention_heads * backbone.head_dim
-    scores = 2.0 * layers * tokens**2 * width  # q·k and weights·v, half of each
+    scores = 2.0 * layers * tokens**2 * width  # q·k and weights·v, half of each as it is causal
     cost = Cost(scores, 2 * scores)
     for weights, has_gradient in zip((attention_weights(backbone), mlp_weights(backbone)), trained, strict=True):
         product = 2.0 * layers * tokens * weights
@@ -59,18 +60,18 @@ def blocks(backbone: Backbone, layers: int, tokens: int, trained: tuple[bool, bo
 
 
 def head(backbone: Backbone, positions: int) -> Cost:
-    """The vocabulary projection at ``positions``; it is frozen."""
+    """The vocabulary projection, which is frozen, at ``positions``."""
     product = 2.0 * positions * backbone.hidden_size * backbone.vocab_size
     return Cost(product, product)
 
 
 def memory_length(arch: Architecture, lengths: Lengths) -> int:
-    """Memory vectors of a context, empty groups aside."""
+    """The number of memory vectors of a context, not counting that groups may be empty."""
     return sum(max_groups(segment, lengths.rate) for segment in arch.compression.segments(lengths.context))
 
 
 def by_part(arch: Architecture, lengths: Lengths) -> dict[str, Cost]:
-    """Operations of one training example in each part of the model."""
+    """FLOP of one training example by part of the model."""
     backbone, settings = arch.backbone, arch.compression
     parts = settings.segments(lengths.context)
     memory = memory_length(arch, lengths)
@@ -101,12 +102,12 @@ def adapters(arch: Architecture, tokens: int) -> Cost:
 
 
 def train_step(arch: Architecture, lengths: Lengths) -> float:
-    """FLOP of one example's loss and gradients; what model FLOP utilisation is measured by."""
+    """FLOP of one example's loss and gradients, as used for model FLOP utilisation."""
     return sum(cost.total for cost in by_part(arch, lengths).values())
 
 
 def shared(arch: Architecture, lengths: Lengths, share: int) -> Cost:
-    """Operations of one training example where ``share`` examples ask about a context, which is encoded once."""
+    """FLOP of one training example if ``share`` examples share each context, which is encoded once."""
     parts = by_part(arch, lengths)
     context = by_part(arch, dataclasses.replace(lengths, query=0, answer=0))["encoder"]
     again = 1 / share - 1
@@ -120,7 +121,7 @@ def compress(arch: Architecture, lengths: Lengths) -> float:
 
 
 def answer(arch: Architecture, lengths: Lengths, new_tokens: int) -> float:
-    """FLOP of reading memory and query and generating ``new_tokens``, once compressed."""
+    """FLOP of prefilling memory and query and generating ``new_tokens``, without the compression."""
     backbone, rows = arch.backbone, memory_length(arch, lengths) + lengths.query
     layers, heads = backbone.num_hidden_layers, backbone.num_attention_heads * backbone.head_dim
     weights = layers * (attention_weights(backbone) + mlp_weights(backbone))

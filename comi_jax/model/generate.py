@@ -1,5 +1,4 @@
-"""Greedy decoding from memory in one jitted call: prefill over [memory; embed(Q)], then one token at a time from a KV
-cache."""
+"""Greedy decoding in one jitted call: prefill over [memory; embed(Q)], then one token at a time with a KV cache."""
 
 from typing import no_type_check
 
@@ -19,7 +18,7 @@ from comi_jax.params import Tree
 @no_type_check
 @struct.dataclass
 class Generated:
-    """Token ids, each row's first ``length`` real: up to and with the end-of-sequence token where it came."""
+    """Token ids. The first ``length`` of each row are real, including the end-of-sequence token if it was generated."""
 
     ids: Int[Array, "B A"]
     length: Int[Array, " B"]
@@ -38,8 +37,8 @@ def greedy(
     options: Generation,
     stop: tuple[int, ...],
 ) -> Generated:
-    """The decoder's most likely continuation of embedded ``prompt`` rows, token by token, until one of ``stop`` or
-    ``options.max_new_tokens``. A row's result does not depend on the other rows."""
+    """Greedy continuation of embedded ``prompt`` rows, until one of the tokens ``stop`` or ``options.max_new_tokens``.
+    A row's result does not depend on the other rows."""
     decoder, new = params["decoder"], options.max_new_tokens
     batch, length, _ = prompt.shape
     lora = adapters(params, arch)
@@ -51,7 +50,7 @@ def greedy(
     stops = jnp.array(stop, jnp.int32)
 
     def choose(states, step, seen, done, ids, count):
-        """Write the token that follows ``states`` at place ``step`` of every row that is not done."""
+        """Pick the token that follows ``states`` and write it at index ``step`` of each unfinished row."""
         scores = penalize(lm.logits(decoder, states), seen, options.repetition_penalty)
         token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         ids = ids.at[:, step].set(jnp.where(done, 0, token))

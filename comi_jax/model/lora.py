@@ -1,6 +1,6 @@
-"""Low-rank adapters on the attention projections, as a second small tree beside the weights they adapt.
+"""Low-rank adapters on the attention projections, in a tree of their own beside the weights they adapt.
 
-y = x W + (alpha / R) dropout(x) A B      with A [D_in, R], B [R, D_out], B zero at the start
+y = x W + (alpha / R) dropout(x) A B      with A [D_in, R], B [R, D_out], B initialised to zero
 """
 
 from typing import Any, no_type_check
@@ -22,13 +22,13 @@ class Adapters:
     """The adapters of a stack of layers (or of one layer, inside a scan) and how to apply them."""
 
     weights: dict[str, Any]  # {"q": {"a": [L, D_in, R], "b": [L, R, D_out]}, ...}
-    keys: Array | None  # one random key a layer for dropout; None: no dropout
+    keys: Array | None  # one dropout key per layer; None: no dropout
     scale: float = struct.field(pytree_node=False)
     dropout: float = struct.field(pytree_node=False, default=0.0)
 
 
 def specs(backbone: Backbone, lora: Lora) -> dict[str, Any]:
-    """The spec tree of the adapters of all of ``backbone``'s layers."""
+    """The spec tree of the adapters on all layers of ``backbone``."""
     d, h = backbone.hidden_size, backbone.head_dim
     q, kv = backbone.num_attention_heads * h, backbone.num_key_value_heads * h
     sizes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d)}
@@ -44,14 +44,14 @@ def specs(backbone: Backbone, lora: Lora) -> dict[str, Any]:
 
 
 def adapters(weights: Tree, lora: Lora, dropout_key: Array | None = None) -> Adapters:
-    """``weights`` ready for ``backbone.forward``; with a key, their inputs are dropped out (training)."""
+    """``weights`` in the form that ``backbone.forward`` takes; with a key, dropout acts on their inputs."""
     layers = next(iter(weights.values()))["a"].shape[0]
     keys = None if dropout_key is None or lora.dropout == 0 else jax.random.split(dropout_key, layers)
     return Adapters(dict(weights), keys, lora.scale, lora.dropout)
 
 
 def apply(adapters: Adapters, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T out"]:
-    """The low-rank term that is added to projection ``name``, one of the adapted ones, of one layer's input ``x``."""
+    """The low-rank term of the adapted projection ``name`` for one layer's input ``x``."""
     a, b = (adapters.weights[name][part].astype(x.dtype) for part in ("a", "b"))
     if adapters.keys is not None:
         key = jax.random.fold_in(adapters.keys, TARGETS.index(name))
@@ -61,7 +61,7 @@ def apply(adapters: Adapters, name: str, x: Float[Array, "B T D"]) -> Float[Arra
 
 
 def merge(layers: Tree, weights: Tree, lora: Lora) -> dict[str, Any]:
-    """The stacked ``layers`` with every adapted projection W replaced by W + scale · A B, computed in float32."""
+    """The stacked ``layers`` with each adapted projection W replaced by W + scale · A B, computed in float32."""
     merged = dict(layers)
     for name, pair in weights.items():
         a, b = (pair[part].astype(jnp.float32) for part in ("a", "b"))

@@ -1,4 +1,4 @@
-"""Marginal information gain, the paper's equation (1): what a token tells about the query that others do not tell too.
+"""Marginal information gain, the paper's equation (1): relevance to the query minus redundancy with other tokens.
 
 G_i = α · cos(x_i, q̄) − β · max_{j ∈ S, j ≠ i} cos(x_i, x_j)
 """
@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Int
 from comi_jax.kernels.redundancy import max_cosine
 
 EPSILON = 1e-12  # cos(a, b) = a·b / (max(‖a‖, ε) max(‖b‖, ε))
-LARGE = 2.0**48  # entries up to here have squares, and sums of a million of them, in float32's range
-SHRINK = 2.0**-80  # what larger ones are multiplied by; exact, and a direction does not change
+LARGE = 2.0**48  # a million squares of entries up to here still sum to a finite float32
+SHRINK = 2.0**-80  # factor for larger ones; a power of two, so the direction stays exact
 
 
 def directions(x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
-    """Vectors x', as long as x unless that is beyond reason, and 1 / max(‖x'‖, ε) in float32 at least.
+    """x', which is x scaled down if its entries are huge, and 1 / max(‖x'‖, ε) in float32 at least.
 
-    cos(a, b) is then a'·b' times both inverses, without a normalised, and in bfloat16 rounded, copy of the vectors.
+    cos(a, b) is then a'·b' times both inverse norms, which avoids a normalised copy, rounded to bfloat16, of x.
     """
     wide = np.promote_types(x.dtype, jnp.float32)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True)).astype(wide)
@@ -30,7 +30,7 @@ def directions(x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch D"], F
 def relevance(
     x: Float[Array, "B S D"], inverse: Float[Array, "B S"], query: Float[Array, "B D"]
 ) -> Float[Array, "B S"]:
-    """cos(x_i, q̄) of every token, given by its direction, with the query vector of its example."""
+    """cos(x_i, q̄) of each token with its example's query vector; ``x`` and ``inverse`` as ``directions`` gives them."""
     query, query_inverse = directions(query.astype(inverse.dtype))
     return jnp.sum(x.astype(inverse.dtype) * (query * query_inverse[:, None])[:, None, :], axis=2) * inverse
 
@@ -41,8 +41,7 @@ def redundancy(
     group: Int[Array, "B S"],
     implementation: str | None = None,
 ) -> Float[Array, "B S"]:
-    """max_{j≠i} cos(x_i, x_j) over the other tokens of i's group; 0 for a token alone in its group or of no group
-    (-1)."""
+    """max_{j≠i} cos(x_i, x_j) over the other tokens of i's group; 0 for a token that is alone or in no group (-1)."""
     return max_cosine(x, inverse, group, implementation=implementation)[0]
 
 

@@ -1,24 +1,25 @@
-"""What of a block is kept for the backward pass, and what is computed again."""
+"""Rematerialisation policies: what a block keeps for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-# What of a block is kept for the backward pass beside its input; the rest is computed again.
+# What is kept besides the block's input; the rest is recomputed.
 REMAT = {
     "off": None,  # everything
     "projections": ("attention", "projections"),  # all but the feed-forward layer
-    "attention": ("attention",),  # what costs most to compute again; nothing of size T x T is kept with it
+    "attention": ("attention",),  # the most expensive to recompute, and nothing of size T x T
     "full": (),
-    "offload": ("attention", "input"),  # kept in the host's memory
+    "offload": ("attention", "input"),  # kept in host memory
 }
 
 
 def remat_policy(name: str) -> Callable[..., Any]:
-    """Which intermediate results of a block are kept, for jax.checkpoint, by a name of REMAT.
+    """The policy for jax.checkpoint by a name of REMAT.
 
-    cuDNN's results carry no name and are known by their primitive; they stay on the device under "offload" too.
+    cuDNN's results carry no checkpoint name and are matched by their primitive; even "offload" keeps them on the
+    device.
     """
     names = list(REMAT[name] or ())
     policies = jax.checkpoint_policies
