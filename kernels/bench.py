@@ -1,9 +1,9 @@
-"""Time, traffic and memory of the compression kernels here: ``python -m comi_jax.kernels.bench [--tokens N ...]``.
+"""Time, traffic and memory of the compression kernels on this machine: ``python -m comi_jax.kernels.bench``.
 
-Random states of ``--width`` in bfloat16 (float32 on CPU), groups of about ``--rate`` tokens. Bytes are those that must
-be moved at least: every state read once, every result written once; FLOPs those of the cosines within groups and of
-the weighted sums. The share is of the bandwidth that rewriting the states in place reaches in the same run. Peak memory
-is what the compiled program holds at once: input, result and the temporaries, which are also given alone.
+Random states of ``--width`` in bfloat16 (float32 on CPU), in groups of about ``--rate`` tokens. MB is the minimum
+traffic: each state read once, each result written once. FLOP are those of the cosines within groups and of the weighted
+sums. "of copy" is relative to the bandwidth of rewriting the states in place in the same run. Peak memory is input,
+result and temporaries of the compiled program; the temporaries are also listed alone.
 """
 
 import argparse
@@ -27,18 +27,18 @@ HEAD = (
     "by",
     "tokens",
     "time, ms",
-    "x last size",
+    "x previous",
     "MB",
     "GFLOP",
     "GB/s",
-    "share",
+    "of copy",
     "peak, MB",
     "temporaries",
 )
 
 
 def groups(tokens: int, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Group ids of ``tokens`` tokens, in groups of between 1 and 2 · ``rate`` - 1."""
+    """Group ids of ``tokens`` tokens, in groups of 1 to 2 · ``rate`` - 1 tokens."""
     sizes = rng.integers(1, 2 * rate, 1 + 2 * tokens // rate)
     while sizes.sum() < tokens:
         sizes = np.concatenate([sizes, sizes])
@@ -46,7 +46,7 @@ def groups(tokens: int, rate: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def work(kernel: str, backward: bool, name: str, slots: int) -> Callable[..., Any]:
-    """One of the two kernels, forward or with its gradient."""
+    """One of the two kernels, forward or with its gradients."""
 
     def forward(x, numbers, group):
         if kernel == "redundancy":
@@ -60,7 +60,7 @@ def work(kernel: str, backward: bool, name: str, slots: int) -> Callable[..., An
 
 
 def seconds(function: Callable[..., Any], arguments: tuple[jax.Array, ...], runs: int) -> float:
-    """Median of ``runs`` after one that is not counted."""
+    """The median of ``runs`` timed runs after a warm-up."""
     taken = []
     for _ in range(runs + 1):
         since = time.perf_counter()
@@ -70,7 +70,7 @@ def seconds(function: Callable[..., Any], arguments: tuple[jax.Array, ...], runs
 
 
 def seconds_in_place(x: jax.Array, runs: int) -> float:
-    """Median time of reading and writing all of ``x``; in place, as new memory costs a CPU more than writing does."""
+    """The median time of rewriting all of ``x`` in place, as on CPU allocating memory is slower than writing to it."""
     negate, taken = jax.jit(lambda x: -x, donate_argnums=0), []
     x = jax.block_until_ready(negate(x + 0))
     for _ in range(runs):
@@ -81,14 +81,16 @@ def seconds_in_place(x: jax.Array, runs: int) -> float:
 
 
 def main() -> None:
-    """Measure everything that this machine can run and print the table."""
+    """Time both kernels, forward and backward, at each size, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768, 131_072])
     parser.add_argument("--width", type=int, default=3584)
     parser.add_argument("--rate", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--by", nargs="+", choices=dispatch.NAMES, help="implementations; the device's own and xla")
+    parser.add_argument(
+        "--by", nargs="+", choices=dispatch.NAMES, help="implementations (default: the device's and xla)"
+    )
     given = parser.parse_args()
     backend = jax.default_backend()
     dtype = jnp.dtype(given.dtype or ("float32" if backend == "cpu" else "bfloat16"))
@@ -111,7 +113,7 @@ def main() -> None:
             for name in names:
                 for part in ("forward", "+ backward"):
                     backward = part != "forward"
-                    # Backward: the states again, and their gradient.
+                    # The backward pass reads the states again and writes their gradient.
                     must = (x.nbytes + out + 8 * tokens) + backward * (2 * x.nbytes + out)
                     step = jax.jit(work(kernel, backward, name, slots)).lower(*arguments).compile()
                     took = seconds(step, arguments, given.runs)
@@ -125,7 +127,7 @@ def main() -> None:
                         f"{(3 if backward else 1) * flops / 1e9:.1f}", f"{must / took / 1e9:.1f}",
                         f"{must / took / copied:.0%}", f"{peak / 1e6:.0f}", f"{extra / 1e6:.1f}",
                     ), flush=True)  # fmt: skip
-    print(f"rewriting the states of the last size: {copied / 1e9:.1f} GB/s")
+    print(f"rewriting the states in place, last size: {copied / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":

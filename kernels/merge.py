@@ -3,8 +3,8 @@
     w_k = softmax_{k in g}(gain_k)        (7)
     h_g = sum_{k in g} w_k x_k            (7), (8)
 
-One pass over the states. ``merge_tpu`` and ``merge_gpu`` are the Pallas kernels. Relevance is not part of them: the
-coarse stage needs it before there are groups, so it is taken with the lengths of the states, in their first pass.
+One pass over the states. ``merge_tpu`` and ``merge_gpu`` are the Pallas kernels. Relevance is not fused in: the coarse
+stage needs it before the groups exist, so an earlier pass computes it with the norms of the states.
 """
 
 import functools
@@ -21,11 +21,11 @@ PRECISION = jax.lax.Precision.HIGHEST
 def merge_reference(
     x: Float[Array, "B S D"], gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
-    """The definition, with the whole [M, S] matrix: what every implementation is held against."""
+    """The definition, with the whole [M, S] matrix: the reference for every implementation."""
     member = group[:, None, :] == jnp.arange(slots, dtype=group.dtype)[None, :, None]
     gain = jnp.where(member, gain[:, None, :], -jnp.inf)
     weight = jax.nn.softmax(gain, axis=2)
-    weight = jnp.where(jnp.isnan(weight), 0.0, weight)  # of slots that are empty, or whose gains are all -inf
+    weight = jnp.where(jnp.isnan(weight), 0.0, weight)  # for slots that are empty, or whose gains are all -inf
     normalizer = jax.nn.logsumexp(gain, axis=2)
     return jnp.einsum("bms,bsd->bmd", weight, x.astype(dispatch.wide(x)), precision=PRECISION), normalizer
 
@@ -38,16 +38,16 @@ def merge(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
-    """One vector for each of ``slots`` groups, in float32 at least, and log sum exp of the gains in it.
+    """The merged vector of each of ``slots`` groups, in float32 at least, and the log-sum-exp of the group's gains.
 
-    ``group`` never decreases along a row and is below ``slots``; -1, at the end of a row only, marks tokens of no
-    group, which may hold anything. An empty slot, or one whose gains are all -inf, has the vector 0 and -inf.
-    ``implementation`` is one of dispatch.NAMES, or None for the device's own.
+    ``group`` is non-decreasing along a row and below ``slots``; -1, at the end of a row only, marks tokens of no group,
+    whose values are ignored. A slot that is empty, or whose gains are all -inf, gives the vector 0 and -inf.
+    ``implementation`` is one of dispatch.NAMES, or None for the device's default.
 
-    A group that is split over devices: merge each part, then its parts, with the second result as their gain.
+    For a group that is split over devices, merge each part, then the parts, with the second result as their gain.
 
     Raises:
-        ValueError: an unknown implementation, or one that cannot do what is asked.
+        ValueError: an unknown implementation, or one that does not support the dtype.
     """
     implementation = dispatch.choose("merge", implementation, x.dtype)
     with jax.named_scope("merge"):
@@ -57,7 +57,7 @@ def merge(
 def weights(
     gain: Float[Array, "B S"], normalizer: Float[Array, "B M"], group: Int[Array, "B S"]
 ) -> Float[Array, "B S"]:
-    """(7): each token's share of its group, from the second result of ``merge``; 0 for tokens of no group."""
+    """(7): each token's weight in its group, from the second result of ``merge``; 0 for tokens of no group."""
     inside = group >= 0
     own = jnp.take_along_axis(normalizer, jnp.maximum(group, 0), axis=1)
     return jnp.where(inside, jnp.exp(jnp.where(inside, gain.astype(own.dtype) - own, 0.0)), 0.0)
@@ -104,23 +104,23 @@ _merge.defvjp(_forward, _backward)
 
 
 def _scattered(x, gain, group, slots):
-    """Plain XLA: the softmax over the whole row, then tile by tile weighted states added into their slots."""
-    group = jnp.where(group < 0, slots, group)  # what lies outside is dropped; a negative index would count backwards
+    """Plain XLA: softmax weights for the whole row, then weighted states scatter-added into their slots, by parts."""
+    group = jnp.where(group < 0, slots, group)  # out-of-range indices are dropped; negative ones would wrap around
 
     def row(gain, group):
         top = jax.ops.segment_max(gain, group, slots, indices_are_sorted=True)
         top = jnp.where(top > -jnp.inf, top, 0.0)
         power = jnp.exp(gain - top.at[group].get(mode="fill", fill_value=jnp.inf))
         total = jax.ops.segment_sum(power, group, slots, indices_are_sorted=True)
-        share = power / jnp.where(total > 0, total, 1.0).at[group].get(mode="fill", fill_value=1.0)
-        return share, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+        weight = power / jnp.where(total > 0, total, 1.0).at[group].get(mode="fill", fill_value=1.0)
+        return weight, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
-    share, normalizer = jax.vmap(row)(gain, group)
+    weight, normalizer = jax.vmap(row)(gain, group)
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
 
     def add(part, memory):
-        weighted = part.fresh(share)[:, :, None] * part.of(x).astype(share.dtype)
+        weighted = part.fresh(weight)[:, :, None] * part.of(x).astype(weight.dtype)
         return memory.at[rows, part.of(group)].add(weighted, mode="drop")
 
-    nothing = jnp.zeros((x.shape[0], slots, x.shape[2]), share.dtype)
+    nothing = jnp.zeros((x.shape[0], slots, x.shape[2]), weight.dtype)
     return dispatch.by_parts(x.shape[1], "xla", add, nothing), normalizer

@@ -1,6 +1,6 @@
-"""Group softmax merge on GPU: Pallas with Triton; a program per slot and part of the width runs over the slot's tokens.
+"""Group softmax merge on GPU: Pallas with Triton; one program per slot and part of the width loops over its tokens.
 
-A group's states are read once, in rows that lie together; its gains, 4 bytes a token, by every program of the slot.
+The states of a group are read once, in contiguous rows; its gains, 4 bytes per token, by each program of the slot.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels import dispatch
 
-TOKENS = 32  # of a step
+TOKENS = 32  # per step
 PART = 256  # of the width
 
 

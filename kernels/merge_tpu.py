@@ -1,8 +1,8 @@
-"""Group softmax merge on TPU: Pallas with Mosaic, the boundaries of the groups by scalar prefetch.
+"""Group softmax merge on TPU: Pallas with Mosaic, with group boundaries as scalar-prefetch arguments.
 
-The grid is (row of the batch, tile of slots, step). In step k a tile of slots meets the k-th of the token tiles that
-hold its groups: a running softmax, and a product of [slots, tokens] weights with the states. Weights are split into
-three bfloat16 parts, which together are exact, so that bfloat16 states are multiplied as they are.
+The grid is (row of the batch, slot tile, step). Step k processes the k-th token tile that holds tokens of the slot
+tile's groups: an online softmax, and a product of [slots, tokens] weights with the states. Weights are split into three
+bfloat16 terms, whose sum is exact, so that bfloat16 states need no conversion.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels import dispatch
 
-TOKENS = 128  # of a tile
+TOKENS = 128  # per tile
 SLOTS = 128
-VMEM = 8 * 2**20  # bytes for what is double-buffered: half of what a kernel gets by default
+VMEM = 8 * 2**20  # bytes for double-buffered blocks: half of a kernel's default limit
 
 
 def merge(
@@ -30,7 +30,7 @@ def merge(
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
     """As ``merge.merge``."""
     batch, _, width = x.shape
-    # x itself is not padded: what a tile reads behind its end has no group, and is set to 0.
+    # x itself is not padded: what a tile reads beyond its end has no group and is set to 0.
     gain, group = dispatch.pad_tokens(TOKENS, gain, group)
     tiles = -(-slots // SLOTS)
     border = jnp.minimum(jnp.arange(tiles + 1, dtype=jnp.int32) * SLOTS, slots)
@@ -74,7 +74,7 @@ def merge(
 
 
 def _kernel(first, last, gain, group, x, memory, normalizer, top, total):
-    """One tile of slots against one tile of tokens."""
+    """One slot tile with one token tile."""
     b, i, k = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(k == 0)
@@ -109,7 +109,7 @@ def _kernel(first, last, gain, group, x, memory, normalizer, top, total):
 
 
 def _product(weight, states):
-    """weight @ states, [slots, tokens] float32 with [tokens, width], as exact as float32 sums are."""
+    """weight @ states, [slots, tokens] float32 times [tokens, width], in float32 precision."""
     if states.dtype == jnp.float32:
         return jax.lax.dot(weight, states, precision=jax.lax.Precision.HIGHEST)
     parts, rest = [], weight

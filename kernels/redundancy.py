@@ -1,10 +1,10 @@
-"""Segment-wise redundancy: for every token, the largest cosine to another token of its own group, and which one.
+"""Segment-wise redundancy: for each token, the largest cosine to another token of its group, and that token's index.
 
     redundancy_i = max_{j in group(i), j != i}  (x_i . x_j) / (|x_i| |x_j|)
 
-Groups are contiguous, so all partners of a token lie near it: tiles of tokens meet the few tiles that their groups
-reach. How far that is, is data. No implementation holds more than a tile of cosines beyond its input (plain XLA also a
-padded copy, unless the tokens are a whole number of tiles), and the backward pass follows the arg-max alone.
+Groups are contiguous, so a token's partners are near it: each tile of tokens is multiplied only with the tiles that its
+groups overlap, a data-dependent number. No implementation holds more than one tile of cosines besides its input (plain
+XLA also a padded copy, unless the tokens are a multiple of the tile), and gradients flow to the arg-max alone.
 ``redundancy_tpu`` and ``redundancy_gpu`` are the Pallas kernels.
 """
 
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels import dispatch
 
-TILE = 32  # of the loop over pairs of tiles; CPU caches like it, and groups are not much longer
+TILE = 32  # tokens of a tile; fits CPU caches, and groups are not much longer
 PRECISION = jax.lax.Precision.HIGHEST  # float32 means float32: the default is TF32 on a GPU, bfloat16 on a TPU
 
 
 def max_cosine_reference(
     x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
-    """The definition, with the whole [S, S] matrix: what every implementation is held against."""
+    """The definition, with the whole [S, S] matrix: the reference for every implementation."""
     wide = x.astype(dispatch.wide(x))
     cosine = jnp.einsum("bid,bjd->bij", wide, wide, precision=PRECISION) * (inverse[:, :, None] * inverse[:, None, :])
     same = (group[:, :, None] == group[:, None, :]) & (group >= 0)[:, :, None] & ~jnp.eye(x.shape[1], dtype=bool)[None]
@@ -40,18 +40,18 @@ def max_cosine(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
-    """The largest cosine of every token with another one of its group, and the index of that one.
+    """The largest cosine of each token with another token of its group, and the index of that token.
 
-    ``inverse`` is one over the length of every x, in float32 (float64 for a float64 x). Products are exact and summed
-    in float32, bfloat16 inputs included. ``group`` never decreases along a row; numbers may be left out; -1, at the end
-    of a row only, marks tokens of no group, which may hold anything. A token without partner gets value 0 and index
-    -1. Ties go to the lowest index, and so does their gradient. ``implementation`` is one of dispatch.NAMES, or None
-    for the device's own.
+    ``inverse`` is 1 / ‖x‖ per token, in float32 (float64 for a float64 x). Products are exact and summed in float32,
+    for bfloat16 inputs too. ``group`` is non-decreasing along a row, with gaps allowed; -1, at the end of a row only,
+    marks tokens of no group, whose values are ignored. A token without a partner gets value 0 and index -1. Ties go to
+    the lowest index, and their gradient too. ``implementation`` is one of dispatch.NAMES, or None for the device's
+    default.
 
-    A sequence that is split over devices: give each a window of whole groups around its own tokens, keep its own.
+    For a sequence that is split over devices, pass each a window of whole groups around its own tokens.
 
     Raises:
-        ValueError: an unknown implementation, or one that cannot do what is asked.
+        ValueError: an unknown implementation, or one that does not support the dtype.
     """
     implementation = dispatch.choose("redundancy", implementation, x.dtype)
     with jax.named_scope("redundancy"):
@@ -77,8 +77,8 @@ def _forward(x, inverse, group, implementation):
 
 
 def _backward(implementation, saved, cotangents):
-    """d x_i += c_i x_p / (|x_i| |x_p|) and d x_p += c_i x_i / (|x_i| |x_p|) for the partner p of i; the same for the
-    inverses."""
+    """d x_i += c_i x_p / (|x_i| |x_p|) and d x_p += c_i x_i / (|x_i| |x_p|) for the partner p of i; similarly for
+    ``inverse``."""
     x, inverse, index = saved
     partner, wide = jnp.maximum(index, 0), inverse.dtype
     pull = jnp.where(index >= 0, cotangents[0], 0.0)
@@ -87,7 +87,7 @@ def _backward(implementation, saved, cotangents):
     def add(part, totals):
         to_x, to_inverse = totals
         at, own, c = part.of(partner), part.of(inverse), part.fresh(pull)
-        paired = (part.of(index) >= 0)[:, :, None]  # the others, which may hold anything, pull with 0
+        paired = (part.of(index) >= 0)[:, :, None]  # other tokens may hold infinities, and 0 * inf is NaN
         mine, others = (jnp.where(paired, a, 0).astype(wide) for a in (part.of(x), x[rows, at]))
         their = inverse[rows, at]
         scale = (c * own * their)[:, :, None]
@@ -104,15 +104,15 @@ _max_cosine.defvjp(_forward, _backward)
 
 
 def _tiled(x, inverse, group):
-    """Plain XLA: every pair of tiles that a group joins is multiplied once and folded into the maxima of both.
+    """Plain XLA: each pair of tiles that share a group is multiplied once and folded into the maxima of both.
 
-    Values and indices, which float32 holds up to 16 million, stand in one array: of two, XLA copies both in full
-    at every turn of the loop, which makes it quadratic.
+    Values and indices (exact in float32 up to 16 million) are in one array: with two, XLA would copy both in full in
+    each iteration, which is quadratic.
     """
     batch, length, _ = x.shape
     x, inverse, group = dispatch.pad_tokens(TILE, x, inverse, group)
     tiles, wide = x.shape[1] // TILE, inverse.dtype
-    end = jnp.max(-(-dispatch.reach(group, TILE)[1] // TILE), axis=0)  # one past the last tile that a row's tile meets
+    end = jnp.max(-(-dispatch.reach(group, TILE)[1] // TILE), axis=0)  # one past the last tile to multiply with
     inside = jnp.arange(TILE, dtype=jnp.int32)
 
     def at(array, tile):
@@ -122,8 +122,7 @@ def _tiled(x, inverse, group):
         return jax.lax.dynamic_update_slice_in_dim(array, values, tile * TILE, axis=1)
 
     def fold(best, cosine, axis, tile):
-        """``best`` of some tokens, with the maxima of their cosines to the tokens of ``tile``, which are along
-        ``axis``."""
+        """``best``, updated by the cosines to the tokens of ``tile``, which lie along ``axis``."""
         value = jnp.max(cosine, axis=axis)
         index = (tile * TILE + jnp.argmax(cosine, axis=axis).astype(jnp.int32)).astype(wide)
         better = (value > best[..., 0]) | ((value == best[..., 0]) & (index < best[..., 1]))

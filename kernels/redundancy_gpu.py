@@ -1,8 +1,8 @@
-"""Redundancy on GPU: Pallas with Triton; a program per tile of tokens runs over the column tiles its groups reach.
+"""Redundancy on GPU: Pallas with Triton; one program per token tile loops over the column tiles its groups overlap.
 
-Triton rather than Mosaic GPU: it compiles for every NVIDIA card since Ampere, and ahead of time on a machine without
-one, where Mosaic GPU of jax 0.10 needs Hopper and does not lower. Column tiles are shared by neighbouring programs and
-come from the L2 cache, so main memory is read about once.
+Triton, because it compiles for every NVIDIA GPU since Ampere, also ahead of time on a machine without one; Mosaic GPU
+needs Hopper and, as of jax 0.10, does not lower ahead of time. Neighbouring programs share column tiles through the L2
+cache, so main memory is read about once.
 """
 
 import functools
@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels import dispatch
 
-TILE = 64  # tokens, of rows as of columns
-DEPTH = 64  # of the width, multiplied at a time
+TILE = 64  # tokens of a row tile and of a column tile
+DEPTH = 64  # slice of the width multiplied at a time
 
 
 def max_cosine(
@@ -50,7 +50,7 @@ def _kernel(first, end, x, inverse, group, value, index, *, length):
         column = start + jnp.arange(TILE, dtype=jnp.int32)
 
         def part(at, first_token, tokens, k):
-            """x[b, tokens, k * DEPTH : ...], 0 behind its ends."""
+            """x[b, tokens, k * DEPTH : (k + 1) * DEPTH], 0 out of bounds."""
             depth = k * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
             inside = (tokens < length)[:, None] & (depth < width)[None, :]
             return plgpu.load(at.at[b, pl.ds(first_token, TILE), pl.ds(k * DEPTH, DEPTH)], mask=inside, other=0.0)
@@ -69,7 +69,7 @@ def _kernel(first, end, x, inverse, group, value, index, *, length):
         cosine = jnp.where(partner, cosine, -jnp.inf)
         top = jnp.max(cosine, axis=1)
         at = jnp.min(jnp.where(partner & (cosine == top[:, None]), column[None, :], dispatch.NO_GROUP), axis=1)
-        better = top > best[0]  # columns come in rising order: an equal one is not the lowest
+        better = top > best[0]  # strictly: columns are visited in ascending order, and ties go to the lowest index
         return jnp.where(better, top, best[0]), jnp.where(better, at, best[1])
 
     nothing = (jnp.full((TILE,), -jnp.inf, jnp.float32), jnp.full((TILE,), dispatch.NO_GROUP, jnp.int32))

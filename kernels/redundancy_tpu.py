@@ -1,8 +1,8 @@
-"""Redundancy on TPU: Pallas with Mosaic, the boundaries of the groups by scalar prefetch.
+"""Redundancy on TPU: Pallas with Mosaic, with group boundaries as scalar-prefetch arguments.
 
-The grid is (row of the batch, tile of tokens, step). In step k a tile meets the k-th of the column tiles that its
-groups reach, and folds the cosines into running maxima that stay in VMEM. The number of steps is that of the tile
-that reaches farthest; a tile that needs fewer keeps its last column tile, which is then not fetched again.
+The grid is (row of the batch, row tile, step). Step k multiplies a row tile with the k-th column tile that its groups
+overlap and folds the cosines into running maxima in VMEM. The number of steps is the largest that any row tile needs;
+the others stay at their last column tile, which is then not fetched again.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from comi_jax.kernels import dispatch
 
 COLUMNS = 128  # tokens of a column tile
 ROWS = 256  # tokens of a row tile, where VMEM holds them
-VMEM = 8 * 2**20  # bytes for two buffers of each tile: half of what a kernel gets by default
+VMEM = 8 * 2**20  # bytes for double-buffered tiles: half of a kernel's default limit
 
 
 def max_cosine(
@@ -27,7 +27,7 @@ def max_cosine(
     batch, length, width = x.shape
     token_bytes = 2 * width * x.dtype.itemsize
     rows = ROWS if length > COLUMNS and (ROWS + COLUMNS) * token_bytes <= VMEM else COLUMNS
-    # x itself is not padded: what a tile reads behind its end is of no group, so no maximum sees it.
+    # x itself is not padded: what a tile reads beyond its end has no group and is masked out.
     inverse, group = dispatch.pad_tokens(rows, inverse, group)
     padded = group.shape[1]
     first, end = dispatch.reach(group, rows)
@@ -66,7 +66,7 @@ def max_cosine(
 
 
 def _kernel(first, last, x_row, x_column, inverse_row, inverse_column, group_row, group_column, value, index):
-    """One row tile against one column tile. Cosines stand as [column, row], so that maxima come out along the lanes."""
+    """One row tile with one column tile. Cosines are laid out [column, row], so that the maxima lie along the lanes."""
     b, i, k = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(k == 0)
@@ -90,6 +90,6 @@ def _kernel(first, last, x_row, x_column, inverse_row, inverse_column, group_row
         cosine = jnp.where(partner, cosine, -jnp.inf)
         best = jnp.max(cosine, axis=0, keepdims=True)
         at = jnp.min(jnp.where(partner & (cosine == best), token, dispatch.NO_GROUP), axis=0, keepdims=True)
-        better = best > value[0]  # columns come in rising order: an equal one is not the lowest
+        better = best > value[0]  # strictly: columns are visited in ascending order, and ties go to the lowest index
         value[0] = jnp.where(better, best, value[0])
         index[0] = jnp.where(better, at, index[0])

@@ -199,7 +199,7 @@ def test_rows_on_several_devices_need_nothing_of_each_other(implementation):
 def test_what_is_named_is_obeyed_or_refused():
     for name in dispatch.NAMES:
         assert dispatch.choose("merge", name, jnp.dtype("f4")) == name
-    with pytest.raises(ValueError, match=r"merge: no implementation 'cuda'; there are xla, tpu, gpu, interpret\."):
+    with pytest.raises(ValueError, match=r"merge: no implementation 'cuda'; choose from xla, tpu, gpu, interpret\."):
         merge(*inputs(12), jnp.zeros((2, LENGTH), jnp.int32), 1, implementation="cuda")
     with pytest.raises(ValueError, match="'gpu' does not compute in float64"):
         dispatch.choose("merge", "gpu", jnp.dtype("f8"))
