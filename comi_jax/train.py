@@ -1,8 +1,8 @@
 """Train a compressor: ``python -m comi_jax.train --config=NAME [path=value ...]``.
 
 The same command resumes a stopped run. The run itself is ``training.run``. Exit status: 0 after the last step and the
-closing table; 85 if a signal stopped it before, everything saved; 75 if a peer process is gone; 1 or 2 for an error that
-the user can fix.
+closing table; 85 if a signal stopped it before, everything saved; 75 if a peer process is gone; 1 or 2 for an error
+that the user can fix.
 """
 
 import argparse

@@ -219,7 +219,7 @@ def test_a_damaged_folder_is_named(tmp_path, part):
 
 def test_a_checkpoint_is_chosen_by_its_number_or_as_the_newest_or_the_best(tmp_path):
     saved(tmp_path, run_of(), steps=(1, 2, 3), keep=3)
-    with pytest.raises(checksums.CheckpointError, match="has no best checkpoint: nothing was evaluated on the way"):
+    with pytest.raises(checksums.CheckpointError, match="no best checkpoint, as nothing was evaluated during training"):
         selection.choose_step(tmp_path, "best")
     rows = [{"step": step, "metrics": {"f1_max": {"mean": mean}}} for step, mean in ((1, 0.2), (2, 0.6), (3, 0.6))]
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4')
@@ -250,7 +250,7 @@ def test_settings_of_use_can_be_changed_and_settings_of_the_weights_cannot():
     run = description.change(run_of(), ["data.on_long=truncate", "compression.segment_size=64"])
     assert (run.config.data.on_long, run.config.compression.segment_size) == ("truncate", 64)
     for word in ("compression.encoder_layers=2", "compression.alpha_fine=2", "lora.rank=2", "train.steps=3", "steps=3"):
-        with pytest.raises(ConfigError, match=f"{word} cannot be set for a trained model; what can is data.max"):
+        with pytest.raises(ConfigError, match=f"{word} cannot be set for a trained model; these can: data.max"):
             description.change(run_of(), [word])
     for path in description.CHANGEABLE:
         section, _, leaf = path.partition(".")

@@ -67,7 +67,7 @@ def test_the_lock_of_another_host_stands_while_it_is_touched(tmp_path, monkeypat
 
     with pytest.raises(CheckpointError, match="in use by process 1 on elsewhere"), lock.held(tmp_path, say):
         pass
-    assert json.loads(path.read_text()) == owner and "process 1 on elsewhere: looking for 60 s" in said[0]
+    assert json.loads(path.read_text()) == owner and "process 1 on elsewhere: waiting 60 s for a heartbeat" in said[0]
 
 
 def test_the_lock_of_a_silent_process_elsewhere_is_taken_over(tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_a_process_whose_lock_was_taken_over_ends(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])
 def test_what_is_no_lock_of_ours_stands(tmp_path, text):
     (tmp_path / "lock").write_text(text)
-    with pytest.raises(CheckpointError, match="not a lock that this program wrote; remove it"), lock.held(tmp_path):
+    with pytest.raises(CheckpointError, match="was not written by comi_jax; remove it"), lock.held(tmp_path):
         pass
     assert (tmp_path / "lock").read_text() == text
 

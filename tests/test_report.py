@@ -91,7 +91,7 @@ def test_a_run_becomes_a_picture_and_one_page_that_needs_no_other_file(tmp_path,
     text, loaded = read(run / "report.html")
     assert loaded == ["data:image/png;base64,iVBORw0K"]
     for part in (
-        "<b>: COMI |", "Closing table", "<run>: trained 20", "60 of 60", "0.0833", "updates left out | 1",
+        "<b>: COMI |", "Closing table", "<run>: trained 20", "60 of 60", "0.0833", "updates skipped | 1",
         "best evaluated step | 40 (f1_max 0.700)",
         "tokens per second, median | 1,031", "0.600 [0.500, 0.700]", "closed book", "train.steps | 60", "name | <b>",
     ):  # fmt: skip
@@ -105,7 +105,7 @@ def test_runs_are_drawn_together_and_their_differences_are_listed(tmp_path):
     report_command.main([str(first), str(second), f"--output={tmp_path / 'out'}"])
     text, _ = read(tmp_path / "out" / "report.html")
     assert "<b>: COMI (a), mean-pooling (a), COMI (b)" in text
-    header = "What the runs differ in: | COMI (a) | mean-pooling (a) | COMI (b)"
+    header = "Settings that differ: | COMI (a) | mean-pooling (a) | COMI (b)"
     header += " | compression.coarse | True | False | True | compression.fine | True | False | True"
     assert f"{header} | train.seed | 0 | 0 | 7 | train.steps | 60 | 30 | 60" in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.png"]
@@ -142,7 +142,7 @@ def test_the_closing_table_is_the_last_point_of_each_system(tmp_path):
         len(bars[0].get_xdata()) == 1 for bars in evaluation.containers
     )
     assert [text.get_text() for text in evaluation.texts] == ["0.600", "0.700"]  # and no word of a missing evaluation
-    assert "dotted: no context" in evaluation.get_title(loc="right") and "ringed" not in evaluation.get_title(
+    assert "dotted: closed book" in evaluation.get_title(loc="right") and "ringed" not in evaluation.get_title(
         loc="right"
     )
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch):
         report_command.main([str(run)])
     monkeypatch.undo()
     (run / "results.json").write_text('{"COMI": {"metrics": 3}}')
-    with pytest.raises(SystemExit, match="^error: .*results.json is not a closing table .*writes it again$"):
+    with pytest.raises(SystemExit, match="^error: .*results.json is not a closing table .*to rewrite it$"):
         report_command.main([str(run)])
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="^error: .*run has no metrics yet: metrics.jsonl is missing or empty"):

@@ -1,1 +1,1 @@
-"""The folder of a run: what is in it, and how it gets there whole."""
+"""The folder of a run: its files, and how they are written atomically."""

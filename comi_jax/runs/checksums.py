@@ -1,4 +1,4 @@
-"""Checksums of a folder: xxh3 (128 bits) of every file, written beside them before the folder counts as complete."""
+"""Checksums of a folder: the 128-bit xxh3 of every file, written before the folder counts as complete."""
 
 import concurrent.futures
 import json
@@ -11,24 +11,24 @@ from comi_jax.errors import UserError
 
 SUMS = "checksums.json"
 FORMAT = 1
-SEAL = {"checksums": FORMAT}  # Orbax keeps this in its own metadata: a folder that has it must have checksums
+SEAL = {"checksums": FORMAT}  # stored in Orbax's metadata: a folder that has it must have checksums
 ORBAX = "_CHECKPOINT_METADATA"
-# Written by Orbax after the checksums, and of no consequence for what is restored.
+# Written by Orbax after the checksums, and not needed to restore.
 LATER = (ORBAX, "commit_success.txt", SUMS)
-BLOCK = 1 << 20  # bytes; what is read stays in the processor's cache until it is hashed
+BLOCK = 1 << 20  # bytes; small enough to stay in the processor's cache between reading and hashing
 THREADS = 2
 
 
 class CheckpointError(UserError):
-    """A folder that holds no usable run, or another one; the message says which and what to do."""
+    """The folder holds no usable run, or a different one; the message says which and what to do."""
 
 
 class DamageError(CheckpointError):
-    """Files that are not what was written; the message says which."""
+    """Files differ from what was written; the message names them."""
 
 
 def checksum(path: Path) -> str:
-    """xxh3 of a file's bytes."""
+    """The xxh3 of a file."""
     state, buffer = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -49,11 +49,10 @@ def seal(folder: str | Path) -> None:
 
 
 def verify(folder: str | Path) -> bool:
-    """Whether ``folder`` has checksums (it has none if it was written before there were any); if it has, every file is
-    read and compared.
+    """Compare every file of ``folder`` with its checksum. False if it has no checksums, as an older version wrote it.
 
-    Raises DamageError with the files that are missing, of another size or of other content, and CheckpointError if a
-    later version of this package wrote them.
+    Raises DamageError with the files that are missing or differ in size or content, and CheckpointError if a later
+    version of this package wrote the checksums.
     """
     folder = Path(folder)
     if not (folder / SUMS).is_file():
@@ -64,7 +63,7 @@ def verify(folder: str | Path) -> bool:
         values = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         if isinstance(values["format"], int) and values["format"] > FORMAT:
             raise CheckpointError(
-                f"{folder} has checksums of format {values['format']}, and this version reads formats up to {FORMAT}; "
+                f"{folder} has checksums of format {values['format']}, but this version reads formats up to {FORMAT}; "
                 "install the version that wrote it, or a later one"
             )
         files = {name: (size, value) for name, (size, value) in values["files"].items()}
@@ -83,7 +82,7 @@ def verify(folder: str | Path) -> bool:
 
 
 def identity(folder: str | Path) -> str:
-    """A short name for the content of a sealed folder; empty for one without checksums."""
+    """A hash of the content of a sealed folder; empty for a folder without checksums."""
     path = Path(folder) / SUMS
     return checksum(path) if path.is_file() else ""
 
@@ -106,7 +105,7 @@ def _compare(folder: Path, files: dict[str, tuple[int, str]]) -> dict[str, str]:
 
 
 def _checksums(paths: list[Path]) -> list[str]:
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:  # reading and hashing both leave the interpreter
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:  # reading and hashing both release the GIL
         return list(threads.map(checksum, paths))
 
 

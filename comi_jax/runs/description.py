@@ -1,4 +1,4 @@
-"""What a run is, as its folder's config.json says: settings, backbone and stop tokens; and who may go on with it."""
+"""The description of a run, config.json: settings, backbone, stop tokens; and which settings may change on resuming."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.folder import Folder
 
 FORMAT = 1
-# Settings that a trained model can be used with in another way than it was trained with.
+# Settings that may be overridden when a trained model is loaded.
 CHANGEABLE = (
     "data.max_context", "data.max_query", "data.on_long", "data.buckets", "model.attention", "model.kernels",
     "model.dtype",
@@ -24,7 +24,7 @@ CHANGEABLE = (
     "compression.coarse_redundancy", "compression.fine_redundancy", "generation.max_new_tokens",
     "generation.repetition_penalty",
 )  # fmt: skip
-# Settings that a run may go on with in another way than it began with: they leave the trained weights as they are.
+# Settings that may change when a run is resumed, as they do not affect the trained weights.
 HARMLESS = (
     "train.output", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.best_by", "train.max_skipped", "train.compare_mean_pooling", "mesh.", "data.eval", "data.eval_examples",
@@ -34,12 +34,12 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What config.json of a run's folder says."""
+    """The content of a run's config.json."""
 
     config: Config
     backbone: Backbone
     stop: tuple[int, ...]
-    imported: bool = False  # converted, not trained here: weights are stored in the dtypes they came in
+    imported: bool = False  # converted from other software: weights keep the dtypes they came in
 
     def __post_init__(self):
         self.config.compression.check(self.backbone)
@@ -50,7 +50,7 @@ class Run:
 
 
 def is_run(folder: str | os.PathLike) -> bool:
-    """Whether ``folder`` has the description of a COMI run, as opposed to a language model's config.json."""
+    """Whether config.json of ``folder`` describes a COMI run, as opposed to a language model."""
     try:
         return "format" in json.loads(Folder(folder).config.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -67,7 +67,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         if values.get("format") != FORMAT:
             form = values.get("format")
             newer = isinstance(form, int) and form > FORMAT
-            advice = "; a later version of comi_jax wrote it, install that" if newer else ""
+            advice = "; a later version of comi_jax wrote it: install that version" if newer else ""
             raise CheckpointError(
                 f"{path} is not a COMI checkpoint of format {FORMAT} (its format is {form!r}){advice}"
             )
@@ -80,15 +80,16 @@ def read_run(folder: str | os.PathLike) -> Run:
 
 
 def check_folder(folder: str | os.PathLike, run: Run, allow_change: bool = False) -> list[str]:
-    """Whether ``run`` can begin or go on in ``folder``; returns the settings with which it would go on otherwise than
-    it began, "name old -> new", HARMLESS ones first.
+    """Check that ``run`` can begin or resume in ``folder``. Returns the changed settings as "name old -> new", HARMLESS
+    ones first.
 
     Raises CheckpointError if the folder holds files that belong to no run, or checkpoints of a run with other settings,
-    unless they are HARMLESS or ``allow_change`` is given.
+    unless these are HARMLESS or ``allow_change`` is set.
     """
     folder = Folder(folder)
     if not folder.config.is_file():
-        path = folder.path  # all that is left of a run that was killed as it began:
+        path = folder.path
+        # The files that a run leaves if it is killed at its start.
         ours = (folder.lock.name, folder.config_draft.name, f"{folder.examples.name}.")
         if path.exists() and not (path.is_dir() and all(p.name.startswith(ours) for p in path.iterdir())):
             raise CheckpointError(f"{folder} exists and is not a COMI run; choose another train.output")
@@ -96,21 +97,22 @@ def check_folder(folder: str | os.PathLike, run: Run, allow_change: bool = False
     before = read_run(folder)
     if before.imported:
         raise CheckpointError(
-            f"{folder} holds an imported model; choose another train.output, and model.path={folder} to train it"
+            f"{folder} holds an imported model; to train it, set model.path={folder} and choose another train.output"
         )
     if not folder.has_begun():
         return []
     harmless, differences = _differences(before, run)
     if differences and not allow_change:
         raise CheckpointError(
-            f"{folder} already holds another run, with {'; '.join(differences)}; choose another train.output, the same "
-            "settings to go on with it, or --allow-config-change to go on with the new ones"
+            f"{folder} already holds another run, with {'; '.join(differences)}; choose another train.output, use the "
+            "same settings to resume it, or --allow-config-change to resume it with the new ones"
         )
     return harmless + differences
 
 
 def open_run(folder: str | os.PathLike, run: Run, tokenizer: Any, allow_change: bool = False) -> list[str]:
-    """Make ``folder`` the folder of ``run``, or check that it already is; returns and raises as ``check_folder``."""
+    """Write the description of ``run`` into ``folder``, or check the one there and record changed settings. Returns and
+    raises as ``check_folder``."""
     folder = Folder(folder)
     changes = check_folder(folder, run, allow_change)
     if not folder.has_begun():
@@ -124,7 +126,7 @@ def open_run(folder: str | os.PathLike, run: Run, tokenizer: Any, allow_change: 
 
 
 def write_run(folder: str | os.PathLike, run: Run, tokenizer: Any) -> None:
-    """The description of ``run`` and its tokenizer, as files in ``folder``."""
+    """Write the description of ``run`` and its tokenizer into ``folder``."""
     folder = Folder(folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,7 @@ def _write_config(folder: Folder, run: Run, **more: Any) -> None:
 
 
 def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:
-    """What differs: the HARMLESS settings, but for the place of the run, and the others."""
+    """The changed settings: HARMLESS ones (train.output aside), and the others."""
     harmless, others = [], []
     for part in ("config", "backbone"):
         a, b = (flatten({part: to_dict(getattr(run, part))}) for run in (old, new))
@@ -157,15 +159,14 @@ def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:
 
 
 def check_new(folder: str | os.PathLike) -> None:
-    """Refuse a folder that holds anything."""
+    """Raises CheckpointError if ``folder`` exists and is not empty."""
     if Folder(folder).exists():
         raise CheckpointError(f"{folder} exists and is not empty; choose another --output")
 
 
 def change(run: Run, overrides: Sequence[str]) -> Run:
-    """``run`` with other settings, ``path=value``, than it was trained with. Raises ConfigError for one that is not
-    among CHANGEABLE."""
+    """``run`` with ``path=value`` overrides applied. Raises ConfigError for a setting that is not CHANGEABLE."""
     for word in overrides:
         if word.partition("=")[0] not in CHANGEABLE:
-            raise ConfigError(f"{word} cannot be set for a trained model; what can is {', '.join(CHANGEABLE)}")
+            raise ConfigError(f"{word} cannot be set for a trained model; these can: {', '.join(CHANGEABLE)}")
     return dataclasses.replace(run, config=override(run.config, overrides))

@@ -1,10 +1,10 @@
-"""The tokenised examples of a run, in files of its folder: made once, and mapped into memory by whoever needs them.
+"""The tokenised examples of a run, written once into its folder and memory-mapped by all processes.
 
-    examples.arrow   lists of token ids, CHUNK examples a record batch; only what is looked at is read from the disk
-    examples.json    what they were made from (``origin``), their fingerprint, and what was said when they were made
+    examples.arrow   lists of token ids, one record batch per chunk of examples; pages are read from disk on access
+    examples.json    the cache key (``origin``), the fingerprint of the examples, and the messages of their tokenisation
 
-One process of a run makes them; the others, and every later start, find them there. They are made again when data,
-tokenizer or settings are others, or when their content is not what the fingerprint says.
+The first process writes them; the others, and every restart, reuse them. They are rewritten if data, tokenizer or
+settings change, or if their content does not match the fingerprint.
 """
 
 import bisect
@@ -34,7 +34,7 @@ SCHEMA = pa.schema([*((part, pa.list_(pa.int32())) for part in PARTS), ("truncat
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a file of examples without looking into it."""
+    """The content of examples.json: cache key, fingerprint and messages."""
 
     origin: str
     fingerprint: str
@@ -42,7 +42,7 @@ class About:
 
 
 class Examples(Sequence[Example]):
-    """Examples in a file. Their arrays are views of it."""
+    """The examples of a memory-mapped file; their arrays are views of it."""
 
     def __init__(self, path: Path, about: About):
         self.about = about
@@ -65,32 +65,33 @@ class Examples(Sequence[Example]):
 
 
 def _arrays(batch: pa.RecordBatch) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """(offsets, values) of each part, and which were cut."""
+    """(offsets, values) of context, query and answer, and which examples were truncated."""
     lists = [batch.column(part) for part in PARTS]
     return [(x.offsets.to_numpy(), x.values.to_numpy()) for x in lists], batch.column("truncated").to_numpy(False)
 
 
 def origin(config: Config, tokenizer: Any) -> str:
-    """A short name for all that the training examples of ``config`` depend on; empty if that cannot be known without
-    making them: they come from the hub or a file that cannot be read, or the tokenizer does not say what it does. Reads
-    every file of data.train."""
+    """The cache key of the training examples: a hash of the data files, tokenizer and settings that they depend on.
+
+    Empty, which means no caching, if data comes from the hub or an unreadable file, or if the tokenizer cannot be
+    serialised. Reads every file of data.train."""
     words = config.data.train
     parsed = [] if words == ("synthetic",) else [sources.parse(word) for word in words]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or any(source.place.startswith(sources.HUB) for source in parsed):
         return ""
     settings = dataclasses.replace(config.data, eval=(), eval_examples=0, buckets=(), max_buckets=1)
-    of = xxhash.xxh3_128(repr((FORMAT, settings, config.train.seed, tokenizer.eos_token_id)).encode())
-    of.update(backend.to_str().encode())
+    key = xxhash.xxh3_128(repr((FORMAT, settings, config.train.seed, tokenizer.eos_token_id)).encode())
+    key.update(backend.to_str().encode())
     try:
         for source in parsed:
             for path in sources.files(source, "train"):
-                if not Path(path).is_file():  # a pipe would be waited for
+                if not Path(path).is_file():  # reading a pipe would block
                     return ""
-                of.update(checksum(Path(path)).encode())
-    except (OSError, DataError):  # whoever reads the records says it better
+                key.update(checksum(Path(path)).encode())
+    except (OSError, DataError):  # reported by whoever reads the records
         return ""
-    return of.hexdigest()
+    return key.hexdigest()
 
 
 def _file(folder: str | os.PathLike, kind: str) -> Path:
@@ -98,7 +99,7 @@ def _file(folder: str | os.PathLike, kind: str) -> Path:
 
 
 def find(folder: str | os.PathLike, made_from: str) -> Examples | None:
-    """The examples in ``folder``, if they were made from ``made_from`` and are what they were then."""
+    """The examples in ``folder`` if their cache key is ``made_from`` and their content matches the fingerprint."""
     if not made_from or not _file(folder, "json").is_file():
         return None
     try:
@@ -109,23 +110,23 @@ def find(folder: str | os.PathLike, made_from: str) -> Examples | None:
 
 
 def load(folder: str | os.PathLike) -> Examples:
-    """The examples in ``folder``, as they are. Raises CheckpointError if there are none that can be read."""
+    """The examples in ``folder``, unverified. Raises CheckpointError if they cannot be read."""
     try:
         values = json.loads(_file(folder, "json").read_text(encoding="utf-8"))
         about = About(str(values["origin"]), str(values["fingerprint"]), tuple(map(str, values["said"])))
         return Examples(_file(folder, "arrow"), about)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise CheckpointError(
-            f"the examples that process 0 has made cannot be read from {folder}: {error}; all processes of a run need "
-            "one train.output that every one of them can see"
+            f"cannot read the examples that process 0 wrote to {folder}: {error}; train.output must be a folder that "
+            "all processes of the run share"
         ) from None
 
 
 def make(
     folder: str | os.PathLike, chunks: Iterable[list[Example]], made_from: str, report: Callable[[], Sequence[str]]
 ) -> Examples:
-    """Write ``chunks`` as the examples of ``folder``, and what ``report`` says of them when they have ended. If they
-    fail, nothing is left."""
+    """Write ``chunks`` as the examples of ``folder``, then the messages of ``report``. Leaves no partial file if
+    ``chunks`` raises."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     place, draft = _file(folder, "arrow"), _file(folder, "part")
     whole = ExamplesHash()
@@ -152,7 +153,7 @@ def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
 
 
 class ExamplesHash:
-    """A hash of examples in their order."""
+    """An incremental hash of examples in order."""
 
     def __init__(self):
         self._hash = xxhash.xxh3_128()
@@ -167,7 +168,7 @@ class ExamplesHash:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """A short name for what the examples hold, in their order."""
+    """A hash of the examples in order."""
     whole = ExamplesHash()
     for example in examples:
         whole.add(example)

@@ -1,31 +1,31 @@
-"""The files of a run's folder, by name.
+"""The layout of a run's folder.
 
-    config.json        resolved config, backbone and stop tokens; which settings were changed on the way, and when
+    config.json        resolved config, backbone and stop tokens; which settings changed on resuming, and when
     tokenizer/         as transformers saves it
     frozen/            weights that are not trained, by flat path
-    checkpoints/N/     after step N: trained weights, optimizer state, position in the data, counters
+    checkpoints/N/     after step N: trained weights, optimizer state, data position, counters
     examples.*         the tokenised training examples (runs.examples)
-    metrics.jsonl      the numbers of each logged step; tensorboard/ has them too, in a folder for each system
-    evaluations.jsonl  evaluations on the held-out records during training; their answers are in evaluations/
-    results.json       the closing table; its answers are in predictions*.jsonl
-    evaluation/        what comi_jax.evaluate measured
-    bad_batches/       batches whose loss or gradient was not finite when the run gave up
-    lock               while a run is in the folder
+    metrics.jsonl      the metrics of each logged step; tensorboard/ has them too, in one folder per system
+    evaluations.jsonl  evaluations on the held-out records during training, with predictions in evaluations/
+    results.json       the closing table, with predictions in predictions*.jsonl
+    evaluation/        results of comi_jax.evaluate
+    bad_batches/       the last batch of a run that stopped on non-finite steps
+    lock               present while a run uses the folder
 
-There is no random state to keep: the key of a step is made of train.seed and the step's number. Every folder of weights
-and the tokenizer's has a checksums.json; what was written before there were checksums is read all the same.
+No random state is stored: the key of a step is derived from train.seed and the step's number. Folders of weights and
+the tokenizer's have a checksums.json; folders of older versions have none and are read unverified.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-DAMAGED = ".damaged"  # ends the name of a checkpoint that could not be read
+DAMAGED = ".damaged"  # suffix of a checkpoint that could not be read
 
 
 @dataclass(frozen=True, init=False)
 class Folder(os.PathLike):
-    """The folder of a run at ``path``, which need not exist: where its files are, and which checkpoints it has."""
+    """The folder of a run at ``path``, which need not exist: the paths of its files, and its checkpoints."""
 
     path: Path
 
@@ -39,14 +39,14 @@ class Folder(os.PathLike):
         return str(self.path)
 
     def exists(self) -> bool:
-        """Whether it holds anything."""
+        """Whether the path exists, other than as an empty folder."""
         return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
 
     def of_system(self, title: str) -> "Folder":
-        """The folder of the system ``title`` that is trained by the same run: COMI's is the run's own."""
+        """The folder of the run's system ``title``: the run's folder for COMI, a subfolder for any other."""
         return self if title == "COMI" else Folder(self.path / title.replace("-", "_"))
 
-    # --- what describes the run ---------------------------------------------------------------------------------------
+    # --- description --------------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> Path:
@@ -66,7 +66,7 @@ class Folder(os.PathLike):
 
     @property
     def examples(self) -> Path:
-        """The beginning of the names of all files of examples."""
+        """The path prefix of the files of examples."""
         return self.path / "examples"
 
     # --- weights ------------------------------------------------------------------------------------------------------
@@ -84,27 +84,27 @@ class Folder(os.PathLike):
 
     @property
     def official_unused(self) -> Path:
-        """Tensors of an imported official file that nothing computes with."""
+        """Tensors of an imported official file that the model does not use."""
         return self.path / "official_unused.safetensors"
 
     def steps(self) -> list[int]:
-        """The complete checkpoints, rising."""
+        """The steps of the complete checkpoints, ascending."""
         names = (path.name for path in self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ()
         return sorted(int(name) for name in names if name.isdecimal())
 
     def has_begun(self) -> bool:
-        """Whether there is a checkpoint, or was one that is damaged."""
+        """Whether there is a checkpoint, damaged or not."""
         return bool(self.steps()) or any(self.checkpoints.glob(f"*{DAMAGED}*"))
 
-    # --- what was measured --------------------------------------------------------------------------------------------
+    # --- measurements -------------------------------------------------------------------------------------------------
 
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     def tensorboard(self, title: str) -> Path:
-        """Where the system ``title``, whose own folder this is, writes for TensorBoard, which names what it shows by
-        its folder: all systems of a run stand side by side in the run's folder, each under its title."""
+        """The TensorBoard folder of the system ``title``, whose folder this is. TensorBoard names curves by folder, so
+        those of all systems are side by side in the run's folder, named by title."""
         run = self.path if title == "COMI" else self.path.parent
         return run / "tensorboard" / title
 
@@ -113,7 +113,7 @@ class Folder(os.PathLike):
         return self.path / "evaluations.jsonl"
 
     def evaluation_at(self, step: int) -> Path:
-        """The answers of the evaluation after ``step``."""
+        """The predictions of the evaluation after ``step``."""
         return self.path / "evaluations" / f"step_{step}.jsonl"
 
     @property
@@ -130,7 +130,7 @@ class Folder(os.PathLike):
 
     @property
     def evaluation(self) -> Path:
-        """The folder of what ``comi_jax.evaluate`` measures, unless it is told another."""
+        """The default output folder of ``comi_jax.evaluate``."""
         return self.path / "evaluation"
 
     def bad_batch(self, step: int) -> Path:

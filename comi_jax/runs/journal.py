@@ -1,4 +1,4 @@
-"""JSON Lines that a run writes as it goes: a process may die within a line, so what counts is what stands before."""
+"""JSON Lines that a run appends to: a torn last line, left by a killed process, is ignored."""
 
 import json
 import os
@@ -8,13 +8,12 @@ from typing import Any
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The objects in the file at ``path``, up to the first line that is torn or is none; none if there is no file."""
+    """The objects in the file at ``path``, up to the first torn or invalid line; empty if there is no file."""
     return [row for row, _ in _whole(path)]
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Cut the file at ``path`` after its last whole line of ``step`` or before; what an earlier attempt wrote after its
-    checkpoint is run again."""
+    """Truncate the file at ``path`` after its last whole line up to ``step``, as later steps will be run again."""
     if path.is_file():
         kept = 0
         for row, size in _whole(path):
@@ -25,7 +24,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _whole(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The objects of whole lines, and the bytes of each."""
+    """The objects of the whole lines, with the size of each in bytes."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             row = json.loads(line)

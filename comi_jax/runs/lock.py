@@ -1,7 +1,7 @@
-"""One process at a time in a run's folder: a file that only one can create, with the host, process and start time.
+"""A lock on a run's folder: a file created atomically, with the host, process id and start time of its owner.
 
-Whether a process of this host is gone is asked of the system. One of another host touches its lock every BEAT seconds;
-where that is not seen for PATIENCE seconds, it is taken for gone, and should it wake up later, it ends.
+Whether an owner on this host is alive is read from /proc. An owner on another host touches its lock every BEAT seconds;
+after PATIENCE seconds without a heartbeat it counts as dead, and if it wakes up later, it exits.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ BEAT, PATIENCE = 15.0, 90.0  # seconds
 
 @contextlib.contextmanager
 def held(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if it is not there; one that is left empty is removed again.
+    """Hold the lock of ``folder``. The folder is created if needed, and removed again if it is left empty.
 
-    Raises CheckpointError, naming host and process, while another process holds it. The lock of a process that is gone
-    is taken over.
+    Raises CheckpointError, naming host and process, while another process holds the lock. The lock of a dead process is
+    taken over.
     """
     folder = Folder(folder)
     path, own = folder.lock, json.dumps(_owner(os.getpid()))
@@ -35,12 +35,12 @@ def held(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Itera
     new = not folder.path.exists()
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        for _ in range(3):  # two may find the same stale lock
+        for _ in range(3):  # two processes may find the same stale lock
             if _create(path, own):
                 break
             _remove_stale(path, say)
         else:
-            raise CheckpointError(f"{path} is being fought over by several processes; start one of them")
+            raise CheckpointError(f"several processes are trying to take {path} at once; start only one of them")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
     beats.start()
@@ -51,7 +51,7 @@ def held(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Itera
         beats.join()
         release(folder)
         if new:
-            with contextlib.suppress(OSError):  # it is no longer empty
+            with contextlib.suppress(OSError):  # not empty
                 folder.path.rmdir()
 
 
@@ -63,7 +63,8 @@ def release(folder: str | os.PathLike) -> None:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Make the file with its text in one go, which a link does on network file systems too."""
+    """Create the file with its text atomically: by a hard link, which is atomic on network file systems too. Returns
+    whether it was created."""
     draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     try:
@@ -82,26 +83,26 @@ def _create(path: Path, text: str) -> bool:
 
 
 def _keep_fresh(path: Path, own: dict, ended: threading.Event) -> None:
-    """Touch the lock until ``ended``. If it has become another's, this process was silent for too long, and ends."""
+    """Touch the lock until ``ended``. Exits if another process has taken it over, as this one was silent too long."""
     while not ended.wait(BEAT):
         owner = _read(path)
         if owner and owner != own:
             print(
-                f"error: {path} was taken over by process {owner['pid']} on {owner['host']} while this process stood "
-                "still; it ends",
+                f"error: {path} was taken over by process {owner['pid']} on {owner['host']} while this process was "
+                "suspended; it exits",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             os._exit(1)
-        with contextlib.suppress(OSError):  # a file system that is away for a while
+        with contextlib.suppress(OSError):  # the file system may be unavailable for a while
             os.utime(path)
 
 
 def _beats(path: Path, patience: float) -> bool:
-    """Whether the lock at ``path`` is touched within ``patience`` seconds."""
+    """Whether the lock at ``path`` shows a heartbeat within ``patience`` seconds."""
     end, first = time.monotonic() + patience, None
     while time.monotonic() < end:
         try:
-            with path.open("rb") as file:  # opened anew, a file on a network has the time that its server knows
+            with path.open("rb") as file:  # opening refreshes the attributes on network file systems
                 touched = os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return False
@@ -113,28 +114,28 @@ def _beats(path: Path, patience: float) -> bool:
 
 
 def _remove_stale(path: Path, say: Callable[[str], None]) -> None:
-    """Remove the lock at ``path`` if its process is gone; else raise CheckpointError."""
+    """Remove the lock at ``path`` if its owner is dead. Raises CheckpointError otherwise."""
     owner = _read(path)
     if not owner:
-        if not path.exists():  # released meanwhile
+        if not path.exists():  # released in the meantime
             return
-        raise CheckpointError(f"{path} is not a lock that this program wrote; remove it if no training runs there")
+        raise CheckpointError(f"{path} was not written by comi_jax; remove it if no training runs in that folder")
     if owner["host"] == socket.gethostname():
         alive = _start(owner["pid"]) == owner["start"]
     elif "beats" in owner:
-        say(f"{path} is that of process {owner['pid']} on {owner['host']}: looking for {PATIENCE:.0f} s if it lives")
+        say(f"{path} belongs to process {owner['pid']} on {owner['host']}: waiting {PATIENCE:.0f} s for a heartbeat")
         alive = _beats(path, PATIENCE)
     else:
-        alive = True  # for all that can be known: a version that gave no sign wrote it
+        alive = True  # unknown: older versions have no heartbeat
     if alive:
         raise CheckpointError(
             f"{path.parent} is in use by process {owner['pid']} on {owner['host']}, since {owner['since']}; wait for "
-            f"it, choose another train.output or, if that process is gone, remove {path}"
+            f"it, choose another train.output or, if that process is dead, remove {path}"
         )
     stale = path.with_name(f"{path.name}.stale.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(stale)
-        if _read(stale) != owner:  # another one was quicker, and this is its new lock
+        if _read(stale) != owner:  # another process was faster, and this is its new lock
             with contextlib.suppress(FileExistsError):
                 os.link(stale, path)
         stale.unlink()
@@ -149,15 +150,15 @@ def _read(path: Path) -> dict:
 
 
 def _owner(pid: int) -> dict[str, str | int | float | None]:
-    """What tells process ``pid`` of this host from all others; ``start`` is None if there is none."""
+    """The identity of process ``pid`` of this host; ``start`` is None if it does not run."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": pid, "start": _start(pid), "since": now, "beats": BEAT}
 
 
 def _start(pid: int) -> str | None:
-    """When process ``pid`` began, so that a later process of the same number is not taken for it."""
+    """The start time of process ``pid``, which tells it from a later process with the same id; None if it is dead."""
     try:
-        # Fields are counted from behind the name, which may hold anything.
+        # Fields are counted after the process name, which may hold spaces and brackets.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"

@@ -1,4 +1,4 @@
-"""What a run tells: metrics as JSON Lines and TensorBoard, a progress bar on a terminal, plain lines in a log."""
+"""The logs of a run: metrics as JSON Lines and for TensorBoard, a progress bar on a terminal, plain lines otherwise."""
 
 import datetime
 import json
@@ -19,16 +19,16 @@ from comi_jax.runs.folder import Folder
 
 
 class RunConsole(Console):
-    """What a run says goes here. A run whose output nobody reads any more (a pipe is closed at its other end) goes on
-    without a word; its files tell."""
+    """The console of a run. If its output is a pipe whose reader is gone, the run continues silently and still writes
+    its files."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # for what is buffered, and what others print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # for buffered output and other writers
 
 
 class RunLog:
-    """Metrics of one run, written into its folder as they come and shown on the way."""
+    """Writes the metrics of one run into its folder, and shows them."""
 
     def __init__(self, folder: str | os.PathLike, title: str, steps: int, start: int, console: Console):
         self._title, self._steps, self._start, self._console = title, steps, start, console
@@ -59,13 +59,13 @@ class RunLog:
         self._lines.close()
 
     def advance(self, step: int) -> None:
-        """Move the bar to ``step``."""
+        """Move the progress bar to ``step``."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` of ``step`` and show the ones a person watches. What is not finite becomes null in the
-        file: JSON has no word for it."""
+        """Record the ``values`` of ``step`` and show the most important ones. Non-finite values become null in the
+        file, as JSON has no NaN."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
@@ -79,19 +79,19 @@ class RunLog:
             self._console.print(f"{text}  left {datetime.timedelta(seconds=round(left))}", highlight=False)
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
-        """Show and record the means of an evaluation, which has a file of its own."""
+        """Show the means of an evaluation, and record them for TensorBoard."""
         for name, value in values.items():
             self._board.add_scalar(f"evaluation/{name}", value, step)
         means = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         self._console.print(f"{self._title}  step {step}/{self._steps}  evaluation: {means}", highlight=False)
 
     def sync(self) -> None:
-        """Put what was written so far on the disk: a checkpoint must not be there without the lines before it."""
+        """Flush metrics to disk: a checkpoint must not exist without the lines before it."""
         os.fsync(self._lines.fileno())
 
 
 def shown(values: Mapping[str, float]) -> str:
-    """The numbers of a step that a person watches, on one line."""
+    """The most important metrics of a step, on one line."""
     words = [f"loss {values['loss']:.4f}", f"accuracy {values['accuracy']:.3f}"]
     if "tokens_per_second" in values:
         words.append(f"{values['tokens_per_second']:,.0f} tokens/s")
@@ -105,7 +105,7 @@ def shown(values: Mapping[str, float]) -> str:
 
 
 class SilentLog:
-    """In place of RunLog in processes whose run another one tells about."""
+    """A RunLog that does nothing, for all processes but the first."""
 
     def __init__(self, *_: Any):
         pass

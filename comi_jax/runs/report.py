@@ -1,4 +1,4 @@
-"""The course of runs, read from their folders, and its curves as one picture."""
+"""The metrics of runs, read from their folders, and their curves as one picture."""
 
 import datetime
 import io
@@ -17,18 +17,18 @@ from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import best_of, evaluations
 from comi_jax.version import __version__
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
-SMOOTHED = 40  # curves of more points also get their moving average
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # a colour-blind-safe palette
+SMOOTHED = 40  # curves with more points than this also get a moving average
 
 
 @dataclass(frozen=True)
 class Course:
-    """One trained system: its settings, the numbers of its steps and of its evaluations, its row of the closing table,
-    and the whole table if it is the first of its run."""
+    """One trained system: its settings, metrics, evaluations and row of the closing table; the first system of a run
+    also has the whole table."""
 
     title: str
     folder: Path
-    home: Path  # the run's folder, which is that of its first system
+    home: Path  # the run's folder, which is the folder of its first system
     run: Run
     steps: list[dict[str, Any]]
     evaluated: list[dict[str, Any]]
@@ -37,12 +37,12 @@ class Course:
 
     @property
     def date(self) -> datetime.date:
-        """Of the last line of its metrics."""
+        """The date of the last line of metrics."""
         return datetime.date.fromtimestamp(Folder(self.folder).metrics.stat().st_mtime)
 
     @property
     def measured(self) -> list[dict[str, Any]]:
-        """The evaluations on the way, and that of the closing table if the run came to its last step."""
+        """The evaluations during training, and the closing table's if the run reached its last step."""
         last = self.steps[-1]["step"]
         unfinished = last < self.run.config.train.steps
         if self.final is None or unfinished or last in (row["step"] for row in self.evaluated):
@@ -50,18 +50,19 @@ class Course:
         return [*self.evaluated, {"step": last, **self.final}]
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a number, where it was logged; what was not finite is NaN."""
+        """Steps and values of a metric, where it was logged; non-finite values are NaN."""
         rows = [(row["step"], row[name]) for row in self.steps if name in row]
         return np.array([step for step, _ in rows]), np.array([np.nan if v is None else v for _, v in rows], float)
 
 
 def read(folder: Path) -> list[Course]:
-    """The run in ``folder`` and the one beneath it that it was compared with. Raises CheckpointError if there is
-    nothing to draw."""
+    """The systems of the run in ``folder``. Raises CheckpointError if it has no metrics yet."""
     run = read_run(folder)
     steps = journal.rows(Folder(folder).metrics)
     if not steps:
-        raise CheckpointError(f"{folder} has no metrics yet: metrics.jsonl is missing or empty; nothing can be drawn")
+        raise CheckpointError(
+            f"{folder} has no metrics yet: metrics.jsonl is missing or empty; wait for the first logged step"
+        )
     home, results = Path(folder).resolve(), _closing_table(Folder(folder).results)
     first = Course(_title(run), home, home, run, steps, evaluations(folder), results.get("COMI"), results)
     below = Folder(folder).of_system("mean-pooling")
@@ -72,7 +73,7 @@ def read(folder: Path) -> list[Course]:
 
 
 def _title(run: Run) -> str:
-    """What was trained, as closing tables call it."""
+    """The system's title in closing tables."""
     return "COMI" if run.config.compression.coarse or run.config.compression.fine else "mean-pooling"
 
 
@@ -89,13 +90,13 @@ def _closing_table(path: Path) -> dict[str, Any]:
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not a closing table ({error}); the command that trained the run writes it again"
+            f"{path} is not a closing table ({error}); run the training command again to rewrite it"
         ) from None
     return rows
 
 
 def labels(courses: Sequence[Course]) -> list[str]:
-    """A name for each: its title, with the folder of its run where titles alone do not tell them apart."""
+    """A unique label for each: its title, with the run's folder if titles repeat."""
     titles = [course.title for course in courses]
     by_name = [f"{course.title} ({course.home.name})" for course in courses]
     by_path = [f"{course.title} ({course.home})" for course in courses]
@@ -103,19 +104,19 @@ def labels(courses: Sequence[Course]) -> list[str]:
 
 
 def heading(courses: Sequence[Course]) -> str:
-    """Which configs, and which systems."""
+    """The configs and systems, as a title."""
     configs = dict.fromkeys(course.run.config.name for course in courses)
     return f"{', '.join(configs)}: {', '.join(labels(courses))}"
 
 
 def origin(courses: Sequence[Course]) -> str:
-    """When the numbers were written, and what draws them."""
+    """The dates of training and the version of comi_jax."""
     dates = sorted({str(course.date) for course in courses})
     return f"trained {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, comi_jax {__version__}"
 
 
 def draw(courses: Sequence[Course]) -> bytes:
-    """The curves as a PNG. Raises CheckpointError if the library that draws is not installed."""
+    """The curves as a PNG. Raises CheckpointError if matplotlib is not installed."""
     picture = io.BytesIO()
     figure_of(courses).savefig(picture, format="png")
     return picture.getvalue()
@@ -128,12 +129,12 @@ def figure_of(courses: Sequence[Course]) -> Any:
         from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         raise CheckpointError(
-            "comi_jax.report draws with matplotlib, which is not installed; pip install 'comi-jax[report]'"
+            "comi_jax.report needs matplotlib, which is not installed; pip install 'comi-jax[report]'"
         ) from None
     left_out = any(row["loss"] is None for course in courses for row in course.steps)
     panels = [
-        ("loss", "loss", f"nats per answer token{'; red: not finite, left out' if left_out else ''}"),
-        ("accuracy", "accuracy", "share of answer tokens predicted right"),
+        ("loss", "loss", f"nats per answer token{'; red: not finite, skipped' if left_out else ''}"),
+        ("accuracy", "accuracy", "fraction of answer tokens predicted correctly"),
         ("learning_rate", "learning rate", ""),
         ("tokens_per_second", "throughput", "tokens per second"),
         ("gradient_norm", "gradient norm", "before clipping, log scale"),
@@ -144,7 +145,7 @@ def figure_of(courses: Sequence[Course]) -> Any:
     names, colours = labels(courses), _colours(len(courses))
     for axis, (name, title, unit) in zip(axes, panels, strict=False):
         for place, (course, label, colour) in enumerate(zip(courses, names, colours, strict=True)):
-            if name == "learning_rate":  # often the same of all: the later ones thinner, so that each is seen
+            if name == "learning_rate":  # often identical: later curves are thinner, so that all are visible
                 axis.plot(
                     *course.curve(name), color=colour, label=label, linewidth=1.6 + 2.4 * (len(courses) - 1 - place)
                 )
@@ -189,8 +190,8 @@ def _curve(axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour:
 
 
 def _draw_evaluations(axis: Any, courses: Sequence[Course]) -> None:
-    """The metric that chooses the best checkpoint, with its 95 % interval, on the way and at the end; a ring around the
-    best on the way, and a line for the decoder without the context."""
+    """The metric train.best_by with its 95 % interval over the evaluations, a ring around the best, and a dotted line
+    for the closed-book result."""
     metrics, highest = dict.fromkeys(course.run.config.train.best_by for course in courses), []
     for course, colour in zip(courses, _colours(len(courses)), strict=True):
         metric, measured = course.run.config.train.best_by, course.measured
@@ -218,7 +219,7 @@ def _draw_evaluations(axis: Any, courses: Sequence[Course]) -> None:
         if closed:
             axis.axhline(closed["metrics"][metric]["mean"], color=colour, linewidth=1, linestyle=":")
     rings = ", best ringed" if any(course.evaluated for course in courses) else ""
-    dotted = ", dotted: no context" if any("closed book" in course.results for course in courses) else ""
+    dotted = ", dotted: closed book" if any("closed book" in course.results for course in courses) else ""
     _finish(axis, "evaluation", f"{' / '.join(metrics)}, 95 % interval{rings}{dotted}")
     axis.set_ylim(0, min(1.05, 1.15 * max(highest, default=0.9)))
     if not highest:

@@ -1,4 +1,4 @@
-"""The report of runs as one page that needs no other file."""
+"""The report of runs as one self-contained HTML page."""
 
 import base64
 import html
@@ -32,7 +32,7 @@ def page(courses: Sequence[Course], picture: bytes) -> str:
     runs = list(dict.fromkeys(course.home.name for course in courses))
     for course, name in zip(courses, names, strict=True):
         if course.results:
-            where = f" of the run of {html.escape(name)}" if len(runs) > 1 else ""
+            where = f", run of {html.escape(name)}" if len(runs) > 1 else ""
             parts += [f"<h2>Closing table{where}</h2>", _results(course.results)]
         if course.evaluated:
             parts += [f"<h2>Evaluations of {html.escape(name)}</h2>", _results(_by_step(course), "step")]
@@ -67,10 +67,10 @@ def _facts(courses: Sequence[Course]) -> list[list[str]]:
         "model FLOP utilisation, median": lambda c: middle(c, "mfu", ".1%"),
         "padding, median": lambda c: middle(c, "padding", ".1%"),
         "compression ratio, median": lambda c: middle(c, "ratio", ".1f"),
-        "memory, most": lambda c: (
+        "memory, peak": lambda c: (
             f"{np.nanmax(c.curve('memory_gb')[1]):.2f} GB" if c.curve("memory_gb")[1].size else "-"
         ),
-        "updates left out": lambda c: last(c, "skipped", ".0f"),
+        "updates skipped": lambda c: last(c, "skipped", ".0f"),
         "best evaluated step": best,
     }
     return [[name, *(fact(course) for course in courses)] for name, fact in rows.items()]
@@ -95,7 +95,7 @@ def _results(rows: dict[str, Any], title: str = "") -> str:
 
 
 def _settings(courses: Sequence[Course]) -> list[str]:
-    """Every setting; those that differ between the runs first."""
+    """All settings, with those that differ between the runs first."""
     flat = [flatten(to_dict(course.run.config)) for course in courses]
     names = sorted({name for values in flat for name in values})
     rows = {name: [_word(values.get(name)) for values in flat] for name in names}
@@ -103,7 +103,7 @@ def _settings(courses: Sequence[Course]) -> list[str]:
     header = ["", *labels(courses)]
     parts = []
     if other:
-        parts += ["<p>What the runs differ in:</p>", _table(header, other, "text")]
+        parts += ["<p>Settings that differ:</p>", _table(header, other, "text")]
     whole = _table(header, [[name.replace("/", "."), *values] for name, values in rows.items()], "text")
     return [*parts, f"<details><summary>all {len(names)} settings</summary>{whole}</details>"]
 

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is meant: the newest, a number, or the best by the evaluations on the way."""
+"""Select a checkpoint of a run: the newest, the best evaluated one, or a step."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from comi_jax.runs.folder import Folder
 
 
 def newest(folder: str | os.PathLike) -> int | None:
-    """The number of updates in the newest complete checkpoint of ``folder``, if it has one."""
+    """The step of the newest complete checkpoint of ``folder``, or None."""
     folder = Folder(folder)
     return max(folder.steps(), default=None) if folder.frozen.is_dir() else None
 
 
 def existing(folder: str | os.PathLike, step: int | None = None) -> int:
-    """``step`` if ``folder`` has that checkpoint, for None the newest. Raises CheckpointError if it has none."""
+    """``step``, or for None the newest one. Raises CheckpointError if ``folder`` has no such checkpoint."""
     found = Folder(folder).steps()
     if newest(folder) is None:
         raise CheckpointError(f"{folder} has no complete checkpoint yet")
@@ -27,7 +27,8 @@ def existing(folder: str | os.PathLike, step: int | None = None) -> int:
 
 
 def choose_step(folder: str | os.PathLike, text: str) -> int:
-    """The checkpoint that ``text`` names: "newest", "best" (on the held-out records) or a number."""
+    """The step that ``text`` names: "newest", "best" (by evaluation on the held-out records) or a number. Raises
+    CheckpointError if there is no such checkpoint."""
     metric = read_run(folder).config.train.best_by
     if text == "newest":
         return existing(folder)
@@ -35,7 +36,8 @@ def choose_step(folder: str | os.PathLike, text: str) -> int:
         best = best_step(folder, metric)
         if best is None:
             raise CheckpointError(
-                f"{folder} has no best checkpoint: nothing was evaluated on the way (train.eval_every)"
+                f"{folder} has no best checkpoint, as nothing was evaluated during training; choose another --step, or "
+                "train with train.eval_every"
             )
         return existing(folder, best)
     if not text.isdecimal():
@@ -44,19 +46,19 @@ def choose_step(folder: str | os.PathLike, text: str) -> int:
 
 
 def evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """What was measured on the way, a line a step."""
+    """The evaluations during training, one per step."""
     return journal.rows(Folder(folder).evaluations)
 
 
 def best_step(folder: str | os.PathLike, metric: str) -> int | None:
-    """The checkpoint in ``folder`` that ``best_of`` the evaluations of those that are there is."""
+    """The step of the best evaluation whose checkpoint still exists, or None."""
     there = Folder(folder).steps()  # a save may have failed
     return best_of([row for row in evaluations(folder) if row["step"] in there], metric)
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], metric: str) -> int | None:
-    """The step whose evaluation has the highest mean of ``metric``, the first of equals; of those that were measured
-    as the newest was, on the same records."""
+    """The step with the highest mean of ``metric`` (ties: the first), or None. Only evaluations with the same records,
+    rate and decoding as the newest one are compared."""
     alike = [[row.get(name) for name in ("records", "rate", "decoding")] for row in rows]
     measured = {
         row["step"]: row["metrics"][metric]["mean"] for row, how in zip(rows, alike, strict=True) if how == alike[-1]

@@ -1,4 +1,4 @@
-"""The weights in a run's folder: those that are not trained, and all of them after a checkpoint."""
+"""The weights in a run's folder: the frozen ones, and all weights of a checkpoint."""
 
 import contextlib
 import os
@@ -19,12 +19,12 @@ from comi_jax.runs.description import Run, change, check_new, read_run, write_ru
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import existing
 
-BEFORE = "; with that folder removed, the checkpoint before it is used"
+BEFORE = "; remove that folder to use the checkpoint before it"
 
 
 def save_import(folder: str | os.PathLike, run: Run, arrays: Mapping[str, jax.Array], tokenizer: Any) -> None:
-    """Make ``folder``, which must be new, the folder of a model that was trained elsewhere or not yet: ``arrays`` by
-    flat path, in their own dtypes, as a checkpoint after 0 updates."""
+    """Write an imported model into the new or empty ``folder``: ``arrays`` by flat path, dtypes unchanged, as the
+    checkpoint of step 0."""
     check_new(folder)
     trained, frozen = partition(arrays, lambda path: is_trained(path, run.architecture))
     write_run(folder, run, tokenizer)
@@ -36,7 +36,7 @@ def save_import(folder: str | os.PathLike, run: Run, arrays: Mapping[str, jax.Ar
 
 
 def save_frozen(folder: str | os.PathLike, frozen: dict[str, Any]) -> None:
-    """Write the weights that are not trained; what an earlier start left of them is replaced."""
+    """Write the frozen weights, replacing what an interrupted start may have left."""
     place = Folder(folder).frozen
     if jax.process_index() == 0:
         for old in (place, place.with_name(place.name + WRITING)):
@@ -46,10 +46,10 @@ def save_frozen(folder: str | os.PathLike, frozen: dict[str, Any]) -> None:
 
 
 def restore_frozen(folder: str | os.PathLike, like: dict[str, jax.ShapeDtypeStruct], say: Say) -> dict[str, jax.Array]:
-    """The weights of the run in ``folder`` that are not trained, verified, placed as ``like``."""
+    """The frozen weights of the run in ``folder``, verified, with the shardings of ``like``."""
     place = Folder(folder).frozen
     if not place.is_dir():
-        raise CheckpointError(f"{place} is missing, and the checkpoints of the run need it; put a copy back")
+        raise CheckpointError(f"{place} is missing, and the checkpoints of the run need it; restore it from a copy")
     if not checksums.verify(place):
         say(f"{place} was written before there were checksums: not verified")
         return restore_arrays(place, like)
@@ -63,28 +63,27 @@ def load_params(
     step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Run, dict[str, Any]]:
-    """The run in ``folder``, its settings changed by ``overrides``, and all its weights after checkpoint ``step``
-    (None: the newest), in the model's dtype, split over ``mesh`` (None: on one device).
+    """The run in ``folder`` with ``overrides`` applied, and all weights of checkpoint ``step`` (None: the newest) in
+    the model's dtype, sharded over ``mesh`` (None: on one device).
 
     Raises CheckpointError if the folder holds no run or no such checkpoint, or if its files are damaged.
     """
     run = change(read_run(folder), overrides)
     arch = run.architecture
-    homes = {} if mesh is None else sharding.parameters(specs(arch), mesh)
-    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), homes.get(path)), step))
+    shardings = {} if mesh is None else sharding.parameters(specs(arch), mesh)
+    return run, unflatten(load_flat(folder, arch, lambda path: (frozen_dtype(path, arch), shardings.get(path)), step))
 
 
 def load_flat(
     folder: str | os.PathLike, arch: Architecture, place: Placement = as_stored, step: int | None = None
 ) -> dict[str, jax.Array]:
-    """All weights of the run in ``folder`` after checkpoint ``step`` (None: the newest), by flat path, in the dtypes
-    and places that ``place`` gives (None: as stored, on the first device). Raises CheckpointError if there is no such
-    checkpoint, or if its files are damaged: nothing is renamed or replaced here."""
+    """All weights of checkpoint ``step`` (None: the newest) by flat path, with the dtype and sharding that ``place``
+    gives for a path (None: the stored dtype; the first device). Raises CheckpointError if there is no such checkpoint
+    or its files are damaged; damaged files are not renamed."""
     folder = Folder(folder)
     step = existing(folder, step)
-    place_of_trained = folder.checkpoint(step)
     sealed = True
-    for part, advice in ((place_of_trained, BEFORE), (folder.frozen, ""), (folder.tokenizer, "")):
+    for part, advice in ((folder.checkpoint(step), BEFORE), (folder.frozen, ""), (folder.tokenizer, "")):
         try:
             sealed &= checksums.verify(part)
         except DamageError as error:
@@ -94,8 +93,8 @@ def load_flat(
 
 
 def _load_flat(folder: Folder, step: int, arch: Architecture, place: Placement) -> dict[str, jax.Array]:
-    """``load_flat`` of files whose checksums, if there are any, are right."""
-    place_of_trained = folder.checkpoint(step)
+    """``load_flat`` after the checksums are verified."""
+    checkpoint = folder.checkpoint(step)
     trained, frozen = stored_arrays(folder, step)
     shapes = {path: spec.shape for path, spec in flatten(specs(arch)).items()}
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -105,22 +104,22 @@ def _load_flat(folder: Folder, step: int, arch: Architecture, place: Placement) 
         return jax.ShapeDtypeStruct(shapes[path], dtype or stored[path].dtype, sharding=sharding or first)
 
     with reading(folder.path):
-        # By what is stored, not by what ``arch`` trains: a run may train another part of a model than made it.
+        # By what is stored, not by what ``arch`` trains: a run that starts from this one may train other parameters.
         wanted = {path: abstract(path, trained) for path in shapes if path in trained}
         kept = {path: abstract(path, frozen) for path in shapes if path not in trained}
-    with reading(place_of_trained, BEFORE):
-        arrays = restore_arrays(place_of_trained / "trained", wanted)
+    with reading(checkpoint, BEFORE):
+        arrays = restore_arrays(checkpoint / "trained", wanted)
     return arrays | restore_arrays(folder.frozen, kept)
 
 
 def weights_of(folder: str | os.PathLike, step: int) -> str:
-    """A short name for the weights of checkpoint ``step``; empty if they were written without checksums."""
+    """A hash of the weights of checkpoint ``step``; empty if they have no checksums."""
     parts = [checksums.identity(part) for part in (Folder(folder).checkpoint(step), Folder(folder).frozen)]
     return "".join(parts) if all(parts) else ""
 
 
 def stored_arrays(folder: str | os.PathLike, step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What is on disk, by flat path, with shape and dtype: of checkpoint ``step``, and of the frozen weights."""
+    """The stored arrays by flat path, with shape and dtype: of checkpoint ``step``, and the frozen weights."""
     place, frozen = Folder(folder).checkpoint(step), Folder(folder).frozen
     with reading(place, BEFORE):
         return stored(place / "trained"), stored(frozen)
