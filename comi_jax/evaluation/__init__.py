@@ -1,1 +1,1 @@
-"""Answers measured: predictions, metrics and tables."""
+"""Evaluation: predictions, metrics and tables."""

@@ -1,4 +1,4 @@
-"""A COMI model as evaluation asks it: at one rate, with one way of decoding, with or without the contexts."""
+"""A COMI model under evaluation: at one rate, with one set of decoding options, with or without the contexts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,13 +19,14 @@ BATCHES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class ComiAnswerer:
-    """``model`` at ``rate`` (None: its first). ``weights`` is a short name for its weights; empty: unknown."""
+    """``model`` at ``rate`` (None: the first of its rates). ``weights`` is a hash of its weights; empty: unknown, so
+    that nothing is resumed."""
 
     model: Comi
     weights: str = ""
     rate: int | None = None
-    options: Generation | None = None  # None: as the model was trained
-    closed_book: bool = False  # the contexts are withheld: the decoder answers from the question alone
+    options: Generation | None = None  # None: those of the model's config
+    closed_book: bool = False  # answer from the question alone, without the context
 
     @property
     def decoding(self) -> Generation:
@@ -35,8 +36,8 @@ class ComiAnswerer:
     def identity(self) -> str:
         if not self.weights:
             return ""
-        of = (encode.FORMAT, self.model.run, self.weights, self.rate, self.decoding, self.closed_book)
-        return xxhash.xxh3_128(repr(of).encode()).hexdigest()
+        key = (encode.FORMAT, self.model.run, self.weights, self.rate, self.decoding, self.closed_book)
+        return xxhash.xxh3_128(repr(key).encode()).hexdigest()
 
     @property
     def at_once(self) -> int:

@@ -1,9 +1,9 @@
-"""Measures of a predicted answer against its references, each under its own name, and their bootstrap intervals.
+"""Metrics of a predicted answer against its references, with bootstrap intervals.
 
     F1 = 2 |common| / (|prediction| + |reference|),  common = the shared tokens (F1) or their LCS (ROUGE-L)
 
-All but ROUGE-L, which has tokens of its own, compare strings under SQuAD's normalisation. There is no plain "EM" or
-"F1": published tables mean different ones of these by the same word (a strict `em` can exceed `f1_first`).
+All but ROUGE-L, which tokenises differently, compare strings under SQuAD's normalisation. There is no plain "EM" or
+"F1", as published tables mean different metrics by these names (a strict `em` can exceed `f1_first`).
 """
 
 import math
@@ -28,41 +28,41 @@ _YES_NO = frozenset({"yes", "no", "noanswer"})
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normalisation, in its order: lower case, ASCII punctuation deleted, a / an / the dropped, spaces single.
+    """SQuAD's normalisation: lower-case, remove ASCII punctuation, remove a / an / the, collapse white space.
 
-    Source: the SQuAD v1.1 evaluation script. Other scripts' punctuation stays, and accents are not folded.
+    Source: the SQuAD v1.1 evaluation script. Non-ASCII punctuation and accents are kept.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """Every measure of MEASURES for one prediction, each in [0, 1].
+    """All metrics of MEASURES for one prediction, each in [0, 1].
 
     - `em`: the prediction equals any reference, both normalised.
     - `f1_max`: token F1 (SQuAD), the best over the references.
     - `f1_first`: token F1 with the first reference only; 0 if either is yes / no / noanswer and they differ (HotpotQA).
     - `acc_subspan`: any normalised reference is a substring of the normalised prediction (lost-in-the-middle).
-    - `acc_subspan_firstline`: the same on the prediction up to its first newline, as that work's evaluation does, so
-      copying the context earns nothing; leading white space is not stripped first: a first line left empty is empty.
-    - `rougeL`: ROUGE-L F-measure, the best over the references, as rouge_score has it without stemming: tokens are runs
-      of a-z and 0-9 in the lower-cased text. Other scripts, of which it sees nothing, have tokens of their own here:
-      each letter where no space parts words (Chinese, Japanese, Thai, ...), else runs of letters (Russian, Arabic).
-      Two texts that are equal and have no token at all, such as "!", have 1.
+    - `acc_subspan_firstline`: the same on the prediction up to its first newline, as in that work's evaluation, so that
+      copying the context earns nothing. Leading white space is not stripped: an empty first line counts as empty.
+    - `rougeL`: ROUGE-L F-measure, the best over the references, as rouge_score without stemming: tokens are runs of a-z
+      and 0-9 in the lower-cased text. Other scripts, which rouge_score ignores, get tokens too: each letter of scripts
+      that put no spaces between words (Chinese, Japanese, Thai, ...), runs of letters of the others (Russian, Arabic).
+      Two equal texts without any token, such as "!", score 1.
 
-    The others know words by the spaces between them. Of a script without spaces a whole sentence is one token: `em`
-    then asks for the same sentence, its punctuation included, `f1_max` and `f1_first` give nearly always 0 or 1, and
-    `acc_subspan`, which looks for letters, says more.
+    The other measures split words at spaces. In a script without spaces a whole sentence is one token: `em` asks for the
+    same sentence including its punctuation, `f1_max` and `f1_first` are nearly always 0 or 1, and `acc_subspan`, which
+    compares letters, says more.
 
-    A reference that normalises to nothing ("The", "?") counts as equal to, and contained in, only a prediction that
-    does so too; as the empty substring it would otherwise make every prediction right.
+    A reference that normalises to the empty string ("The", "?") only matches a prediction that does so too; otherwise,
+    as the empty substring, it would match every prediction.
 
     Raises:
-        ValueError: no reference, or one text in place of a list of them.
+        ValueError: no references, or a string instead of a list of strings.
     """
     if isinstance(references, str):
         raise ValueError(f"references is one text ({references[:40]!r}); give a list of texts")
     if not references:
-        raise ValueError("the list of references is empty; a prediction is scored against at least one")
+        raise ValueError("the list of references is empty; give at least one")
     predicted = normalize(prediction)
     expected = [normalize(reference) for reference in references]
     first_line = normalize(prediction.split("\n", 1)[0])
@@ -83,7 +83,7 @@ def _contains(predicted: str, reference: str) -> bool:
 
 
 def _token_f1(predicted: str, reference: str) -> float:
-    """Token F1 of two normalised texts; where one is empty, whether both are (the SQuAD 2.0 rule)."""
+    """Token F1 of two normalised texts. If either is empty: 1 if both are, else 0 (the SQuAD 2.0 rule)."""
     a, b = predicted.split(), reference.split()
     if not a or not b:
         return float(a == b)
@@ -98,17 +98,17 @@ def _rouge_l(predicted: str, reference: str) -> float:
 
 
 def _lcs_length(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence: the usual table, a row at a time, its steps the bits of one integer.
+    """Length of the longest common subsequence, by the bit-parallel dynamic programme of Hyyro (2004).
 
-    Bit j of `row` is 0 where the table rises at b[j]; an addition carries a whole row forward (Hyyro 2004).
+    A row of the table is one integer: bit j of `row` is 0 where the table increases at b[j].
     """
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for j, token in enumerate(b):
-        places[token] = places.get(token, 0) | 1 << j
+        positions[token] = positions.get(token, 0) | 1 << j
     full = (1 << len(b)) - 1
     row = full
     for token in a:
-        matches = row & places.get(token, 0)
+        matches = row & positions.get(token, 0)
         row = ((row + matches) | (row - matches)) & full
     return len(b) - row.bit_count()
 
@@ -116,18 +116,18 @@ def _lcs_length(a: list[str], b: list[str]) -> int:
 def summarize(
     per_example: Sequence[Mapping[str, float | int]], *, seed: int = 0, resamples: int = 1000
 ) -> dict[str, dict[str, float | int]]:
-    """Mean of each measure over the examples with its 95 % percentile bootstrap interval, and the number of examples.
+    """Mean and 95 % percentile bootstrap interval of each metric over the examples.
 
     Args:
-        per_example: one mapping per example, all with the same names: `score`'s, or any other finite quantity.
+        per_example: one mapping per example, all with the same names: `score`'s, or any other finite quantities.
         seed: of the resampling; the same seed, values and number of resamples give the same intervals.
-        resamples: bootstrap samples, each of as many examples as there are; all measures share them.
+        resamples: the number of bootstrap samples, each of size n; all metrics share them.
 
     Returns:
         name -> {"mean", "low", "high", "n"}.
 
     Raises:
-        ValueError: no example, examples with different names, a value that is not finite, fewer than 1 resample.
+        ValueError: no examples, examples with different names, a non-finite value, or fewer than 1 resample.
     """
     if not per_example:
         raise ValueError("there are no examples to summarize")
@@ -143,7 +143,7 @@ def summarize(
     values = np.array([[example[name] for name in names] for example in per_example], dtype=np.float64)
     n = len(values)
     rng = np.random.default_rng(seed)
-    # One resample at a time: all at once would hold resamples x n x measures numbers (gigabytes for a large set).
+    # One resample at a time: all at once would take resamples x n x metrics numbers, gigabytes for a large set.
     means = np.stack([values[rng.integers(0, n, size=n)].mean(axis=0) for _ in range(resamples)])
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     return {

@@ -1,8 +1,8 @@
-"""Held-out questions answered and measured.
+"""Answer held-out questions, write the predictions and summarise their metrics.
 
-Every prediction is written as a JSON line as it comes, and an evaluation that was killed goes on where it was. The
-summary has the mean and a 95 % bootstrap interval of each metric, the achieved compression ratio (all context tokens
-over all memory vectors) and the decoding options.
+Predictions are appended as JSON lines, so that a killed evaluation resumes where it stopped. The summary has the mean
+and 95 % bootstrap interval of each metric, the achieved compression ratio (all context tokens over all memory vectors)
+and the decoding options.
 """
 
 import contextlib
@@ -27,50 +27,48 @@ from comi_jax.serving.compressor import Answer
 
 @runtime_checkable
 class Answerer(Protocol):
-    """Who answers examples: a COMI model (``answerers``), or a system that it is compared with."""
+    """A system under evaluation: a COMI model (``answerers``), or one that it is compared with."""
 
     @property
     def identity(self) -> str:
-        """A short name for all that its answers depend on beside the examples; empty: no answer of an earlier attempt
-        is taken over."""
+        """A hash of everything but the records that the answers depend on; empty: do not resume an earlier attempt."""
         ...
 
     @property
     def at_once(self) -> int:
-        """How many examples to ask it at a time: the predictions of so many are lost when the process dies."""
+        """The number of examples per call of ``answer``; at most so many predictions are lost if the process dies."""
         ...
 
     def encode(self, records: Sequence[Record]) -> tuple[list[Example], LengthReport]:
-        """``records`` as examples without their answers. Raises LengthError or ConfigError for what it cannot answer,
-        before any work."""
+        """Tokenise ``records`` without their answers. Raises LengthError or ConfigError for what cannot be answered."""
         ...
 
     def answer(self, examples: Sequence[Example]) -> list[Answer]:
-        """Its answers, one for each of ``examples``."""
+        """One answer per example."""
         ...
 
     def account(self) -> dict[str, Any]:
-        """How it answered, for the summary: rate, decoding."""
+        """The options of answering, for the summary: rate, decoding."""
         ...
 
 
 def evaluate(
     answerer: Answerer, records: Sequence[Record], output: str | os.PathLike, *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Let ``answerer`` answer ``records``, write its predictions to ``output`` (JSON Lines) and return the summary.
+    """Answer ``records``, write the predictions to ``output`` (JSON Lines) and return the summary.
 
-    What an earlier attempt of the same identity has answered is taken over. Several processes answer together; the
-    first one writes and returns, the others return {}.
+    Predictions of an earlier attempt with the same records and identity are reused. Several processes answer together;
+    the first one writes and returns the summary, the others return {}.
     """
     examples, report = answerer.encode(records)
     part, writes = Path(f"{output}.part"), distributed.is_first()
     found: dict[int, dict[str, Any]] = {}
     if writes:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        of = f"{fingerprint_of(records)} {answerer.identity}"
-        found = _begin(part, of, len(records) if answerer.identity else 0)
+        key = f"{fingerprint_of(records)} {answerer.identity}"
+        found = _begin(part, key, len(records) if answerer.identity else 0)
     if found and console:
-        console.print(f"{len(found)} of {len(records)} answers were there already, in {part}", highlight=False)
+        console.print(f"resuming with {len(found)} of {len(records)} answers from {part}", highlight=False)
     left = distributed.agreed(np.array([row not in found for row in range(len(records))]))
     order = sorted(np.flatnonzero(left).tolist(), key=lambda i: len(examples[i].context))
     quiet = console is None or not console.is_terminal or not order
@@ -101,15 +99,15 @@ def evaluate(
     }
 
 
-def _begin(part: Path, of: str, count: int) -> dict[int, dict[str, Any]]:
-    """The predictions in ``part`` by record, if they are of this evaluation and ``count`` is not 0; afterwards ``part``
-    holds its first line and them. A last line that is torn is cut off."""
+def _begin(part: Path, key: str, count: int) -> dict[int, dict[str, Any]]:
+    """The predictions in ``part`` by index of the record, if its cache key is ``key``. Otherwise, or if ``count`` is 0,
+    ``part`` is started anew. A torn last line is cut off."""
     found, whole = {}, 0
     if count and part.is_file():
         for number, line in enumerate(part.read_bytes().splitlines(keepends=True)):
             try:
                 row = json.loads(line)
-                good = line.endswith(b"\n") and (row["index"] in range(count) if number else row["of"] == of)
+                good = line.endswith(b"\n") and (row["index"] in range(count) if number else row["of"] == key)
             except (ValueError, KeyError, TypeError):
                 good = False
             if not good:
@@ -120,12 +118,12 @@ def _begin(part: Path, of: str, count: int) -> dict[int, dict[str, Any]]:
     if whole:
         os.truncate(part, whole)
     else:
-        part.write_text(json.dumps({"of": of}) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"of": key}) + "\n", encoding="utf-8")
     return found
 
 
 def _finish(part: Path, output: Path, predictions: Sequence[dict[str, Any]]) -> None:
-    """``predictions`` in the order of the records as ``output``, at once; ``part`` goes."""
+    """Write ``predictions``, in the order of the records, to ``output`` atomically, and remove ``part``."""
     draft = Path(f"{output}.draft")
     with draft.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)

@@ -1,4 +1,4 @@
-"""Summaries of evaluations as a file and as a table."""
+"""Summaries of evaluations as a JSON file and as a printed table."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from rich.table import Table
 
 
 def save_table(rows: Mapping[str, dict[str, Any]], path: str | Path) -> None:
-    """Write the summaries as JSON."""
+    """Write the summaries as JSON, atomically."""
     draft = Path(f"{path}.draft")
     draft.write_text(json.dumps(dict(rows), indent=2) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 
 def print_table(rows: Mapping[str, dict[str, Any]], console: Console, shown: Sequence[str] = ("em", "f1_max")) -> None:
-    """Print the metrics ``shown`` of every system with their intervals, and the achieved ratio; a column a system."""
+    """Print the metrics ``shown`` with their intervals, and the achieved ratio; one column per system."""
     table = Table(title=f"{next(iter(rows.values()))['n']} held-out questions, 95 % bootstrap intervals")
     table.add_column("")
     for title in rows:

@@ -1,1 +1,1 @@
-"""A trained model in use."""
+"""Inference with a trained model."""

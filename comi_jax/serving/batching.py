@@ -1,4 +1,4 @@
-"""Examples in padded batches of few shapes, and the jitted steps that take them."""
+"""Padded batches of few shapes, and the jitted functions that compress and answer them."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ from comi_jax.runs.description import Run
 
 
 def check(run: Run, examples: Sequence[Example], rate: int | None, new_tokens: int) -> int:
-    """The rate (None: the first that the model was trained for), if ``examples`` can be answered at it. Raises
-    ConfigError or LengthError, before any work."""
+    """The rate (None: the first of compression.rates), validated for ``examples``. Raises ConfigError for a bad rate,
+    and LengthError for examples that do not fit the backbone's positions."""
     compression = run.config.compression
     rate = compression.rates[0] if rate is None else rate
     if not isinstance(rate, int) or rate < 1:
@@ -35,12 +35,12 @@ def check(run: Run, examples: Sequence[Example], rate: int | None, new_tokens: i
 def batches(
     run: Run, examples: Sequence[Example], rate: int, batch_size: int, mesh: Mesh | None
 ) -> Iterator[tuple[list[int], Batch]]:
-    """The rows of ``examples`` that a batch begins with, and the batch on its devices; contexts of like length
-    together. ``batch_size`` divides over the devices of ``mesh``."""
+    """Batches on their devices, contexts of similar length together, each with the indices of its ``examples``; filler
+    rows follow these. ``batch_size`` must be a multiple of the row shards of ``mesh``."""
     if not examples:
         return
     shapes = Shapes.of(examples, run.config.data, run.config.compression)
-    # Calls of like length share a compilation.
+    # Rounded up, so that calls of similar length share a compilation.
     shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
     shards = sharding.row_shards(mesh) if mesh else 1
@@ -54,7 +54,7 @@ def batches(
 
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))
 def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.Memory:
-    """The memory of every row of ``batch``."""
+    """The memory of each row of ``batch``."""
     return comi.memory_of(params, arch, batch, rate)
 
 
@@ -67,11 +67,11 @@ def reply(
     options: Generation,
     stop: tuple[int, ...],
 ) -> generate.Generated:
-    """The greedy answer to every row of ``batch`` from its ``memory``."""
+    """The greedy answer of each row of ``batch`` from its ``memory``."""
     rows, lengths = comi.prompt(params, arch, memory, batch)
     return generate.greedy(params, arch, rows, lengths, options, stop)
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """``x`` on the host of every process."""
+    """``x`` as a host array, gathered on every process."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

@@ -1,4 +1,4 @@
-"""The object a user holds: text in, text out.
+"""The public API: compress texts and answer questions about them.
 
 memory = align(compress(encode(context, question)));   answer = greedy(decoder, [memory; embed(question)])
 """
@@ -28,24 +28,24 @@ from comi_jax.weights.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class CompressedContext:
-    """A context as the decoder reads it."""
+    """The memory of a context."""
 
     vectors: np.ndarray  # [memory vectors, hidden size], after the LSA, float32
     context_tokens: int
-    truncated: bool  # the context or the question was cut to fit the settings in data
+    truncated: bool  # whether the context or the question was truncated to data.max_*
 
     @property
     def ratio(self) -> float:
-        """Context tokens per memory vector: the compression ratio that was achieved."""
+        """The achieved compression ratio: context tokens per memory vector."""
         return self.context_tokens / max(len(self.vectors), 1)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the decoder said, and what it had read."""
+    """An answer, and the size of what it was generated from."""
 
     text: str
-    tokens: tuple[int, ...]  # generated ids, the end-of-sequence token included where it came
+    tokens: tuple[int, ...]  # generated ids, including the end-of-sequence token if it was generated
     context_tokens: int
     memory_vectors: int
     truncated: bool
@@ -58,13 +58,14 @@ class Answer:
 
 
 class Comi:
-    """A trained compressor. An example's result is the same alone, padded, or in any batch."""
+    """A trained compressor. The result of an example does not depend on padding or on the rest of its batch."""
 
     def __init__(
         self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16, mesh: Mesh | None = None
     ):
-        """``mesh``: of the devices that ``params`` are split over, if they are. The examples of a batch, at least
-        ``batch_size``, are split over them too; of several processes, all ask the same at the same time."""
+        """``mesh``: the devices that ``params`` are sharded over, None for one device. Batches, of ``batch_size``
+        examples rounded up to a multiple of the row shards, are split over them too. With several processes, all must
+        make the same calls."""
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
@@ -83,17 +84,17 @@ class Comi:
         step: int | None = None,
         mesh: Mesh | None = None,
     ) -> "Comi":
-        """The model of a run's folder after its newest checkpoint, or that of ``step``, with settings changed by
-        ``overrides`` such as "data.on_long=truncate", split over the devices of ``mesh`` (None: on one). Raises
-        CheckpointError if there is none."""
+        """Load the newest checkpoint of a run's folder, or that of ``step``, with ``overrides`` such as
+        "data.on_long=truncate", sharded over ``mesh`` (None: on one device). Raises CheckpointError if there is no
+        such checkpoint."""
         run, params = load_params(folder, overrides, step, mesh)
         return cls(run, params, load_tokenizer(Folder(folder).tokenizer), batch_size=batch_size, mesh=mesh)
 
     def compress(
         self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None
     ) -> CompressedContext | list[CompressedContext]:
-        """The memory of ``context`` for ``question``, at ``rate`` tokens a vector (None: the first the model was
-        trained for). Lists give a list: element i of one goes with element i of the other."""
+        """Compress ``context`` for ``question`` at ``rate`` tokens per vector (None: the first of compression.rates).
+        Two lists of equal length give a list, pair by pair."""
         examples = self._examples(context, question)
         results: list[Any] = [None] * len(examples)
         rate = batching.check(self.run, examples, rate, 1)
@@ -120,7 +121,7 @@ class Comi:
         return results[0] if isinstance(question, str) else results
 
     def generate(self, examples: Sequence[Example], rate: int | None, options: Generation) -> list[Answer]:
-        """Answers to tokenised examples; one with an empty context is answered closed book."""
+        """Answer tokenised examples; those with an empty context are answered closed book."""
         results: list[Any] = [None] * len(examples)
         rate = batching.check(self.run, examples, rate, options.max_new_tokens)
         for rows, batch in self._batches(examples, rate):
