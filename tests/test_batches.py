@@ -360,7 +360,7 @@ def test_like_lengths_share_a_batch_and_every_example_comes_once_an_epoch(share)
 def test_micro_batches_split_a_batch_by_size_and_change_nothing_else(share):
     """The same examples at the same rates, however many the parts; each part in a shape of its own."""
     whole = loader.Plan.of([e for e in MIXED for _ in range(share)], FITTED, 120 * share, seed=3, share=share)
-    split = dataclasses.replace(whole, parts=6)
+    split = dataclasses.replace(whole, micro_batches=6)
     assert (whole.contexts_at_once, split.contexts_at_once) == (120, 20)
     batches_of = [islice(loader.training_batches(plan, RATES, 3), 10) for plan in (whole, split)]
     for (one,), many in zip(*batches_of, strict=True):
@@ -391,7 +391,7 @@ def test_any_number_of_batches_has_every_example_as_often_as_it_should(sizes, ba
 def test_the_rows_of_all_processes_are_the_batch_of_one(processes, share, micro):
     """Lengths are known to each, tokens to those whose rows they are; of every micro-batch."""
     plan = plan_of([e for e in MIXED[:90] for _ in range(share)], 12 * micro * share, 1, share, FITTED)
-    plan = dataclasses.replace(plan, parts=micro)
+    plan = dataclasses.replace(plan, micro_batches=micro)
     whole = loader.training_batches(plan, RATES, 1)
     own = [range(12 * i // processes, 12 * (i + 1) // processes) for i in range(processes)]
     parts = [loader.training_batches(plan, RATES, 1, own=part) for part in own]

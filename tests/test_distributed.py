@@ -254,8 +254,8 @@ def test_two_processes_are_stopped_damaged_and_go_on_as_one_that_never_was(setti
     process = launch(2, both, settings=settings)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
-    assert "as it was tokenised before" in said and said.count(f"kept as {newest}.damaged") == 1, said
-    assert 2 <= int(re.search(r"going on from step ([0-9]+) of 40", said)[1]) < newest, said
+    assert "reusing the tokenised examples" in said and said.count(f"kept as {newest}.damaged") == 1, said
+    assert 2 <= int(re.search(r"resuming from step ([0-9]+) of 40", said)[1]) < newest, said
     assert losses(both) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     for run in (tmp_path / "alone", both):
         assert values(run / "evaluations.jsonl", "step") == [20, 40]
@@ -293,7 +293,7 @@ def test_two_processes_end_together_wherever_they_are(settings, tmp_path, name):
         through = place == "closing" and "compression ratio" in said  # before the signal was heard
         assert process.returncode == (0 if through else STOPPED) and "Traceback" not in said, f"{place}: {said}"
         assert time.monotonic() - asked < 10, f"{place}: {said}"
-        heard = f"{name}: all processes save what is not saved" in said
+        heard = f"{name}: all processes save unsaved work" in said
         assert heard or through, f"{place}: {said}"
     process = launch(2, run, settings=settings)
     said = process.communicate(timeout=300)[0]
@@ -314,7 +314,7 @@ def test_the_coordinator_is_killed(settings, tmp_path):
     assert process.returncode != 0 and time.monotonic() - gone < 6 + 5 + 10, said
     assert "process 0 of 2 ended with status 137, killed by signal 9" in said, said
     process, said = stopped(2, tmp_path / "run", [*settings, "train.steps=100000"], "/100000  loss")
-    assert process.returncode == STOPPED and "going on from step" in said, said
+    assert process.returncode == STOPPED and "resuming from step" in said, said
 
 
 @pytest.mark.slow
@@ -346,7 +346,7 @@ def test_the_launcher_starts_a_run_again_and_nothing_is_lost(settings, tmp_path,
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     said += process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "going on from step" in said, said
+    assert process.returncode == 0 and "resuming from step" in said, said
     assert losses(run) == losses(tmp_path / "whole")
     assert values(run / "evaluations.jsonl", "step") == [4, 8, 12]
     trained = [

@@ -70,7 +70,7 @@ def test_they_are_made_once_and_the_same_is_said_again(data, tmp_path, monkeypat
     assert sorted(path.name for path in folder.iterdir()) == ["examples.arrow", "examples.json"]
     monkeypatch.setattr(encode, "encoded", lambda *_, **__: pytest.fail("tokenised again"))
     found, again = read(config_of(data), folder)
-    assert again.startswith(first) and "as it was tokenised before" in again.removeprefix(first)
+    assert again.startswith(first) and "reusing the tokenised examples" in again.removeprefix(first)
     assert len(found) == len(made) == 5 and all(map(same, found, made))
 
 

@@ -185,7 +185,7 @@ def test_a_signal_saves_and_ends_and_no_step_is_lost(driver, undisturbed, number
     assert f"stopped by {number.name} after step {reached} of {STEPS}" in child.printed()
     assert reached < STEPS and max(Folder(output).steps()) == reached
     child = driver.train(output)
-    assert child.status() == 0 and f"going on from step {reached} of" in child.printed()
+    assert child.status() == 0 and f"resuming from step {reached} of" in child.printed()
     assert result(output) == undisturbed
 
 
@@ -232,7 +232,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_has_each_example_once(driver,
     assert child.status() == status, child.printed()
     child = driver.train(output, *settings)
     assert child.status() == 0, child.printed()
-    assert "going on from step 2 of 4" in child.printed()
+    assert "resuming from step 2 of 4" in child.printed()
     kept = "128 of 150 answers were there already" in child.printed()
     assert kept == (die[0] == "in an evaluation") or die[0].startswith("SIGTERM")  # another thread takes the signal
     for name in ("evaluations/step_2.jsonl", "evaluations/step_4.jsonl", "evaluations.jsonl", "predictions.jsonl"):
@@ -253,7 +253,7 @@ def test_a_run_goes_on_with_another_number_of_devices(driver, undisturbed):
     assert driver.train(output, die=("after the commit", 1)).status() == -9
     kept = max(Folder(output).steps())
     child = driver.train(output, devices=4)
-    assert child.status() == 0 and f"going on from step {kept} of {STEPS}" in child.printed()
+    assert child.status() == 0 and f"resuming from step {kept} of {STEPS}" in child.printed()
     losses, expected = ([row["loss"] for row in rows] for rows in (result(output)[0], undisturbed[0]))
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 

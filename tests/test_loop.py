@@ -102,7 +102,7 @@ def test_a_dry_run_ends_with_the_summary_and_writes_nothing(files, quick_step, t
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     before = contents(tmp_path / "run")
     said = run(files, tmp_path / "run", "train.steps=20", "--dry-run")
-    assert f"going on from step {SAVE_EVERY} of 20" in said and contents(tmp_path / "run") == before
+    assert f"resuming from step {SAVE_EVERY} of 20" in said and contents(tmp_path / "run") == before
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_settings_that_leave_the_weights_as_they_are_may_change(files, quick_ste
     )
     assert "settings changed: mesh.data 1 -> 0; mesh.fsdp 0 -> 2; train.checkpoint_every 15 -> 4; " in said
     assert "; train.keep_checkpoints 2 -> 1" in said
-    assert f"going on from step {SAVE_EVERY} of {STEPS}" in said
+    assert f"resuming from step {SAVE_EVERY} of {STEPS}" in said
     assert description.read_run(tmp_path / "run").config.train.checkpoint_every == 4
     assert Folder(tmp_path / "run").steps() == [STEPS]
 
@@ -128,7 +128,7 @@ def test_other_changes_need_consent_and_are_written_down(files, quick_step, tmp_
     assert "optimizer.learning_rate 0.01 -> 0.02; train.steps 30 -> 33" in said and "--allow-config-change" in said
     said = run(files, tmp_path / "run", *more, "--allow-config-change")
     assert "COMI: settings changed: optimizer.learning_rate 0.01 -> 0.02; train.steps 30 -> 33" in said
-    assert "going on from step 30 of 33" in said and len(lines(tmp_path / "run")) == 33
+    assert "resuming from step 30 of 33" in said and len(lines(tmp_path / "run")) == 33
     (change,) = json.loads((tmp_path / "run" / "config.json").read_text())["changes"]
     assert change == {"after_step": 30, "settings": ["optimizer.learning_rate 0.01 -> 0.02", "train.steps 30 -> 33"]}
     assert "nothing" not in refusal(files, tmp_path / "run")  # the new settings are the run's now
@@ -151,7 +151,7 @@ def test_other_examples_under_the_same_name_are_refused(files, quick_step, tmp_p
     train_fixtures.write(data, train_fixtures.records(16, seed=5))
     assert "data.train holds other examples than those" in refusal((lm, data), tmp_path / "run", "train.steps=2")
     said = run((lm, data), tmp_path / "copy", "train.steps=2", "--allow-config-change")
-    assert "going on from step 2 of 2" in said
+    assert "resuming from step 2 of 2" in said
 
 
 def test_an_imported_model_is_no_place_for_a_run(files, quick_step, tmp_path):
@@ -201,7 +201,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_written(files, quick_step
     assert step == 7 and [row["skipped"] for row in lines(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4]
     # Behind them, it goes on.
     said = run(files, tmp_path / "run", "train.max_skipped=3", f"optimizer.accumulate={parts}")
-    assert f"going on from step 7 of {STEPS}" in said and lines(tmp_path / "run")[-1]["skipped"] == 4
+    assert f"resuming from step 7 of {STEPS}" in said and lines(tmp_path / "run")[-1]["skipped"] == 4
 
 
 @pytest.mark.fault

@@ -70,7 +70,7 @@ def test_bad_records_are_left_out_counted_and_listed(world, tmp_path, capsys):
     result, predictions = run(world, tmp_path / "out", "--skip-bad-records", data=data)
     assert (result["n"], len(predictions), result["skipped_records"]) == (6, 6, 1)
     said = capsys.readouterr().out
-    assert f"left out 1 bad records:\n  {data}, line 7: " in said and "1 records skipped" in said
+    assert f"skipped 1 bad records:\n  {data}, line 7: " in said and "1 records skipped" in said
     with pytest.raises(SystemExit, match=f"error: {data}, line 7: "):
         run(world, tmp_path / "other", data=data)
     assert not (tmp_path / "other").exists()

@@ -133,7 +133,7 @@ def start():
     examples, _ = encode.encode(records, train_fixtures.tokenizer(), Data())
     assert len({len(e.answer) for e in examples}) == 3
     plan = batches.Plan.of(examples, batches.Shapes.of(examples, Data(), ARCH.compression), 8, seed=0)
-    shapes = [rows.context.shape for rows in dataclasses.replace(plan, parts=2).batch(0, (2, 4) * 4)]
+    shapes = [rows.context.shape for rows in dataclasses.replace(plan, micro_batches=2).batch(0, (2, 4) * 4)]
     assert sorted(shapes) == [(4, 16), (4, 32)]
     return params, plan
 
@@ -146,7 +146,7 @@ def one_device():
 def step(start, mesh, accumulate):
     """Loss and accuracy of one step, and its gradients."""
     params, plan = start
-    batch = dataclasses.replace(plan, parts=accumulate).batch(0, (2, 4) * 4)
+    batch = dataclasses.replace(plan, micro_batches=accumulate).batch(0, (2, 4) * 4)
     placed = sharding.parameters(architecture.specs(ARCH), mesh)
     trained, frozen = (
         {path: jax.device_put(np.array(x), placed[path]) for path, x in part.items()}  # the step uses them up

@@ -82,7 +82,7 @@ def test_one_process_ends_between_steps_or_where_all_is_saved():
     with stop.saved():
         assert ends == [STOPPED]
     stop.request("SIGINT")
-    assert ends == [STOPPED, SECOND] and "ending at once" in said[1]
+    assert ends == [STOPPED, SECOND] and "exiting at once" in said[1]
     assert left == [True, True]
 
 

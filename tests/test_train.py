@@ -102,7 +102,7 @@ def test_the_same_command_again_has_nothing_to_do(world, tmp_path):
     before = contents(tmp_path / "run")
     outcome = train_fixtures.run(world.command(tmp_path / "run"))
     after = contents(tmp_path / "run")
-    assert f"COMI: going on from step {STEPS} of {STEPS}" in outcome.printed and outcome.compiled == 0
+    assert f"COMI: resuming from step {STEPS} of {STEPS}" in outcome.printed and outcome.compiled == 0
     new = {name for name in after if "events.out" in name} - set(before)
     assert {name: after[name] for name in set(after) - new} == before
 
@@ -113,7 +113,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(world, tmp_path):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 3')  # killed as it wrote
     outcome = train_fixtures.run(world.command(tmp_path / "run"))
-    assert f"COMI: going on from step {SAVE_EVERY} of {STEPS}" in outcome.printed
+    assert f"COMI: resuming from step {SAVE_EVERY} of {STEPS}" in outcome.printed
     assert outcome.compiled == 1
     assert metrics(tmp_path / "run") == metrics(world.run)
     ended, expected = weights(tmp_path / "run"), weights(world.run)
@@ -252,7 +252,7 @@ def test_a_bad_line_is_named_or_left_out_counted_and_listed(world, tmp_path):
     console = Console(file=printed, soft_wrap=True)
     kept = dataset.read_examples(settings, train_fixtures.tokenizer(), tmp_path / "examples", console)
     assert [len(e.query) for e in kept] == [len(row["prompt"].split()) for row in (rows[0], rows[2])]
-    assert "left out 2 bad records:" in printed.getvalue()
+    assert "skipped 2 bad records:" in printed.getvalue()
     assert f"{data}, line 2: " in printed.getvalue() and f"{data}, line 4: " in printed.getvalue()
 
 

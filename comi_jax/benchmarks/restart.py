@@ -53,7 +53,7 @@ class Run:
 
     def wait_to_go_on(self) -> tuple[float, int]:
         """The clock when it says from which step it goes on, and that step."""
-        while not (said := re.search(rb"going on from step (\d+) ", self.log.read_bytes())):
+        while not (said := re.search(rb"resuming from step (\d+) ", self.log.read_bytes())):
             self._look_again()
         return time.monotonic(), int(said[1])
 

@@ -117,39 +117,47 @@ def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Exampl
 class Plan:
     """The batches of training: which examples each holds and how large it is, known before any is made.
 
-    A batch comes as ``parts`` micro-batches, examples of like size together, each of which has a shape of its own.
-    Which examples make a batch does not depend on ``parts``."""
+    A batch comes in ``micro_batches`` parts, examples of like size together, each of which has a shape of its own.
+    Which examples make a batch does not depend on ``micro_batches``."""
 
     groups: list[tuple[Example, ...]]  # examples about one context
     shapes: Shapes
     order: Order
     share: int  # examples in a group
-    parts: int
+    micro_batches: int
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], shapes: Shapes, batch_size: int, seed: int, share: int = 1, parts: int = 1
+        cls,
+        examples: Sequence[Example],
+        shapes: Shapes,
+        batch_size: int,
+        seed: int,
+        share: int = 1,
+        micro_batches: int = 1,
     ) -> "Plan":
         groups = share_contexts(examples, share)
         lengths, *widths = np.array([shapes.size(group) for group in groups]).T
         # Narrow rows rise and the others fall: where they meet, the longest of both share a batch.
         narrow = np.all(np.stack(widths, axis=1) == (shapes.narrow or (0, 0)), axis=1)
         order = Order(np.where(narrow, lengths, 2 * max(lengths) - lengths), batch_size // share, seed)
-        return cls(groups, shapes, order, share, parts)
+        return cls(groups, shapes, order, share, micro_batches)
 
     @property
     def contexts_at_once(self) -> int:
         """How many contexts a micro-batch has."""
-        return self.order.batch // self.parts
+        return self.order.batch // self.micro_batches
 
     def examples(self, number: int) -> list[list[Example]]:
         """The examples of the micro-batches of batch ``number``, which the order has sorted by size."""
-        return [[e for i in part for e in self.groups[i]] for part in self.order[number].reshape(self.parts, -1)]
+        return [
+            [e for i in part for e in self.groups[i]] for part in self.order[number].reshape(self.micro_batches, -1)
+        ]
 
     def batch(self, number: int, rates: Sequence[int] | np.ndarray, own: range | None = None) -> tuple[Batch, ...]:
         """The micro-batches of batch ``number``, its examples at ``rates``; ``own`` of each as in ``collate``."""
         made = []
-        for part, drawn in zip(self.examples(number), np.reshape(rates, (self.parts, -1)), strict=True):
+        for part, drawn in zip(self.examples(number), np.reshape(rates, (self.micro_batches, -1)), strict=True):
             examples = [dataclasses.replace(e, rate=int(rate)) for e, rate in zip(part, drawn, strict=True)]
             made.append(collate(examples, self.shapes, self.share, own=own))
         return tuple(made)

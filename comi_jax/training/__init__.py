@@ -1,1 +1,1 @@
-"""A training run: its data, its steps, and its ends."""
+"""A training run: data, steps, checkpoints, evaluation and shutdown."""

@@ -1,4 +1,4 @@
-"""What a run reads: training examples, tokenised once for all its processes and restarts, and held-out records."""
+"""The data of a run: training examples, tokenised once for all processes and restarts, and held-out records."""
 
 import os
 from collections.abc import Iterator
@@ -20,17 +20,18 @@ from comi_jax.runs import examples as stored
 def read_examples(
     config: Config, tokenizer: Any, folder: str | os.PathLike, console: Console, scratch: Path | None = None
 ) -> stored.Examples:
-    """The training examples, tokenised: those in ``folder`` if they are of the same data, or else made and put there by
-    the first process for all; with ``scratch``, by each process there. Raises DataError, LengthError, ConfigError."""
+    """The tokenised training examples: those in ``folder`` if their cache key matches, otherwise tokenised and written
+    there by the first process, or, with ``scratch``, into that folder by each process. Raises DataError, LengthError or
+    ConfigError."""
     if distributed.is_first() or scratch:
         origin = stored.origin(config, tokenizer)
         if found := stored.find(folder, origin):
-            said = [*found.about.said, f"training data: as it was tokenised before, in {folder}"]
+            messages = [*found.about.said, f"training data: reusing the tokenised examples in {folder}"]
         else:
             new = NewExamples(config, tokenizer)
             found = stored.make(scratch or folder, new, origin, new.report)
-            said = new.report()
-        for line in said:
+            messages = new.report()
+        for line in messages:
             console.print(line, highlight=False, markup=False)
     distributed.meet("the examples are there")
     if not distributed.is_first() and not scratch:
@@ -40,14 +41,13 @@ def read_examples(
         raise DataError(
             str(scratch or folder), None,
             f"process {jax.process_index()} finds other examples here than process 0; all processes of a run need the "
-            "same data, and one train.output that every one of them can see",
+            "same data and must share the folder train.output",
         )  # fmt: skip
     return found
 
 
 class NewExamples:
-    """The examples of data.train, tokenised as they are iterated, a chunk at a time; afterwards ``report`` says what
-    was read."""
+    """The examples of data.train, tokenised in chunks during iteration; ``report`` has the messages afterwards."""
 
     def __init__(self, config: Config, tokenizer: Any):
         self._config, self._tokenizer = config, tokenizer
@@ -65,14 +65,14 @@ class NewExamples:
         yield from encode.encoded(records, self._tokenizer, data, self._lengths)
 
     def report(self) -> list[str]:
-        """What to tell of the examples."""
-        mixed = told("train", self._mixture.report) if self._mixture and self._mixture.report else []
+        """The messages about the data that was read."""
+        mixed = mixture_messages("train", self._mixture.report) if self._mixture and self._mixture.report else []
         return [*mixed, f"training data: {self._lengths}"]
 
 
 def read_held_out(config: Config, console: Console) -> tuple[list[Record], int]:
-    """The records of data.eval, which are told of, or generated ones for the name "synthetic"; and how many bad ones
-    were left out."""
+    """The records of data.eval, generated for "synthetic", and the number of skipped bad records. Prints what was
+    read."""
     names, count = config.data.eval, config.data.eval_examples
     if names == ("synthetic",):
         return synthetic_records("eval", config), 0
@@ -82,13 +82,13 @@ def read_held_out(config: Config, console: Console) -> tuple[list[Record], int]:
     records, report = sources.read(
         names, "eval", fields=data.fields, seed=config.train.seed, skip_bad=data.skip_bad_records
     )
-    for line in told("eval", report):
+    for line in mixture_messages("eval", report):
         console.print(line, highlight=False, markup=False)
     return records[: count or None], len(report.skipped)
 
 
 def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:
-    """Refuse before the training what the closing table could not answer after it."""
+    """Raises LengthError before training for records that the closing table could not answer after it."""
     try:
         examples, _ = encode.encode(records, tokenizer, config.data, targets=False)
         rate, new_tokens = config.compression.rates[0], config.generation.max_new_tokens
@@ -98,15 +98,15 @@ def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbo
 
 
 def synthetic_records(split: str, config: Config) -> list[Record]:
-    """As many generated records as the settings say."""
+    """Generated records, as many as data.synthetic_examples or data.eval_examples says."""
     setting = "synthetic_examples" if split == "train" else "eval_examples"
     made = getattr(config.data, setting)
     if made < 1:
-        raise ConfigError(f'data.{setting} is {made}; it says how many records "synthetic" makes')
+        raise ConfigError(f'data.{setting} is {made}; set the number of records that "synthetic" generates')
     return synthetic.records(split, made, seed=config.train.seed)
 
 
-def told(split: str, report: sources.MixtureReport) -> list[str]:
-    """What a user is told of the reading of a mixture."""
-    left_out = [f"left out {len(report.skipped)} bad records:", *(f"  {line}" for line in report.skipped)]
-    return [f"{split}: {report}", *(left_out if report.skipped else [])]
+def mixture_messages(split: str, report: sources.MixtureReport) -> list[str]:
+    """The messages about a mixture that was read."""
+    skipped = [f"skipped {len(report.skipped)} bad records:", *(f"  {line}" for line in report.skipped)]
+    return [f"{split}: {report}", *(skipped if report.skipped else [])]

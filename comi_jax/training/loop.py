@@ -1,4 +1,4 @@
-"""The loop of a run: step, tell, save, evaluate; and its ends: the last step, a signal, numbers that are not finite."""
+"""The training loop: step, log, save, evaluate; it ends at the last step, on a signal, or on non-finite steps."""
 
 import contextlib
 import dataclasses
@@ -33,12 +33,12 @@ from comi_jax.training.signals import Stop
 from comi_jax.training.state import TrainState
 from comi_jax.training.step import CompiledStep
 
-PEEKED = 4  # batches that the tokens and FLOP of a step are estimated from
+PEEKED = 4  # batches from which the tokens and FLOP of a step are estimated
 
 
 @dataclasses.dataclass
 class Job:
-    """One system to train, ready to go: everything is read, placed and checked."""
+    """One system to train, with everything read, placed and validated."""
 
     title: str
     run: Run
@@ -48,12 +48,12 @@ class Job:
     state: TrainState
     frozen: dict[str, Array]
     plan: Plan
-    batches: Any  # endless (micro-batches, the same on the devices), with get_state, set_state and close
-    largest: Batch  # in the largest shape that a micro-batch can have
+    batches: Any  # endless iterator of (micro-batches on the host, the same on devices); get_state, set_state, close
+    largest: Batch  # of the largest shape that a micro-batch can have
     held_out: list[Record]
     tokenizer: Any
     checkpoints: Checkpoints
-    progress: Progress  # after the checkpoint it goes on from, or at the beginning
+    progress: Progress  # of the checkpoint it resumes from, or of step 0
 
     @property
     def steps(self) -> int:
@@ -69,21 +69,21 @@ class Job:
         return jax.random.key(self.run.config.train.seed)
 
     def close(self) -> None:
-        """Stop what works in the background for it."""
+        """Stop the background threads of data and checkpoints."""
         self.batches.close()
         self.checkpoints.close()
 
 
 def describe(job: Job, console: Console) -> None:
-    """Compile the step for the largest micro-batch, and print the numbers that matter before the first one."""
-    largest = (sharding.put_batch(job.largest, job.mesh),) * job.plan.parts
+    """Compile the step for the largest micro-batch and print parameters, tokens, FLOP and memory."""
+    largest = (sharding.put_batch(job.largest, job.mesh),) * job.plan.micro_batches
     working = job.step_fn.prepare(job.state, job.frozen, largest, job.key)
     for line in summary(job, working):
         console.print(f"{job.title}: {line}", highlight=False)
 
 
 class Loop:
-    """The steps of one job. From here on its folder's logs are written."""
+    """The steps of one job. It opens the logs in the job's folder."""
 
     def __init__(self, job: Job, stop: Stop, console: Console):
         self.job, self.stop, self.console = job, stop, console
@@ -100,10 +100,10 @@ class Loop:
         )  # fmt: skip
 
     def run(self) -> bool:
-        """Train to the last step; whether it came there, or was asked to end before."""
+        """Train to the last step. False if a signal stopped it before."""
         job, start = self.job, self.job.progress.step
         with self.log, contextlib.closing(job.checkpoints), contextlib.closing(job.batches):
-            if self._evaluation_due(start):  # it was killed as it evaluated
+            if self._evaluation_due(start):  # killed during the evaluation
                 self._evaluate(start)
             try:
                 for step in range(start + 1, job.steps + 1):
@@ -133,7 +133,8 @@ class Loop:
             self._evaluate(step)
 
     def _save(self, step: int, wait: bool) -> None:
-        """Start writing the checkpoint of ``step``, and ``wait`` until it is written if there may be no later one."""
+        """Start writing the checkpoint of ``step``. With ``wait``, which the last checkpoint needs, wait for it, and
+        write it once more if it failed."""
         job = self.job
         self.meter.drain()
         self.log.sync()
@@ -146,27 +147,27 @@ class Loop:
             job.checkpoints.settle()
 
     def _end_requested(self, step: int) -> bool:
-        """Whether a signal has come; then everything up to ``step`` is saved. Several processes agree on the step."""
+        """Whether to stop on a signal; if so, ``step`` is saved. Several processes stop after the same step."""
         if not self.stop.due():
             return False
         if step > self.saved or not self.job.checkpoints.settle():
             self._save(step, wait=True)
         self.console.print(
-            f"{self.job.title}: stopped by {self.stop.requested} after step {step} of {self.job.steps}; the same "
-            "command goes on from there",
+            f"{self.job.title}: stopped by {self.stop.requested} after step {step} of {self.job.steps}; run the same "
+            "command to resume",
             highlight=False,
         )
         return True
 
     def _give_up(self, error: TooManySkipped) -> CheckpointError:
-        """What is said when too many steps were not finite; the last batch and the state are written before."""
+        """Save the state and the last batch; returns the error about too many non-finite steps."""
         with contextlib.suppress(TooManySkipped):
             self.meter.drain()
         step = int(self.job.state.step)
         self._save(step, wait=True)
         path = self.job.output.bad_batch(error.step)
         rates = np.concatenate([rows.rate for rows in error.batch])
-        ids = dataclasses.asdict(*dataclasses.replace(self.job.plan, parts=1).batch(error.step - 1, rates))
+        ids = dataclasses.asdict(*dataclasses.replace(self.job.plan, micro_batches=1).batch(error.step - 1, rates))
         words = {
             name: [self.job.tokenizer.decode(row[:n]) for row, n in zip(ids[name], ids[f"{name}_length"], strict=True)]
             for name in ("query", "answer")
@@ -175,12 +176,12 @@ class Loop:
             path.parent.mkdir(exist_ok=True)
             np.savez_compressed(path, **ids, **{f"{name}_text": np.array(rows) for name, rows in words.items()})
         return CheckpointError(
-            f"{error}: their updates were left out and the run stops, saved after step {step}; the last batch is in "
-            f"{path}; look at it, then run the same command to go on behind it, or with a lower "
-            "optimizer.learning_rate and --allow-config-change"
+            f"{error}: their updates were skipped, and the run stops, saved after step {step}; inspect the last batch, "
+            f"{path}, then run the same command to resume after it, or resume with a lower optimizer.learning_rate and "
+            "--allow-config-change"
         )
 
-    # --- evaluation on the way ----------------------------------------------------------------------------------------
+    # --- evaluation during training -----------------------------------------------------------------------------------
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.settings.eval_every
@@ -190,7 +191,7 @@ class Loop:
         return not distributed.agreed(np.array(done))
 
     def _evaluate(self, step: int) -> None:
-        """Measure the weights of the checkpoint of ``step``, which is on disk before, and mark the best one."""
+        """Evaluate the weights after ``step``, whose checkpoint is written first, and update the best checkpoint."""
         job = self.job
         job.checkpoints.settle()
         arch = job.run.architecture
@@ -215,8 +216,8 @@ class Loop:
 
 
 def summary(job: Job, working: int) -> list[str]:
-    """Parameters, tokens and FLOP of a step, and the memory that one device will need, as sentences; ``working``: the
-    bytes of it that a step needs in between."""
+    """Parameters, tokens and FLOP per step, and memory per device, as sentences. ``working`` is the temporary memory
+    of a step in bytes."""
     run, config = job.run, job.run.config
     parts: dict[str, int] = {}
     for path, leaf in {**job.state.trained, **job.frozen}.items():
@@ -242,9 +243,9 @@ def summary(job: Job, working: int) -> list[str]:
         f"{config.train.steps} steps of {config.train.batch_size} examples, rates "
         f"{', '.join(map(str, config.compression.rates))}, rows up to {rows.context.shape[1]} + {rows.query.shape[1]} "
         f"+ {rows.answer.shape[1]} tokens (context + query + answer); about {tokens:,.0f} tokens and {operations:.3g} "
-        "FLOP a step",
-        f"{job.plan.parts} micro-batch(es) a step, of {len(sizes)} shapes, {padding:.1%} of their positions padding",
-        f"memory of a device: about {_gigabytes(sum(held.values()))} ({memory})",
+        "FLOP per step",
+        f"{job.plan.micro_batches} micro-batch(es) per step, in {len(sizes)} shapes, {padding:.1%} padding",
+        f"memory per device: about {_gigabytes(sum(held.values()))} ({memory})",
     ]
 
 

@@ -1,6 +1,6 @@
-"""Numbers of a run, read one step late so that the device never waits for the host.
+"""The metrics of a run, read one step late so that dispatch never waits for the device.
 
-MFU = FLOP of the model's own arithmetic on real tokens / (seconds · devices · peak of the chip)
+MFU = model FLOP on real tokens / (seconds · devices · peak FLOP/s of the chip)
 """
 
 import functools
@@ -21,7 +21,7 @@ from comi_jax.model.batch import Batch
 
 
 class TooManySkipped(RuntimeError):
-    """A run of steps that were not finite has become too long; ``batch`` is that of the last."""
+    """Too many consecutive non-finite steps; ``batch`` is the batch of the last one."""
 
     def __init__(self, step: int, count: int, batch: Sequence[Batch]):
         super().__init__(f"the loss or a gradient of {count} steps in a row, up to step {step}, is not finite")
@@ -30,7 +30,7 @@ class TooManySkipped(RuntimeError):
 
 @dataclass(frozen=True)
 class Tally:
-    """What micro-batches hold: real tokens, positions of their arrays, context tokens that answers are asked about."""
+    """Counts over micro-batches: real tokens, positions including padding, context tokens summed over examples."""
 
     tokens: int
     positions: int
@@ -48,13 +48,12 @@ class Tally:
 
     @property
     def padding(self) -> float:
-        """The share of positions that hold no token."""
+        """The fraction of positions that are padding."""
         return 1 - self.tokens / self.positions
 
 
 def batch_flops(arch: Architecture, batch: Sequence[Batch]) -> float:
-    """FLOP of the loss and gradients of the micro-batches of ``batch``: padding left out, a context that several ask
-    about encoded once."""
+    """Model FLOP of the loss and gradients of ``batch``, without padding, shared contexts encoded once."""
     total = 0.0
     for rows in batch:
         share, contexts = len(rows.query) // len(rows.context), rows.context_length.tolist()
@@ -75,11 +74,11 @@ def _example_flops(arch: Architecture, context: int, query: int, answer: int, ra
 
 
 class Meter:
-    """Takes each step as it is dispatched and, one step later, its numbers; hands those of the steps that ``is_logged``
-    names to ``write``.
+    """Takes each step when it is dispatched, reads its metrics one step later and passes those of logged steps
+    (``is_logged``) to ``write``.
 
-    ``skipped`` and ``in_a_row`` count the updates that were left out, in all and just now; the learning rate is that of
-    the updates that were made.
+    ``skipped`` counts the skipped updates, ``in_a_row`` the most recent consecutive ones. The learning rate is that of
+    the updates that were applied.
     """
 
     def __init__(
@@ -102,19 +101,19 @@ class Meter:
         self._tokens, self._flops = 0, 0.0
 
     def add(self, step: int, metrics: dict[str, Array], batch: Sequence[Batch]) -> None:
-        """Take in a dispatched step, and read the one before it. Raises TooManySkipped."""
+        """Record a dispatched step, and read the one before it. Raises TooManySkipped."""
         before, self._pending = self._pending, (step, metrics, batch)
         if before:
             self._read(*before)
 
     def drain(self) -> None:
-        """Read the newest step, waiting for it. Raises TooManySkipped."""
+        """Wait for the newest step and read it. Raises TooManySkipped."""
         before, self._pending = self._pending, None
         if before:
             self._read(*before)
 
     def pause(self) -> None:
-        """What happens from now to the end of the next step is not counted as its time: compiling, evaluating."""
+        """Exclude the time until the end of the next step, as for compilation or evaluation."""
         self._since = None
 
     def _read(self, step: int, metrics: dict[str, Array], batch: Sequence[Batch]) -> None:
@@ -144,7 +143,8 @@ class Meter:
 
 
 def memory_in_use() -> int:
-    """Bytes: the most that any device of this process has held; where devices do not say, what the process holds."""
+    """Peak memory of this process's devices in bytes (the largest of them), or the resident memory of the process if
+    devices do not report theirs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     most = max((s.get("peak_bytes_in_use", 0) for s in stats), default=0)
     if most:
@@ -155,7 +155,7 @@ def memory_in_use() -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that the first device of this process holds of the arrays in ``tree``."""
+    """Bytes of the arrays in ``tree`` on the first device of this process."""
     first = jax.local_devices()[0]
     shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
     return sum(shard.data.nbytes for shard in shards if shard.device == first)

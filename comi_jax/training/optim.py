@@ -1,4 +1,4 @@
-"""AdamW with warm-up, decay and clipping, over the trained parameters alone."""
+"""AdamW with warm-up, decay and clipping, on the trained parameters."""
 
 import re
 
@@ -11,7 +11,8 @@ NO_DECAY = re.compile(r"(^|/)(norm|\w+_norm|\w+_bias)$|^mig/")
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up over its share of ``steps``, then the named decay to 0 at the last one."""
+    """Learning rate by step: linear warm-up over ``settings.warmup`` of all ``steps``, then the decay by name: "linear"
+    and "cosine" reach 0 at the last step."""
     warm = round(settings.warmup * steps)
     peak, rest = settings.learning_rate, max(steps - warm, 1)
     after = {
@@ -23,7 +24,7 @@ def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
 
 
 def decayed(trained: dict[str, Array]) -> dict[str, bool]:
-    """Which of the flat ``trained`` parameters weight decay acts on: matrices; not norms, biases or COMI's scalars."""
+    """The weight-decay mask of the flat ``trained`` parameters: matrices, but not norms, biases or COMI's scalars."""
     return {path: not NO_DECAY.search(path) for path in trained}
 
 

@@ -1,10 +1,10 @@
-"""How the tiny language model that the package carries was pretrained, for ``python -m comi_jax.pretrain``.
+"""Pretraining of the bundled tiny language model (``python -m comi_jax.pretrain``).
 
     loss = sum_t w_t · -log p(token_t | tokens before it) / sum_t w_t,   w = 1 on answers, TEXT_WEIGHT elsewhere
 
-All text is generated (comi_jax.data.synthetic), people of the evaluation split never occur in it, and the same
-arguments on the same machine give the same weights. The text gets harder in stages, as retrieval from a long text is
-not learnt from nothing in reasonable time: lists of words said again, short notes with questions, plain sentences.
+All text is generated (comi_jax.data.synthetic) without people of the evaluation split, and the same arguments on the
+same machine give the same weights. It is a curriculum, as retrieval from long texts is hardly learnt from scratch:
+repeated word lists, short notes with questions, plain sentences.
 """
 
 import json
@@ -27,27 +27,27 @@ from comi_jax.model import backbone as lm
 from comi_jax.params import Tree, count, initialize
 from comi_jax.weights import hf, hf_config
 
-TEXT_WEIGHT = 0.1  # most words of a fact cannot be foreseen; answers can
-VOCABULARY = 1536  # at most: enough for every word of the generated text to be one token
-OUTPUT_SCALE = 0.1  # of W_O and W_down at the start, so that the residual stream begins as the token itself
-PREVIOUS_TOKEN = 4.0  # size of the biases that make the first block look at the tokens just before
+TEXT_WEIGHT = 0.1  # most words of a fact are unpredictable; answers are not
+VOCABULARY = 1536  # maximum size: every word of the generated text is one token
+OUTPUT_SCALE = 0.1  # initial scale of W_O and W_down: the residual stream starts as the token's embedding
+PREVIOUS_TOKEN = 4.0  # size of the biases that make the first block attend to the preceding tokens
 
 
 class Stage(NamedTuple):
-    """Some steps on one kind of text. ``facts`` 0 stands for lists of words."""
+    """A stage of the curriculum. ``facts`` 0 stands for word lists."""
 
     steps: int
-    rows: int  # texts a step
-    length: int  # tokens that a row is padded to, or cut at
+    rows: int  # texts per step
+    length: int  # tokens that a row is padded or cut to
     facts: int = 0
-    grids: tuple[tuple[int, int], ...] = ()  # people x relations of a text, one of these at random
-    notes: float = 0.0  # share of facts and questions written as notes
+    grids: tuple[tuple[int, int], ...] = ()  # (people, relations) of a text, drawn at random
+    notes: float = 0.0  # fraction of facts and questions written as notes
 
 
 GRIDS = ((8, 1), (4, 2), (4, 3), (2, 4), (3, 3), (8, 2))
 STAGES = (
     Stage(150, 32, 48),
-    Stage(150, 24, 88, 8, ((8, 1),), 1.0),  # one relation: only the name tells which answer is right
+    Stage(150, 24, 88, 8, ((8, 1),), 1.0),  # one relation: only the name identifies the answer
     Stage(100, 24, 88, 8, GRIDS, 1.0),
     Stage(400, 15, 144, 8, GRIDS, 0.5),
     Stage(500, 6, 336, 16, ((5, 4),), 0.0),
@@ -55,7 +55,7 @@ STAGES = (
 
 
 class Rows(NamedTuple):
-    """Token ids, the places of the tokens that the loss is about, and the weight of each there."""
+    """Token ids, the positions of the loss's target tokens, and the weight of each."""
 
     ids: Int[np.ndarray, "B T"]
     at: Int[np.ndarray, "B P"]
@@ -87,29 +87,30 @@ def shape(vocab_size: int) -> Backbone:
 
 
 def rows_of(texts: Iterator[tuple[np.ndarray, np.ndarray]], stage: Stage, seed: int) -> Iterator[Rows]:
-    """Batches of (ids, weight) rows. The loss is about half of the places, to save logits: all of weight 1 (answers,
-    which are fewer), and others by lot."""
+    """Batches of (ids, weight) rows. To save logits, the loss covers half of the positions: all of weight 1 (answers,
+    which are fewer), and a random choice of the others."""
     rng = np.random.default_rng(seed)
     while True:
         ids, weight = (np.stack(x) for x in zip(*islice(texts, stage.rows), strict=True))
-        lot = np.where(weight[:, 1:] > 0, weight[:, 1:] + rng.random((stage.rows, stage.length - 1)) * TEXT_WEIGHT, 0.0)
-        at = 1 + np.argsort(-lot, axis=1)[:, : stage.length // 2]
+        noise = rng.random((stage.rows, stage.length - 1)) * TEXT_WEIGHT
+        priority = np.where(weight[:, 1:] > 0, weight[:, 1:] + noise, 0.0)
+        at = 1 + np.argsort(-priority, axis=1)[:, : stage.length // 2]
         yield Rows(ids, at.astype(np.int32), np.take_along_axis(weight, at, axis=1))
 
 
 def word_lists(tokenizer: Any, stage: Stage, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows that say a random list of words over and over; the loss is on all but the first time."""
+    """Rows that repeat a random list of words; the loss is on all but the first repetition."""
     names = synthetic.FIRST + synthetic.LAST + list(synthetic.RELATIONS)
     words = names + [value for relation in synthetic.RELATIONS.values() for value in relation.values]
     vocabulary = np.asarray([tokenizer(word).input_ids[0] for word in words], np.int32)
     rng = np.random.default_rng(seed)
     while True:
-        said = rng.permutation(vocabulary)[: rng.integers(3, stage.length // 3 + 1)]
-        yield np.resize(said, stage.length), (np.arange(stage.length) > len(said)).astype(np.float32)
+        chosen = rng.permutation(vocabulary)[: rng.integers(3, stage.length // 3 + 1)]
+        yield np.resize(chosen, stage.length), (np.arange(stage.length) > len(chosen)).astype(np.float32)
 
 
 def question_answering(tokenizer: Any, stage: Stage, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of a context and questions about each of its facts, every answer closed by the end-of-sequence token."""
+    """Rows of a context and a question about each of its facts; every answer ends with the end-of-sequence token."""
     rng = np.random.default_rng(seed)
     sources = [
         synthetic.examples("train", seed + i, facts=stage.facts, people=p, relations=r, notes=stage.notes)
@@ -133,7 +134,7 @@ def question_answering(tokenizer: Any, stage: Stage, seed: int) -> Iterator[tupl
 
 
 def loss(params: Tree, backbone: Backbone, rows: Rows) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted next-token cross-entropy, and the share of the tokens of weight 1 that are the likeliest ones."""
+    """Weighted next-token cross-entropy, and the accuracy on the tokens of weight 1."""
     states, _ = lm.forward(params, lm.embed_tokens(params, rows.ids, "float32"), backbone)
     target = jnp.take_along_axis(rows.ids, rows.at, axis=1)
     scores = lm.logits(params, jnp.take_along_axis(states, rows.at[:, :, None] - 1, axis=1))
@@ -169,11 +170,11 @@ def optimizer(params: Tree, steps: int) -> optax.GradientTransformation:
 
 
 def initial(backbone: Backbone, seed: int) -> Tree:
-    """Random weights, but for two things without which retrieval takes thousands of steps to begin: at first the blocks
-    add little to the token itself, and head n of the first block looks at the token n + 1 places back.
+    """Random weights with two changes, without which retrieval takes thousands of steps to emerge: the blocks add
+    little to the residual stream, and head n of the first block attends to the token n + 1 positions back.
 
-    Its biases alone make it do so: rotated to their places, k_bias and q_bias = rotate(k_bias, n + 1) have the scalar
-    product sum_i a_i² cos((distance − n − 1) f_i), which is largest at the distance n + 1.
+    The biases alone do the latter: after the rotary embedding, k_bias and q_bias = rotate(k_bias, n + 1) have the dot
+    product sum_i a_i² cos((distance − n − 1) f_i), which is largest at distance n + 1.
     """
     specs = lm.specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
     params = initialize(specs, jax.random.key(seed))
@@ -182,7 +183,7 @@ def initial(backbone: Backbone, seed: int) -> Tree:
         layers[name] = layers[name] * OUTPUT_SCALE
     for name in ("q", "k"):
         layers[name] = layers[name].at[0].multiply(0.2)
-    fast = lm.rope_frequencies(backbone) > 0.1  # slower ones hardly tell neighbours apart
+    fast = lm.rope_frequencies(backbone) > 0.1  # slower ones hardly distinguish neighbours
     key_bias = jnp.concatenate([jnp.where(fast, PREVIOUS_TOKEN, 0.0), jnp.zeros(backbone.head_dim // 2)])
     key_bias = jnp.tile(key_bias, (1, 1, backbone.num_attention_heads, 1))
     back = jnp.arange(1, backbone.num_attention_heads + 1)
@@ -193,7 +194,7 @@ def initial(backbone: Backbone, seed: int) -> Tree:
 
 
 def pretrain(tokenizer: Any, backbone: Backbone, seed: int, stages: tuple[Stage, ...] = STAGES) -> Tree:
-    """The weights after all ``stages``, printing loss and accuracy on the way."""
+    """The weights after all ``stages``; prints loss and accuracy every 50 steps."""
     params = initial(backbone, seed)
     update = optimizer(params, sum(stage.steps for stage in stages))
     state = jax.jit(update.init)(params)
@@ -205,7 +206,7 @@ def pretrain(tokenizer: Any, backbone: Backbone, seed: int, stages: tuple[Stage,
         return optax.apply_updates(params, updates), state, jnp.stack([value, right])
 
     print(f"{count(params):,} parameters, vocabulary {backbone.vocab_size}", flush=True)
-    begun, done = time.perf_counter(), 0
+    since, done = time.perf_counter(), 0
     for number, stage in enumerate(stages, start=1):
         source = question_answering if stage.facts else word_lists
         rows_seed = 1000 * seed + 100 * number
@@ -217,13 +218,13 @@ def pretrain(tokenizer: Any, backbone: Backbone, seed: int, stages: tuple[Stage,
             done += 1
             if done % 50 == 0:
                 value, right = np.mean(np.stack(seen[-50:]), axis=0)
-                spent = time.perf_counter() - begun
-                print(f"stage {number} step {done} loss {value:.4f} right {right:.4f} {spent:.0f} s", flush=True)
+                spent = time.perf_counter() - since
+                print(f"stage {number} step {done} loss {value:.4f} accuracy {right:.4f} {spent:.0f} s", flush=True)
     return params
 
 
 def save(folder: Path, params: Tree, backbone: Backbone, tokenizer: Any) -> None:
-    """A Hugging Face folder, weights in float16."""
+    """Write a Hugging Face folder, with weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = hf_config.config_values(backbone, torch_dtype="float16", **ends)

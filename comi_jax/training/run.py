@@ -1,6 +1,6 @@
 """One training run: validate, read the data, train every system, evaluate them all.
 
-The same command resumes it. The update itself is in ``step``, the loop in ``loop``.
+The same command resumes it. The update is in ``step``, the loop in ``loop``.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from comi_jax.weights.starting_model import StartingModel
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A model that the run trains: COMI, or one that it is compared with."""
+    """A model that the run trains: COMI, or a baseline."""
 
     title: str
     run: Run
@@ -46,18 +46,18 @@ class System:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The training examples of all systems, and the shapes of their batches."""
+    """The training examples, shared by all systems, and the shapes that they are padded to."""
 
     examples: Examples
     shapes: Shapes
 
 
 def run(config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False) -> bool:
-    """All of one training run. Returns whether it came to its end; False: a signal ended it, everything is saved.
-    Raises UserError."""
+    """Run one training run. Returns whether it reached its end; False if a signal stopped it, after saving. Raises
+    UserError."""
     say = functools.partial(console.print, highlight=False)
     output = Folder(config.train.output or f"runs/{config.name}")
-    scratch = tempfile.TemporaryDirectory(prefix="comi_jax-") if dry_run else None  # in place of the run's folder
+    scratch = tempfile.TemporaryDirectory(prefix="comi_jax-") if dry_run else None  # instead of the run's folder
 
     def leave() -> None:
         console.show_cursor()
@@ -86,7 +86,7 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
 
             # --- 2. lock the folder, and tokenise the data into it ---
             if not scratch:
-                distributed.meet("all but the training data is checked")
+                distributed.meet("all but the training data is validated")
                 if distributed.is_first():
                     until_end.enter_context(lock.held(output, say))
             place = Path(scratch.name) if scratch else None
@@ -121,17 +121,19 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
 
 
 def check(config: Config) -> None:
-    """Refuse settings that only training has and that do not go together."""
+    """Raises ConfigError for training settings that are missing or conflict."""
     if not config.data.train:
         raise ConfigError(
-            "data.train is not set; pass data.train=FILE.jsonl (several separated by commas, .gz allowed)"
+            "data.train is not set; pass data.train=FILE.jsonl (comma-separated for several, .gz allowed)"
         )
     if config.train.eval_every and not config.data.eval:
-        raise ConfigError(f"train.eval_every is {config.train.eval_every}, but data.eval is not set")
+        raise ConfigError(
+            f"train.eval_every is {config.train.eval_every}, but data.eval is not set; pass data.eval=FILE"
+        )
 
 
 def systems_of(config: Config, start: StartingModel, output: Folder) -> list[System]:
-    """All that is trained, COMI first."""
+    """All systems to train, COMI first."""
     configs = {"COMI": config}
     if config.train.compare_mean_pooling:
         plain = dataclasses.replace(config.compression, coarse=False, fine=False)
@@ -141,7 +143,7 @@ def systems_of(config: Config, start: StartingModel, output: Folder) -> list[Sys
 
 
 def devices(run: Run) -> jax.sharding.Mesh:
-    """The mesh of a run. Raises ConfigError if it cannot work."""
+    """The mesh of a run. Raises ConfigError if it does not divide the devices, heads or batch."""
     mesh = sharding.make_mesh(run.config.mesh)
     sharding.check_heads(run.backbone, mesh)
     sharding.micro_batches(run.config, mesh)
@@ -154,8 +156,8 @@ def devices(run: Run) -> jax.sharding.Mesh:
 def read_data(
     config: Config, start: StartingModel, systems: list[System], output: Folder, console: Console, scratch: Path | None
 ) -> Data:
-    """The training examples, tokenised into ``output`` or found there (with ``scratch``, into that), and the shapes
-    that they are padded to. Raises DataError or LengthError."""
+    """The training examples, tokenised into ``output`` (or ``scratch``) unless already there, and the shapes that they
+    are padded to. Raises DataError or LengthError."""
     examples = read_examples(config, start.tokenizer, output, console, scratch)
     for system in systems:
         check_positions(examples, start.backbone, system.run.config.compression, min(config.compression.rates))
@@ -174,16 +176,16 @@ def prepare(
     allow_change: bool,
     read_only: bool,
 ) -> loop.Job:
-    """``system`` on its devices, as its newest whole checkpoint has it, or at its beginning. In its folder damaged
-    checkpoints are renamed, unless ``read_only``, and nothing else is changed."""
+    """``system`` on its devices, restored from its newest whole checkpoint or initialised. In its folder, damaged
+    checkpoints are renamed (unless ``read_only``) and nothing else changes."""
     say = functools.partial(console.print, highlight=False)
     run, output, config, settings = system.run, system.folder, system.run.config, system.run.config.train
     examples, shapes = data.examples, data.shapes
     mesh = devices(run)
     update = optim.optimizer(config.optimizer, settings.steps)
     checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=read_only)
-    parts = sharding.micro_batches(config, mesh)
-    plan = Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
+    micro_batches = sharding.micro_batches(config, mesh)
+    plan = Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, micro_batches)
     batches = training_batches(
         plan, config.compression.rates, settings.seed,
         own=sharding.own_contexts(mesh, plan.contexts_at_once), put=functools.partial(sharding.put_batch, mesh=mesh),
@@ -196,16 +198,16 @@ def prepare(
         if found.examples not in ("", progress.examples) and not allow_change:
             raise CheckpointError(
                 f"data.train holds other examples than those that the run in {output} was trained on; give it the same "
-                "ones, or --allow-config-change to go on with these"
+                "ones, or --allow-config-change to resume with these"
             )
         batches.set_state(found.position)
         progress = dataclasses.replace(found, examples=progress.examples)
-        say(f"{system.title}: going on from step {progress.step} of {settings.steps} in {output}")
+        say(f"{system.title}: resuming from step {progress.step} of {settings.steps} in {output}")
     else:
         state, frozen = create(start.load(run, mesh), run.architecture, update, mesh)
     longest = max(examples, key=lambda example: len(example.context))
     size = (shapes.size([longest])[0], shapes.query, shapes.answer)
-    largest = collate([longest] * (settings.batch_size // parts), shapes, settings.share_context, size=size)
+    largest = collate([longest] * (settings.batch_size // micro_batches), shapes, settings.share_context, size=size)
     return loop.Job(
         system.title, run, output, mesh, update, state, frozen, plan, batches, largest, held_out, start.tokenizer,
         checkpoints, progress,
@@ -213,8 +215,9 @@ def prepare(
 
 
 def enter(job: loop.Job, allow_change: bool, console: Console) -> None:
-    """Make the folder of ``job`` its own: the settings with which it begins or goes on, and weights that stay."""
-    distributed.meet(f"{job.title} is checked")
+    """Write the run's description, or the settings that changed on resuming, and the frozen weights into the folder of
+    ``job``."""
+    distributed.meet(f"{job.title} is validated")
     if distributed.is_first():
         changes = open_run(job.output, job.run, job.tokenizer, allow_change)
         if changes:
@@ -228,8 +231,7 @@ def enter(job: loop.Job, allow_change: bool, console: Console) -> None:
 
 
 def closing_table(systems: list[System], records: list[Record], output: Folder, console: Console) -> None:
-    """Evaluate every system, and COMI's decoder without any context, on the held-out records; print and save the
-    table."""
+    """Evaluate every system, and COMI closed book, on the held-out records; print and save the table."""
     rows, closed = {}, {}
     for system in systems:
         folder = system.folder

@@ -1,7 +1,6 @@
-"""Ending on request: SIGTERM and Ctrl-C finish the step and save; where nothing can be lost, they end the process.
+"""Graceful shutdown: SIGTERM and Ctrl-C finish the step and save; if everything is saved, they exit at once.
 
-Several processes end together, whichever of them was asked. None can finish a step without the others, so they agree on
-where: see ``Stop._agree``.
+A signal to any process stops all of them. As a step needs every process, they agree on the last one (``Stop._agree``).
 """
 
 import contextlib
@@ -17,44 +16,44 @@ import jax
 from comi_jax.devices.distributed import Peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Exit status of a run that was asked to end before its last step and saved all: not 0, which would start what waits for
-# its end, nor 75, after which a launcher starts it again at once. Jobs under HTCondor often say this by 85.
+# Exit status of a run that was stopped before its last step and saved everything: not 0, which would start what waits for
+# its end, nor 75, after which a launcher restarts it at once. Jobs under HTCondor often use 85 for this.
 STOPPED = 85
-SECOND = 130  # exit status after a second request, a shell's for Ctrl-C
-REPEATED = 5.0  # seconds in which another SIGTERM is the same request: Slurm's daemon sends one, and so does srun
-POLL = 0.5  # seconds between two looks at what the other processes were asked
+SECOND = 130  # exit status after a second signal, as a shell's after Ctrl-C
+REPEATED = 5.0  # seconds within which another SIGTERM is the same request: Slurm's daemon sends one, and so does srun
+POLL = 0.5  # seconds between polls of the other processes' requests
 ASKED, PLACE, OUT, LEAVING = "stop/asked", "stop/place/{}", "stop/out", "stop/leaving"
 
 
 class Stop:
-    """Whether the run was asked to end.
+    """The shutdown request of a run.
 
-    The first signal sets ``requested``, here and in all other processes; while ``saved`` holds, in all of them, all
-    work so far is on disk, and they end at once, with status STOPPED, even from within a compilation. A second
-    signal ends the process that gets it at once in any case, but for a SIGTERM within REPEATED seconds of a SIGTERM.
+    The first signal sets ``requested`` in all processes. While all of them are within ``saved``, all work is on disk,
+    and they exit at once with status STOPPED, even during a compilation. A second signal to the same process exits it
+    at once in any case, except a SIGTERM within REPEATED seconds of a SIGTERM.
     """
 
     def __init__(self, say: Callable[[str], None], leave: Callable[[], None], peers: Peers | None = None):
         self.requested = ""
-        self._say, self._leave, self._peers = say, leave, peers  # ``leave`` tidies up before the process ends
-        self._asked: tuple[str, float] | None = None  # the first signal that this very process got, and when
+        self._say, self._leave, self._peers = say, leave, peers  # ``leave`` cleans up before the process exits
+        self._asked: tuple[str, float] | None = None  # the first signal that this process itself got, and when
         self._saved = False
-        self._steps = 0  # how often ``due`` was called, the same in all processes when they are at the same place
-        self._until: float = float("inf")  # of several processes: at which of these calls they end
-        self._held = False  # they are agreeing: where this process is must not change
+        self._steps = 0  # calls of ``due``, which are the same in all processes
+        self._until: float = float("inf")  # with several processes: the call of ``due`` at which they stop
+        self._held = False  # during a round of agreement, in which this process must not advance
         self._guard = threading.Condition()
         self._closed = threading.Event()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Take the signals over; outside a main thread, which gets none, do nothing."""
+        """Handle the signals. Does nothing outside the main thread, which alone can receive them."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         reads, writes = os.pipe()
         os.set_blocking(writes, False)
-        # Python runs its handlers between two steps of the main thread, which may be compiling for minutes. The number
-        # of a signal is written to the pipe at once, and read by a thread that is free.
+        # Python runs signal handlers between bytecodes of the main thread, which may be compiling for minutes. The
+        # wakeup pipe gets the signal's number at once, and a thread reads it.
         before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
         threads = [threading.Thread(target=self._read, args=(reads,), daemon=True, name="signals")]
@@ -78,7 +77,7 @@ class Stop:
 
     @contextlib.contextmanager
     def saved(self) -> Iterator[None]:
-        """While this holds, nothing is lost if the process ends."""
+        """Marks a section in which nothing is lost if the process exits."""
         with self._moving():
             self._saved = True
             if self.requested and not self._peers:
@@ -90,14 +89,14 @@ class Stop:
                 self._saved = False
 
     def due(self) -> bool:
-        """Whether to save and end here, between two steps. Every process calls it before every step."""
+        """Whether to save and stop here, between two steps. All processes call it before each step."""
         with self._moving():
             self._steps += 1
             return self._steps >= self._until if self._peers else bool(self.requested)
 
     @contextlib.contextmanager
     def _moving(self) -> Iterator[None]:
-        """Going to another place in the program, which waits while the processes agree."""
+        """Guards a change of this process's position, which waits for the end of a round of agreement."""
         with self._guard:
             self._guard.wait_for(lambda: not self._held)
             yield
@@ -108,14 +107,14 @@ class Stop:
                 self.request(signal.Signals(number[0]).name)
 
     def request(self, name: str) -> None:
-        """Ask the run to end, as the signal ``name`` does."""
+        """Request a shutdown, as the signal ``name`` does."""
         with self._guard:
             now = time.monotonic()
             if self._asked and name == self._asked[0] == "SIGTERM" and now - self._asked[1] < REPEATED:
                 return
             if self._asked:
-                self._tell(f"{name}: ending at once; the newest checkpoint stands")
-                if self._peers:  # they end too, and need not wait until nothing is heard from this process
+                self._tell(f"{name}: exiting at once; the newest checkpoint is kept")
+                if self._peers:  # so that they exit without waiting for the heartbeat's timeout
                     news = f"{SECOND} it got {name} twice"
                     thread = threading.Thread(target=self._inform, args=(self._peers, "left", news), daemon=True)
                     thread.start()
@@ -131,15 +130,15 @@ class Stop:
             return
         self.requested = name
         if self._peers:
-            self._tell(f"{name}: all processes save what is not saved, then end; once more ends at once")
+            self._tell(f"{name}: all processes save unsaved work, then exit; signal again to exit at once")
         elif self._saved:
-            self._tell(f"{name}: ending; there is nothing to save")
+            self._tell(f"{name}: exiting; there is nothing to save")
         else:
-            self._tell(f"{name}: saving after this step, then ending; once more ends at once")
+            self._tell(f"{name}: saving after this step, then exiting; signal again to exit at once")
 
     def _tell(self, words: str) -> None:
-        """Say ``words``. A pipe whose reader is gone does not keep a run from ending."""
-        with contextlib.suppress(OSError, SystemExit):  # rich's answer to a broken pipe
+        """Print ``words``; a broken pipe does not prevent the shutdown."""
+        with contextlib.suppress(OSError, SystemExit):  # rich exits on a broken pipe
             self._say(words)
 
     def _end(self, status: int) -> None:
@@ -153,17 +152,17 @@ class Stop:
     # --- several processes --------------------------------------------------------------------------------------------
 
     def _inform(self, peers: Peers, what: str, value: str) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # without the store, the watch ends this process
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # if the store is gone, the watchdog ends this process
             peers.say(what, value)
 
     def _agree(self, peers: Peers) -> None:
-        """Once any process was asked to end: find, in rounds, where all can.
+        """After a signal to any process: agree, in rounds, on where all processes stop.
 
-        In each round every process says where it is, "saved" or the number of its step, and stays there until all have
-        said so. If nothing is lost in any, they end, the first one last, for it holds the store in which they talk. If
-        all are stepping, they will end before the step behind the furthest one's. Else they look again.
+        In each round every process publishes its position, "saved" or the number of its step, and stays there until all
+        have done so. If all are "saved", they exit, the first process last, as it hosts the key-value store. If all are
+        in a step, all stop after the highest step reported. Otherwise, another round follows.
         """
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # without the store, the watch ends this process
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # if the store is gone, the watchdog ends this process
             while not (asked := peers.said(ASKED)):
                 if self._asked:
                     peers.say(ASKED, self.requested)
@@ -192,9 +191,10 @@ class Stop:
                     return
 
     def _places(self, peers: Peers, number: int) -> list[str] | None:
-        """Where all are in this round; None if they will not all say, because one is through."""
+        """The positions of all processes in this round; None if one has finished and will not publish its position."""
         while True:
-            out = peers.said(OUT)  # first: one that acted upon the round had said where it is
+            # Asked before the positions: a process that finished after this round has published its own.
+            out = peers.said(OUT)
             places = peers.said(PLACE.format(number))
             if len(places) == peers.count:
                 return list(places.values())
@@ -202,13 +202,13 @@ class Stop:
                 return None
 
     def _end_together(self, peers: Peers) -> None:
-        """End this process with status STOPPED, the first one after all others."""
+        """Exit with status STOPPED, the first process after all others."""
         try:
             self._leave()
             if peers.index:
                 peers.say(LEAVING, "")
             else:
-                while len(peers.said(LEAVING)) < peers.count - 1:  # the watch ends this one should another be dead
+                while len(peers.said(LEAVING)) < peers.count - 1:  # if another dies, the watchdog ends this one
                     time.sleep(0.05)
                 time.sleep(0.2)
         finally:

@@ -1,4 +1,4 @@
-"""What a step starts from: the shape, dtype and place of every array, and the arrays themselves, born there."""
+"""The state of training: abstract arrays with shape, dtype and sharding, and the arrays, created sharded."""
 
 from typing import Any, no_type_check
 
@@ -18,8 +18,8 @@ from comi_jax.params import flatten
 @no_type_check
 @struct.dataclass
 class TrainState:
-    """All that a step changes. ``trained`` is flat ("encoder/layers/q") and float32; ``step`` counts batches, those
-    whose update was left out included."""
+    """Everything that a step changes. ``trained`` is flat ("encoder/layers/q") and float32; ``step`` counts batches,
+    including those whose update was skipped."""
 
     step: Int[Array, ""]
     trained: dict[str, Array]
@@ -29,45 +29,45 @@ class TrainState:
 def abstract(
     arch: Architecture, update: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """State and frozen weights as jax.ShapeDtypeStruct with their places: what is trained in float32 with an optimizer
-    state that lies as it does, the rest as ``frozen_dtype`` says."""
+    """State and frozen weights as jax.ShapeDtypeStruct with shardings: trained weights in float32, optimizer moments
+    sharded like their weights, frozen weights in ``frozen_dtype``."""
     specs = architecture.specs(arch)
-    placed = sharding.parameters(specs, mesh)
+    shardings = sharding.parameters(specs, mesh)
 
     def one(path: str, dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(flat[path].shape, dtype, sharding=placed[path])
+        return jax.ShapeDtypeStruct(flat[path].shape, dtype, sharding=shardings[path])
 
     flat = flatten(specs)
     trained = {path: one(path, "float32") for path in flat if architecture.is_trained(path, arch)}
     frozen = {path: one(path, frozen_dtype(path, arch)) for path in flat if path not in trained}
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def like_its_parameter(keys: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        """A moment is found by the name of its parameter in its path."""
+        """A moment has the name of its parameter in its path."""
         names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in trained]
-        home = placed[names[0]] if names and leaf.shape == trained[names[0]].shape else whole
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+        placed = shardings[names[0]] if names and leaf.shape == trained[names[0]].shape else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
     optimizer = jax.tree_util.tree_map_with_path(like_its_parameter, jax.eval_shape(update.init, trained))
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trained, optimizer), frozen
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), trained, optimizer), frozen
 
 
 def create(
     params: dict[str, Array], arch: Architecture, update: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The state before the first step, and the frozen weights, from ``params`` by flat path, which it takes over.
+    """The state before the first step, and the frozen weights, from ``params`` by flat path.
 
-    An array that lies where it belongs, in its dtype, is taken as it is; another is moved and cast by the devices. None
-    passes through this process whole.
+    Arrays with the right sharding and dtype are used as they are, not copied; the others are moved and cast on the
+    devices, without gathering them on the host.
     """
     state, frozen = abstract(arch, update, mesh)
-    trained = {path: _at_home(params[path], like) for path, like in state.trained.items()}
-    optimizer = jax.jit(update.init, out_shardings=_homes(state.optimizer))(trained)
+    trained = {path: _placed(params[path], like) for path, like in state.trained.items()}
+    optimizer = jax.jit(update.init, out_shardings=_shardings(state.optimizer))(trained)
     step = jax.jit(lambda: jnp.int32(0), out_shardings=state.step.sharding)()
-    return TrainState(step, trained, optimizer), {path: _at_home(params[path], like) for path, like in frozen.items()}
+    return TrainState(step, trained, optimizer), {path: _placed(params[path], like) for path, like in frozen.items()}
 
 
-def _at_home(array: Any, like: jax.ShapeDtypeStruct) -> Array:
+def _placed(array: Any, like: jax.ShapeDtypeStruct) -> Array:
     if array.sharding != like.sharding:
         array = jax.device_put(array, like.sharding)
     if array.dtype != like.dtype:
@@ -75,5 +75,5 @@ def _at_home(array: Any, like: jax.ShapeDtypeStruct) -> Array:
     return array
 
 
-def _homes(tree: Any) -> Any:
+def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)

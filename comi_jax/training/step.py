@@ -2,11 +2,11 @@
 
 loss (9) = mean over the answer tokens of a batch of -log p(token | memory, query, answer tokens before it)
 
-Each micro-batch adds its sums to those before it (``add_gradients``); their quotient makes the update
-(``apply_gradients``).
+``add_gradients`` accumulates the sums of loss, tokens and gradients over micro-batches; ``apply_gradients`` divides
+them and makes the update.
 
-An update is left out if the loss or a gradient is not finite: weights and optimizer, its own counter included, stay as
-they were, bit for bit; only ``TrainState.step`` moves on, and with it the position in the data and the random key.
+An update is skipped if the loss or a gradient is not finite: weights and optimizer state, including its step count,
+stay unchanged bit for bit; only ``TrainState.step`` advances, and with it the data position and the random key.
 """
 
 import ctypes
@@ -31,7 +31,8 @@ from comi_jax.training.state import TrainState
 @no_type_check
 @struct.dataclass
 class Gradients:
-    """Of some micro-batches: the gradient of the summed loss, as ``TrainState.trained``, and what was summed."""
+    """Accumulated over micro-batches: the gradient of the summed loss, by the paths of ``TrainState.trained``, and the
+    sums."""
 
     trained: dict[str, Array]
     sums: comi.LossSums
@@ -47,7 +48,7 @@ def add_gradients(
     *,
     arch: Architecture,
 ) -> Gradients:
-    """The gradients of ``rows``, micro-batch ``number`` of the step, added to ``total`` if there is one."""
+    """The gradients of ``rows``, micro-batch ``number`` of the step, added to ``total`` (None: the first one)."""
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
 
     def loss_sum(trained):
@@ -62,12 +63,12 @@ def add_gradients(
 def apply_gradients(
     state: TrainState, total: Gradients, *, update: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The update by the gradients of all micro-batches.
+    """The update by the accumulated gradients of all micro-batches, and its metrics.
 
-    The metric ``skipped`` is 1 if the update was left out, else 0; ``memory_vectors`` counts those of all rows."""
+    ``skipped`` is 1 if the update was skipped, else 0; ``memory_vectors`` is summed over all rows."""
     sums = total.sums
     grads = jax.tree.map(lambda g: g / sums.tokens, total.trained)
-    # optax raises Python floats to int32 counters, which the tests' strict promotion refuses.
+    # optax raises Python floats to the power of int32 counters, which strict dtype promotion refuses.
     with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
         updates, optimizer = update.update(grads, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -86,7 +87,7 @@ def apply_gradients(
 
 
 class CompiledStep:
-    """An update, in programs compiled when needed: ``add_gradients`` for each shape of micro-batch, ``apply_gradients``
+    """The update as programs compiled on first use: ``add_gradients`` for each micro-batch shape, ``apply_gradients``
     for all."""
 
     def __init__(self, arch: Architecture, update: optax.GradientTransformation):
@@ -96,23 +97,23 @@ class CompiledStep:
 
     @property
     def compiled(self) -> int:
-        """How many programs have been compiled."""
+        """The number of programs compiled so far."""
         return len(self._compiled)
 
     def __call__(
         self, state: TrainState, frozen: dict[str, Array], batch: Sequence[Batch], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        """The state after an update from the micro-batches of ``batch``, equal to one from all their rows at once, and
-        its metrics. The state that it is given is used up."""
-        total = self._zeros(state)() if len(batch) > 1 else None  # one alone needs no second copy to be added to
+        """The state after an update from the micro-batches of ``batch``, the same as from all rows at once, and its
+        metrics. The given ``state`` is donated."""
+        total = self._zeros(state)() if len(batch) > 1 else None  # a single one needs no accumulator
         for number, rows in enumerate(batch):
             arguments = (total, state, frozen, rows, key, np.int32(number))
             total = self._gradients(*arguments)(*arguments)
         return self._update(state)(state, total)
 
     def prepare(self, state: TrainState, frozen: dict[str, Array], batch: Sequence[Batch], key: Array) -> int:
-        """Compile for micro-batches of these shapes; the bytes that a device needs for the largest program beside its
-        arguments and results, 0 where XLA does not tell."""
+        """Compile for micro-batches of these shapes. Returns the temporary memory per device of the largest program in
+        bytes, 0 if XLA does not report it."""
         total = gradients_of(state) if len(batch) > 1 else None
         programs = [self._gradients(total, state, frozen, rows, key, np.int32(0)) for rows in batch]
         analyses = [program.memory_analysis() for program in (*programs, self._update(state))]
@@ -121,15 +122,15 @@ class CompiledStep:
     def lower_gradients(
         self, total: Any, state: Any, frozen: Any, rows: Any, key: Any, number: Any
     ) -> jax.stages.Lowered:
-        """``add_gradients`` before its compilation, of arrays or of their abstract shapes with places."""
-        places = _places(gradients_of(state))
-        # The optimizer state has no part in it, but is on the device: the compiler is to know.
-        function = jax.jit(self._add, donate_argnums=0, out_shardings=places, keep_unused=True)
+        """``add_gradients`` lowered for arrays, or for abstract arrays with shardings."""
+        shardings = _shardings(gradients_of(state))
+        # keep_unused: the optimizer state is not used, but occupies memory that the compiler must account for.
+        function = jax.jit(self._add, donate_argnums=0, out_shardings=shardings, keep_unused=True)
         return function.lower(total, state, frozen, rows, key, number)
 
     def lower_update(self, state: Any) -> jax.stages.Lowered:
-        """``apply_gradients`` before its compilation, likewise."""
-        function = jax.jit(self._apply, donate_argnums=0, out_shardings=(_places(state), None))
+        """``apply_gradients`` lowered, likewise."""
+        function = jax.jit(self._apply, donate_argnums=0, out_shardings=(_shardings(state), None))
         return function.lower(state, gradients_of(state))
 
     def _gradients(self, total, state, frozen, rows, key, number):
@@ -143,7 +144,7 @@ class CompiledStep:
         def lower():
             like = gradients_of(state)
             make = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), like)
-            return jax.jit(make, out_shardings=_places(like)).lower()
+            return jax.jit(make, out_shardings=_shardings(like)).lower()
 
         return self._program("zeros", lower)
 
@@ -155,19 +156,18 @@ class CompiledStep:
 
 
 def gradients_of(state: TrainState) -> Gradients:
-    """The abstract shapes and places of the gradients of ``state``, and of the sums beside them."""
+    """The gradients and sums for ``state`` as abstract arrays with shardings."""
     trained = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in state.trained.items()}
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=state.step.sharding)
     return Gradients(trained, comi.LossSums(number, number, number, number))
 
 
-def _places(tree: Any) -> Any:
+def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def return_freed_memory() -> None:
-    """Give the operating system back what the compiler has freed: on CPU most of a gigabyte, which would stay with the
-    process under glibc while the step asks for more."""
+    """Return memory that the compiler has freed to the operating system: on CPU glibc would keep up to a gigabyte."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
