@@ -128,7 +128,7 @@ def test_a_run_that_never_saved_anything_gives_way(tmp_path):
         ("{", "does not describe a COMI checkpoint"),
         ("[1]", "does not describe a COMI checkpoint"),
         ('{"model_type": "qwen2"}', "is not a COMI checkpoint of format 1 .its format is None"),
-        ('{"format": 2}', "its format is 2.; a later version of comi_jax wrote it, install that"),
+        ('{"format": 2}', "its format is 2.; a later version of comi_jax wrote it: install that version"),
         ('{"format": 1}', "does not describe a COMI checkpoint"),
         ('{"format": 1, "config": {"trian": {}}, "backbone": {}, "stop": []}', "trian"),
     ],
