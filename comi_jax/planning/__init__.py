@@ -1,1 +1,1 @@
-"""What a run would need, before there are devices for it."""
+"""Plan the memory and time of a run without its hardware."""

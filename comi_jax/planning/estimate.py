@@ -1,7 +1,7 @@
-"""What a train step needs, from shapes alone: which memory is held for what, before anything is compiled.
+"""The memory of a train step, estimated from shapes alone, before anything is compiled.
 
-A block keeps, for each token of its rows and by the policy of model.remat, its input (D), what attention gave (N H),
-the projections (N H + 2 K H) or everything.
+Depending on model.remat, a block keeps for each token its input (D), the attention output (N H), the projections
+(N H + 2 K H) or everything.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ class Held:
     trained: int  # float32
     optimizer: int
     frozen: int
-    gradients: int  # float32, as the trained weights
-    kept: int  # of one micro-batch, from the forward pass for the backward pass
-    working: int  # of the largest block while it is computed, and of the compression in float32
+    gradients: int  # float32
+    kept: int  # activations of one micro-batch, kept for the backward pass
+    working: int  # temporaries: the largest of a block, the compression in float32 and the logits
 
     @property
     def total(self) -> int:
@@ -33,13 +33,13 @@ class Held:
 
 
 def longest(config: Config) -> flops.Lengths:
-    """An example of the largest lengths that ``config`` allows."""
+    """The largest lengths that ``config`` allows."""
     data = config.data
     return flops.Lengths(data.max_context, data.max_query, data.max_answer, min(config.compression.rates))
 
 
 def on_one_device(tree: Any) -> int:
-    """Bytes of its part of every array in ``tree``."""
+    """Bytes per device of the arrays in ``tree``."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -53,8 +53,8 @@ def held(
     share: int,
     mesh: jax.sharding.Mesh,
 ) -> Held:
-    """What a step on ``rows`` contexts a device holds, ``share`` questions about each; heads, feed-forward and tokens
-    split as ``mesh`` says."""
+    """The memory per device of a step on ``rows`` contexts per device with ``share`` questions each; heads,
+    feed-forward and tokens are split as ``mesh`` says."""
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     backbone, trained = arch.backbone, on_one_device(state.trained)
     width = 2 if arch.dtype == "bfloat16" else 4
@@ -75,7 +75,7 @@ def held(
         "offload": 0,
         "attention": heads // tensor,
         "projections": heads // tensor + projections,
-        # Norms and rotations are kept in float32 beside what enters and leaves them.
+        # Norms and rotary embeddings also keep float32 copies.
         "off": heads // tensor + 2 * projections + 5 * wide // 3 + 16 * backbone.hidden_size,
     }[arch.runtime.remat]
     stays = 0 if arch.runtime.remat == "offload" else backbone.hidden_size

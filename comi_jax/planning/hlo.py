@@ -1,11 +1,11 @@
-"""What a compiled program does, read from XLA's text of it: operations, bytes moved and bytes sent, loops included.
+"""FLOP, memory traffic and communication of a compiled program, counted from its HLO text with loop trip counts.
 
-    total = sum over instructions of cost(instruction) x how often the loops around it run
+    total = sum over instructions of cost(instruction) x trip counts of the enclosing loops
 
-XLA's own ``cost_analysis`` counts the body of a loop once, and nothing of what a fused kernel does inside; here a loop
-counts as often as its condition says, and the attention kernels (splash, cuDNN) by their shapes. A loop whose end is
-data counts ``open_trips`` times, of loops within each other the outermost (generation; the search for redundant tokens
-counts once); ``open_loops`` says how many there are.
+XLA's ``cost_analysis`` counts the body of a loop once and nothing inside a fused kernel. Here the trip count is read
+from the loop's condition, and attention kernels (splash, cuDNN) are counted by their shapes. A loop with a
+data-dependent end counts ``open_trips`` times if it is the outermost such loop (generation), else once (the search for
+redundant tokens); ``open_loops`` is the number of such loops.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from comi_jax.planning.hlo_text import Computation, Instruction, parse, trip_count
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# Products of T x S x H that an attention kernel makes for each head; the model's own are 2 forward and 4 backward.
+# T x S x H matrix products per head in an attention kernel; the model's are 2 forward and 4 backward.
 ATTENTION = {
     "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, "fmhaSoftmaxBackward": 5, "fmhaSoftmax": 2,
 }  # fmt: skip
@@ -30,18 +30,18 @@ FREE = {
 
 @dataclasses.dataclass
 class Counts:
-    """Of one run of a program on one device."""
+    """Counts per device of one execution of a program."""
 
     flops: float = 0.0  # of matrix products and attention kernels
     traffic: float = 0.0  # bytes read from and written to main memory
     sent: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes by kind of collective
-    sent_outside: float = 0.0  # of these, bytes that a device's share of its node's ways to other nodes carries
-    open_loops: int = 0  # loops whose end is data: they were counted ``open_trips`` times
-    kernels: set[str] = dataclasses.field(default_factory=set)  # attention kernels that are called
+    sent_outside: float = 0.0  # of these, inter-node bytes per device
+    open_loops: int = 0  # loops with a data-dependent end
+    kernels: set[str] = dataclasses.field(default_factory=set)  # names of the attention kernels
 
 
 def count(text: str, devices_per_node: int | None = None, open_trips: int = 1) -> Counts:
-    """What one device does in one run of the module ``text``; ``devices_per_node`` None: all are in one node."""
+    """The counts of the module ``text``; ``devices_per_node`` None: all devices are in one node."""
     computations, entry = parse(text)
     counts = Counts()
     for instruction, computation, times, fused in walk(computations, entry, counts, open_trips):
@@ -66,7 +66,7 @@ def walk(
     times: float = 1.0,
     fused: bool = False,
 ) -> Iterator[tuple[Instruction, Computation, float, bool]]:
-    """Every instruction that is run, with its computation, how often, and whether it is inside a fusion."""
+    """Every executed instruction, with its computation, its number of executions, and whether it is in a fusion."""
     for instruction in computations[entry].values():
         yield instruction, computations[entry], times, fused
         inner, repeat, inside, within = [], times, fused, open_trips
@@ -107,7 +107,7 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _kernel(instruction: Instruction) -> str | None:
-    """The attention kernel that an instruction calls, if it does."""
+    """The attention kernel that an instruction calls, or None."""
     if instruction.opcode != "custom-call":
         return None
     named = f"{instruction.name} {instruction.text}"
@@ -115,15 +115,15 @@ def _kernel(instruction: Instruction) -> str | None:
 
 
 def _contracted(lhs: tuple[int, ...], text: str) -> int:
-    """The product of the contracted dimensions of a dot, or of a call of cuBLAS."""
+    """The product of the contracted dimensions of a dot or a cuBLAS call."""
     found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', text)
     dims = re.findall(r"\d+", found[1]) if found else []
     return math.prod(lhs[int(d)] for d in dims)
 
 
 def _convolution(instruction: Instruction, computation: Computation) -> float:
-    """A matrix product as a TPU has it, its batch dimensions among the spatial ones: multiplications by padding are not
-    counted."""
+    """FLOP of a convolution, as which a TPU runs matrix products, with batch dimensions as spatial ones. Products with
+    padding are not counted."""
     lhs, rhs = (computation[name].shapes[0].dims for name in instruction.operands[:2])
     left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text).groups()
     result = instruction.shapes[0].dims
@@ -132,10 +132,10 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
     window = re.search(r"window=\{([^}]*)\}", instruction.text)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}
     for axis in (letter for letter in left if letter.isdigit()):
-        place = int(axis)
+        dimension = int(axis)
 
-        def field(name, default, place=place):
-            return fields[name].split("x")[place] if name in fields else default
+        def field(name, default, dimension=dimension):
+            return fields[name].split("x")[dimension] if name in fields else default
 
         size, stride = int(field("size", "1")), int(field("stride", "1"))
         low = int(field("pad", "0_0").split("_")[0])
@@ -147,8 +147,8 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
 
 
 def _attention_product(instruction: Instruction, computation: Computation) -> float:
-    """Half of 2 T S H for every head of the queries: all attention here is causal. Queries are the first operand of
-    short floats, keys the second."""
+    """T S H for each query head: half of 2 T S H, as all attention here is causal. Queries are the first 16-bit
+    operand, keys the second."""
     arrays = [shape for name in instruction.operands for shape in computation[name].shapes]
     floats = [shape.dims for shape in arrays if shape.dtype in ("bf16", "f16") and len(shape.dims) >= 3]
     queries, keys = floats[:2]
@@ -163,33 +163,33 @@ def _attention_product(instruction: Instruction, computation: Computation) -> fl
 def _sent(
     kind: str, instruction: Instruction, computation: Computation, fused: bool, per_node: int | None
 ) -> tuple[str, float, float]:
-    """The kind of a collective, the bytes that a device sends in it by the best ring, and which share of them goes its
-    own way to another node: a ring leaves each node once, and the members of a node share their ways out."""
+    """The kind of a collective, the bytes that a device sends in the best ring, and the fraction of these that counts
+    as inter-node traffic per device: a ring leaves each node once, and the devices of a node share its NICs."""
     devices = group(instruction.text)
     size = len(devices)
     given = float(sum(computation[name].bytes for name in instruction.operands if name in computation))
     nodes = 1 if per_node is None else len(set(devices // per_node))
     outside = nodes / size if nodes > 1 else 0.0
-    share = (size - 1) / max(size, 1)
+    ring = (size - 1) / max(size, 1)
     if kind == "all-reduce" and fused and any(i.root and i.opcode == "dynamic-slice" for i in computation.values()):
-        return "reduce-scatter", given * share, outside  # as a TPU has it: of the sum each keeps its part
+        return "reduce-scatter", given * ring, outside  # on TPU: an all-reduce fused with taking one's own slice
     if kind == "all-gather":
         return kind, given * (size - 1), outside
     if kind == "collective-permute":
         pairs = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", _pairs(instruction.text))]
         crossing = [per_node is not None and a // per_node != b // per_node for a, b in pairs]
         return kind, given, float(any(crossing))
-    return kind, given * share * (2 if kind == "all-reduce" else 1), outside
+    return kind, given * ring * (2 if kind == "all-reduce" else 1), outside
 
 
 def _pairs(text: str) -> str:
-    """The pairs {from,to} of a permutation."""
+    """The {source,target} pairs of a collective-permute."""
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
     return found[1] if found else ""
 
 
 def group(text: str) -> np.ndarray:
-    """The devices of the first of a collective's groups; one device if the text names no groups."""
+    """The devices of a collective's first replica group; one device if the text names no groups."""
     if "replica_groups=" not in text:
         return np.zeros(1, int)
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
@@ -201,25 +201,25 @@ def group(text: str) -> np.ndarray:
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         total = math.prod(axes.values())
         devices = _iota(found[2] or str(total), found[3]).reshape(tuple(axes.values()))
-        for place, (name, size) in enumerate(axes.items()):  # of an axis that is not used, its first part
+        for dimension, (name, size) in enumerate(axes.items()):  # an axis that is not used contributes its index 0
             used = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", found[4])
             before, taken = (int(used[1] or 1), int(used[2] or size)) if used else (1, 1)
-            devices = np.moveaxis(devices, place, 0)
-            devices = np.moveaxis(devices.reshape(before, taken, -1, *devices.shape[1:])[0, :, 0], 0, place)
+            devices = np.moveaxis(devices, dimension, 0)
+            devices = np.moveaxis(devices.reshape(before, taken, -1, *devices.shape[1:])[0, :, 0], 0, dimension)
         return devices.reshape(-1)
     raise ValueError(f"cannot read the groups of a collective: {text[text.index('replica_groups=') :][:200]}")
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """Devices in the order that the program's text gives as reshaped and transposed counting numbers, flat."""
+    """The flat device order of XLA's iota notation: an iota of shape ``dims``, transposed by ``order``."""
     sizes = [int(n) for n in dims.split(",")]
     counted = np.arange(math.prod(sizes)).reshape(sizes)
     return (counted.transpose([int(n) for n in order.split(",")]) if order else counted).reshape(-1)
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes that an instruction reads and writes in main memory; of what it only takes a slice from, or writes a slice
-    into, the slice."""
+    """Bytes that an instruction reads and writes in main memory. An operand that is only sliced, or updated in a slice,
+    counts by the slice."""
     inside = computations[instruction.called("calls")[0]] if instruction.opcode == "fusion" else None
     if instruction.opcode == "dynamic-slice" or instruction.opcode == "gather":
         return 2.0 * _main(instruction)

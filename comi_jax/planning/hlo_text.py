@@ -1,4 +1,4 @@
-"""The text of a program that XLA has compiled: computations of instructions, and how often its loops run."""
+"""A parser of compiled HLO text: computations, instructions and loop trip counts."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: its element type, dimensions, and whether it lies in the device's main memory."""
+    """An array: its element type, dimensions, and whether it is in the device's main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -29,16 +29,16 @@ class Instruction:
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
-    text: str  # what stands behind the operands
+    text: str  # the attributes after the operands
     root: bool
-    value: str  # a constant's, a parameter's number
+    value: str  # the text of the operands: a constant's value, a parameter's number
 
     @property
     def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
 
     def called(self, *attributes: str) -> list[str]:
-        """The computations that an attribute such as ``calls`` names."""
+        """The computations named by attributes such as ``calls``."""
         found = []
         for attribute in attributes:
             for one, several in re.findall(rf"\b{attribute}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", self.text):
@@ -50,7 +50,7 @@ Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of the one that is run."""
+    """The computations of a module by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -80,7 +80,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that ``text`` begins with is closed: the index behind it."""
+    """The index after the bracket that closes the one at the start of ``text``."""
     depth = 0
     for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -90,8 +90,7 @@ def _closing(text: str) -> int:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of a type. A layout that names a memory space other than 0, S(1), lies elsewhere than in main
-    memory."""
+    """The arrays of a type. A layout with a memory space, such as S(1), is not in main memory."""
     return tuple(
         Shape(kind, tuple(int(n) for n in dims.split(",") if n), "S(" not in (layout or ""))
         for kind, dims, layout in _SHAPE.findall(text)
@@ -99,32 +98,32 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """How often a loop runs: as XLA noted it, or from a condition ``counter < constant`` and the step that the body
-    takes (an unrolled loop takes two at a time); None if the end is data."""
+    """The trip count of a loop: as noted by XLA, or from a condition ``counter < constant`` and the counter's increment
+    (2 in an unrolled loop). None if the end is data-dependent."""
     noted = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.text)
     if noted:
         return int(noted[1])
     condition, body = (computations[loop.called(part)[0]] for part in ("condition", "body"))
     test = root = root_of(condition)
-    if root.opcode == "fusion":  # its operands are the constant and the counter
+    if root.opcode == "fusion":  # whose operands are the constant and the counter
         test = root_of(computations[root.called("calls")[0]])
     operands = [condition[name] for name in root.operands]
     bounds = [int(i.value) for i in operands if i.opcode == "constant"]
     counters = [i for i in operands if i.opcode == "get-tuple-element"]
     if test.opcode != "compare" or "direction=LT" not in test.text or len(bounds) != 1 or len(counters) != 1:
         return None
-    place = int(re.search(r"index=(\d+)", counters[0].text)[1])
-    step = _constant_part(body, root_of(body).operands[place], computations)
+    index = int(re.search(r"index=(\d+)", counters[0].text)[1])
+    step = _constant_part(body, root_of(body).operands[index], computations)
     return math.ceil(bounds[0] / step) if step else None
 
 
 def root_of(computation: Computation) -> Instruction:
-    """The instruction whose value a computation gives."""
+    """The root instruction, whose value the computation returns."""
     return next(i for i in computation.values() if i.root)
 
 
 def _constant_part(computation: Computation, name: str, computations: dict[str, Computation]) -> int:
-    """The sum of the constants in a sum of the loop's counter and constants."""
+    """The constant c in an expression counter + c."""
     instruction = computation[name]
     if instruction.opcode == "constant":
         return int(instruction.value)

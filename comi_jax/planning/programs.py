@@ -1,13 +1,12 @@
-"""The programs of a step and of serving, compiled ahead of time, and what they need.
+"""The programs of a train step and of serving, compiled ahead of time for a topology, with their memory and least time.
 
-The programs of the train step, that of a micro-batch and the update, are compiled ahead of time, from shapes, for the
-devices of a topology. What they need comes from XLA's memory analysis; what they do from their text (``hlo``: XLA's own
-``cost_analysis`` counts the body of a loop once); how long that takes at least from the chip's peaks:
+The train step is two programs, one for a micro-batch and one for the update. Memory comes from XLA's memory analysis,
+operations and bytes from the HLO text (``hlo``), and the lower bound on the time from the chip's peaks:
 
-    seconds >= max(operations / FLOP/s, bytes of main memory / bandwidth, bytes sent / links)
+    seconds >= max(FLOP / FLOP/s, bytes of main memory / bandwidth, bytes sent / link bandwidth)
 
-which assumes that all three overlap and that each runs at its peak. Lengths are the largest that the config allows; a
-context whose last segment is shorter has two programs of the encoder, one after the other.
+which assumes that all three overlap and run at their peaks. Lengths are the largest that the config allows; if the last
+segment of a context is shorter, the encoder runs once for the full segments and once for the last one.
 """
 
 import dataclasses
@@ -38,26 +37,26 @@ from comi_jax.training import optim, state
 from comi_jax.training.step import CompiledStep, gradients_of
 from comi_jax.weights.starting_model import StartingModel
 
-USABLE = 0.92  # share of a GPU's memory that JAX takes (launch/one_node.sh); of a TPU's the compiler decides
+USABLE = 0.92  # fraction of a GPU's memory that JAX allocates (launch/one_node.sh); on TPU the compiler decides
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program on one device of a topology. Bytes, FLOP and seconds are of one run."""
+    """A program compiled for a topology. Bytes, FLOP and seconds are per device and execution."""
 
     name: str
-    division: str  # of the work over the devices
+    division: str  # of the work over the devices, for display
     fits: bool
     bytes_needed: int
     bytes_there: int
     memory: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes by kind
     flops: float = 0.0
-    own_flops: float = 0.0  # of the model's forward and backward pass, without recomputation
+    own_flops: float = 0.0  # model FLOP: forward and backward pass without rematerialisation
     sent: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes by kind of collective
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # at least, by what bounds it
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # lower bounds: compute, memory, link
     kernels: tuple[str, ...] = ()
     compile_seconds: float = 0.0
-    refusal: str = ""  # the compiler's, where it does not fit
+    refusal: str = ""  # the compiler's error if the program does not fit
 
     @property
     def bound(self) -> str:
@@ -65,51 +64,51 @@ class Program:
 
     @property
     def waste(self) -> float:
-        """Compiled operations over the model's own."""
+        """Compiled FLOP divided by model FLOP."""
         return self.flops / self.own_flops if self.own_flops else 0.0
 
 
 def backbone_of(config: Config) -> Backbone:
-    """The language model of ``config``: of the folder model.path, else as published under the name model.hub."""
+    """The backbone of ``config``: from the folder model.path, or the published shapes of model.hub."""
     if not config.model.path and config.model.hub in BACKBONES:
         return BACKBONES[config.model.hub]
     return StartingModel.open(config).backbone
 
 
-def abstract_batch(config: Config, examples: int, share: int, home: Any) -> Batch:
-    """``examples`` of the largest lengths, as the loader makes them, without their contents."""
+def abstract_batch(config: Config, examples: int, share: int, placed: Any) -> Batch:
+    """A batch of ``examples`` of the largest lengths as abstract arrays with the sharding ``placed``."""
     lengths = estimate.longest(config)
-    parts = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
-    example = Example(*parts, rate=lengths.rate)
+    ids = (np.zeros(n, np.int32) for n in (lengths.context, lengths.query, lengths.answer))
+    example = Example(*ids, rate=lengths.rate)
     batch = batches.collate([example] * examples, batches.Shapes.of([example], config.data, config.compression), share)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), batch)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), batch)
 
 
 def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> Program:
     """The train step of ``config`` on all devices of ``where``."""
     mesh = sharding.make_mesh(config.mesh, where.devices)
     sharding.check_heads(backbone, mesh)
-    parts = sharding.micro_batches(config, mesh)
+    micro_batches = sharding.micro_batches(config, mesh)
     arch = Architecture.of(backbone, config).on(mesh)
     update = optim.optimizer(config.optimizer, config.train.steps)
     held, frozen = state.abstract(arch, update, mesh)
-    share, examples = config.train.share_context, config.train.batch_size // parts
+    share, examples = config.train.share_context, config.train.batch_size // micro_batches
     batch = abstract_batch(config, examples, share, sharding.rows(mesh))
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    step, total = CompiledStep(arch, update), gradients_of(held) if parts > 1 else None
+    step, total = CompiledStep(arch, update), gradients_of(held) if micro_batches > 1 else None
     rows = examples // share // sharding.row_shards(mesh)
     known = estimate.held(arch, held, frozen, estimate.longest(config), rows, share, mesh)
     held_by_both = {"trained parameters": known.trained, "optimizer": known.optimizer}
     gradients = {"gradients": known.gradients}
     own = flops.shared(arch, estimate.longest(config), share).total * examples / len(where.devices)
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    division = f"{sizes}, {parts} micro-batches, remat {config.model.remat}"
+    division = f"{sizes}, {micro_batches} micro-batches, remat {config.model.remat}"
     lowered = step.lower_gradients(total, held, frozen, batch, key, number)
-    arguments = held_by_both | {"frozen parameters": known.frozen} | (gradients if parts > 1 else {})
+    arguments = held_by_both | {"frozen parameters": known.frozen} | (gradients if micro_batches > 1 else {})
     each = measure("train step", division, lowered, where, arguments, own)
     last = measure("train step", division, step.lower_update(held), where, held_by_both | gradients, 0.0)
-    return in_turn([(parts, each), (1, last)])
+    return in_turn([(micro_batches, each), (1, last)])
 
 
 def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_size: int) -> list[Program]:
@@ -118,16 +117,16 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), one.devices)
     arch = Architecture.of(backbone, config).on(mesh)
     arch = dataclasses.replace(arch, runtime=arch.runtime.replace(remat="off"))
-    home = NamedSharding(mesh, PartitionSpec())
+    placed = NamedSharding(mesh, PartitionSpec())
     params = jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=home), architecture.specs(arch)
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=placed), architecture.specs(arch)
     )
-    params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=home), params["mig"])
+    params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=placed), params["mig"])
     lengths, options = estimate.longest(config), config.generation
-    batch = abstract_batch(config, batch_size, 1, home)
+    batch = abstract_batch(config, batch_size, 1, placed)
     compress = batching.remember.lower(params, batch, arch, lengths.rate)
     memory = jax.eval_shape(lambda p, b: comi.memory_of(p, arch, b, lengths.rate), params, batch)
-    memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), memory)
+    memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), memory)
     reply = batching.reply.lower(params, memory, batch, arch, options, (0,))
     held = {"parameters": estimate.on_one_device(params)}
     division = f"one device, {batch_size} at a time"
@@ -148,7 +147,7 @@ def measure(
     own_flops: float,
     open_trips: int = 1,
 ) -> Program:
-    """Compile ``lowered`` and read off what it needs; ``memory`` has what is known of its arguments."""
+    """Compile ``lowered`` and analyse it; ``memory`` lists the known sizes of its arguments in bytes."""
     started, there = time.perf_counter(), int(where.chip.memory)
     try:
         compiled, text = _compile(lowered)
@@ -168,7 +167,7 @@ def measure(
     memory = memory | {
         "batch and other arguments": max(arguments - sum(memory.values()), 0),
         "temporaries": sizes.temp_size_in_bytes,
-        "results that are no arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "results not aliased to arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         "program": sizes.generated_code_size_in_bytes,
         "on the host": sizes.host_temp_size_in_bytes + sizes.host_argument_size_in_bytes,
     }
@@ -190,24 +189,24 @@ def measure(
     )
 
 
-def in_turn(parts: list[tuple[int, Program]]) -> Program:
-    """Programs that run one after the other, each so many times, as one: the memory of the one that needs most, the
-    work of all. One that was refused stands for all."""
-    programs = [program for _, program in parts]
+def in_turn(executions: list[tuple[int, Program]]) -> Program:
+    """Combine (count, program) pairs that run in sequence into one Program: the memory of the largest, the work of all.
+    If one does not fit, the result is that one."""
+    programs = [program for _, program in executions]
     largest = next((p for p in programs if p.refusal), max(programs, key=lambda p: p.bytes_needed))
     if largest.refusal:
-        return dataclasses.replace(largest, own_flops=sum(times * p.own_flops for times, p in parts))
+        return dataclasses.replace(largest, own_flops=sum(times * p.own_flops for times, p in executions))
 
     def sums(name: str) -> dict[str, float]:
         total: Counter[str] = Counter()
-        for times, program in parts:
+        for times, program in executions:
             total.update({key: times * value for key, value in getattr(program, name).items()})
         return dict(total)
 
     return dataclasses.replace(
         largest,
-        flops=sum(times * p.flops for times, p in parts),
-        own_flops=sum(times * p.own_flops for times, p in parts),
+        flops=sum(times * p.flops for times, p in executions),
+        own_flops=sum(times * p.own_flops for times, p in executions),
         sent=sums("sent"),
         seconds=sums("seconds"),
         kernels=tuple(sorted({kernel for p in programs for kernel in p.kernels})),
@@ -216,8 +215,8 @@ def in_turn(parts: list[tuple[int, Program]]) -> Program:
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[Any, str]:
-    """The executable and the text of the optimised program. The compiler writes that text itself: what libtpu makes of
-    asynchronous calls, JAX's own printer may not understand."""
+    """The executable and its optimised HLO text. The compiler dumps the text, as JAX's printer does not support all of
+    libtpu's asynchronous calls."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
@@ -225,7 +224,7 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[Any, str]:
 
 
 def lower_bounds(counts: hlo.Counts, chip: Chip) -> dict[str, float]:
-    """Seconds that the operations, the main memory and the links, those between nodes too, take at their peaks."""
+    """Seconds for FLOP, main memory and communication (within and between nodes), each at its peak."""
     return {
         "compute": counts.flops / chip.flops,
         "memory": counts.traffic / chip.bandwidth,

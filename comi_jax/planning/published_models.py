@@ -1,5 +1,4 @@
-"""The shapes of the language models that the configs name, as their config.json on the hub has them: enough to plan a
-run before anything is downloaded."""
+"""The shapes of the language models in the configs, from their config.json on the hub, to plan without a download."""
 
 from comi_jax.config import Backbone
 

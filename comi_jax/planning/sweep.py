@@ -1,11 +1,11 @@
-"""Which mesh, micro-batch and remat policy a topology trains a config fastest with: estimated first, then compiled.
+"""Search for the mesh, micro-batches and remat policy that train a config fastest on a topology.
 
-Every division of the devices over data, fsdp, tensor and context is estimated from shapes (``estimate``): what surely
-does not fit is left out, the rest is ordered by a step time of
+Every mesh over data, fsdp, tensor and context is estimated from shapes (``estimate``). Candidates that do not fit are
+dropped, the rest are ranked by an estimated step time of
 
-    max(operations / FLOP/s, weights gathered and gradients scattered / links)
+    max(FLOP / FLOP/s, bytes communicated / link bandwidth)
 
-and the first few are compiled; the best is the one whose compiled lower bound is smallest among those that fit.
+and the first few are compiled. The best is the one with the smallest compiled lower bound among those that fit.
 """
 
 import dataclasses
@@ -23,37 +23,38 @@ from comi_jax.planning import estimate
 from comi_jax.planning.programs import Program, train_step
 from comi_jax.training import optim, state
 
-RECOMPUTED = {"off": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}  # of the forward pass
+# The fraction of the forward pass that each remat policy recomputes.
+RECOMPUTED = {"off": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to divide the work, and what it is estimated to need."""
+    """A division of the work, with estimates."""
 
     config: Config
-    bytes: int  # on a device
-    seconds: float  # an update
+    bytes: int  # per device
+    seconds: float  # per update
 
     def __str__(self) -> str:
-        mesh, parts = self.config.mesh, self.config.optimizer.accumulate
+        mesh, micro_batches = self.config.mesh, self.config.optimizer.accumulate
         sizes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} x context {mesh.context}"
-        return f"{sizes}, {parts} micro-batches, remat {self.config.model.remat}"
+        return f"{sizes}, {micro_batches} micro-batches, remat {self.config.model.remat}"
 
 
 def candidates(config: Config, backbone: Backbone, where: Topology) -> Iterator[Candidate]:
-    """Every way that divides evenly, with its estimate."""
+    """Every division without remainder, with its estimates."""
     count, contexts = len(where.devices), config.train.batch_size // config.train.share_context
     heads, keys = backbone.num_attention_heads, backbone.num_key_value_heads
     for tensor, context, fsdp in itertools.product(_divisors(count), repeat=3):
         data = count // (tensor * context * fsdp)
         if data * tensor * context * fsdp != count or keys % tensor or heads // tensor % context:
             continue
-        rows = contexts // (data * fsdp)  # of a device, over all micro-batches
+        rows = contexts // (data * fsdp)  # contexts per device, over all micro-batches
         if contexts % (data * fsdp):
             continue
-        for parts in (n for n in _divisors(rows) if rows // n <= 4):
+        for micro_batches in (n for n in _divisors(rows) if rows // n <= 4):
             for remat in ("off", "projections", "attention", "full"):
-                yield _estimated(config, backbone, where, (data, fsdp, tensor, context), parts, remat)
+                yield _estimated(config, backbone, where, (data, fsdp, tensor, context), micro_batches, remat)
 
 
 def _divisors(number: int) -> list[int]:
@@ -61,49 +62,55 @@ def _divisors(number: int) -> list[int]:
 
 
 def _estimated(
-    config: Config, backbone: Backbone, where: Topology, sizes: tuple[int, int, int, int], parts: int, remat: str
+    config: Config,
+    backbone: Backbone,
+    where: Topology,
+    sizes: tuple[int, int, int, int],
+    micro_batches: int,
+    remat: str,
 ) -> Candidate:
     mesh_sizes = dict(zip(sharding.AXES, sizes, strict=True))
     config = dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **mesh_sizes),
         model=dataclasses.replace(config.model, remat=remat),
-        optimizer=dataclasses.replace(config.optimizer, accumulate=parts),
+        optimizer=dataclasses.replace(config.optimizer, accumulate=micro_batches),
     )
     mesh = sharding.make_mesh(config.mesh, where.devices)
     arch = Architecture.of(backbone, config).on(mesh)
     held, frozen = state.abstract(arch, optim.optimizer(config.optimizer, config.train.steps), mesh)
     data, fsdp, tensor, context = sizes
-    rows = config.train.batch_size // config.train.share_context // parts // (data * fsdp)
+    rows = config.train.batch_size // config.train.share_context // micro_batches // (data * fsdp)
     lengths = estimate.longest(config)
     share = config.train.share_context
     needed = estimate.held(arch, held, frozen, lengths, rows, share, mesh)
     cost = flops.shared(arch, lengths, share)
     work = (cost.total + RECOMPUTED[remat] * cost.forward) * config.train.batch_size
-    # For each micro-batch weights in the model's dtype are gathered for the forward and the backward pass, gradients
-    # scattered, and summed over data; the results of two products a block are summed over tensor, forward and backward.
+    # Per micro-batch: weights in the model's dtype are all-gathered for the forward and the backward pass, gradients
+    # are reduce-scattered and all-reduced over data, and the results of two products per block are all-reduced over
+    # tensor, forward and backward.
     others = fsdp * context - 1
     weights = (needed.trained // 2 + needed.frozen) * others * 2 + needed.trained // 2 * others
     tokens = lengths.context * arch.compression.encoder_layers + sum(
         backbone.num_hidden_layers * n for n in (flops.memory_length(arch, lengths), lengths.query, lengths.answer)
     )
     sums = 8 * rows * tokens / context * backbone.hidden_size * 2 * (tensor - 1) / tensor
-    # Tokens are exchanged for heads before and after attention, forward, backward and where it is recomputed.
+    # All-to-all between tokens and heads before and after attention: forward, backward and rematerialised.
     heads = 2 * (backbone.num_attention_heads + backbone.num_key_value_heads) * backbone.head_dim // tensor
     exchanged = 3 * rows * tokens / context * heads * 2 * (context - 1) / context
     replicas = 2 * needed.gradients * (data - 1) / data
     sent = (
-        parts * weights / _speed(where, fsdp * tensor * context, tensor)
-        + parts * sums / _speed(where, tensor * context, context)
-        + parts * exchanged / _speed(where, context, 1)
-        + parts * replicas / _speed(where, len(where.devices), fsdp * tensor * context)
+        micro_batches * weights / _speed(where, fsdp * tensor * context, tensor)
+        + micro_batches * sums / _speed(where, tensor * context, context)
+        + micro_batches * exchanged / _speed(where, context, 1)
+        + micro_batches * replicas / _speed(where, len(where.devices), fsdp * tensor * context)
     )
     return Candidate(config, needed.total, max(work / len(where.devices) / where.chip.flops, sent))
 
 
 def _speed(where: Topology, span: int, stride: int) -> float:
-    """Bytes a second that a device sends in a group of every ``stride``-th of ``span`` devices in a row. A ring leaves
-    a node once, by all the ways out that its members in the node have."""
+    """Bytes per second that a device sends in a ring of every ``stride``-th of ``span`` consecutive devices. The ring
+    leaves a node once, through the NICs of all its members in the node."""
     if where.per_node is None or span <= where.per_node:
         return where.chip.link
     return min(where.chip.link, where.chip.network * max(where.per_node // stride, 1))
@@ -112,11 +119,11 @@ def _speed(where: Topology, span: int, stride: int) -> float:
 def best(
     config: Config, backbone: Backbone, where: Topology, compiles: int, console: Console
 ) -> tuple[Config, Program]:
-    """The fastest of at most ``compiles`` compiled candidates that fits, and its plan. Raises ConfigError if none
-    does."""
+    """The fastest fitting candidate among at most ``compiles`` compiled ones, and its program. Raises ConfigError if
+    none fits."""
     found = sorted(candidates(config, backbone, where), key=lambda c: (c.seconds, c.bytes))
     fitting = [c for c in found if c.bytes < where.chip.memory]
-    console.print(f"{len(found)} candidates, {len(fitting)} of which may fit by estimate; compiling {compiles} of them")
+    console.print(f"{len(found)} candidates, {len(fitting)} fit by estimate; compiling {compiles} of them")
     compiled: list[tuple[Candidate, Program]] = []
     for number, candidate in enumerate(fitting[:compiles], 1):
         program = train_step(candidate.config, backbone, where)
@@ -131,8 +138,8 @@ def best(
     working = [pair for pair in compiled if pair[1].fits]
     if not working:
         raise ConfigError(
-            f"none of the {len(compiled)} candidates that were compiled fits {where.name}; take more devices, shorter "
-            "contexts (data.max_context, compression.segment_size) or more --compiles"
+            f"none of the {len(compiled)} compiled candidates fits {where.name}; use more devices, shorter contexts "
+            "(data.max_context, compression.segment_size) or more --compiles"
         )
     chosen, program = min(working, key=lambda pair: pair[1].seconds[pair[1].bound])
     words = [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(chosen.config.mesh).items()]
