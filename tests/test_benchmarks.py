@@ -24,13 +24,13 @@ def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tm
     config = settings(world)
     title, rows = data.measure(config, tmp_path, count=4, steps=1)
     figures = {name: value for name, value, _ in rows}
-    assert list(figures) == ["tokenised", "batches", "trained", "padding", "padding, shuffled alone"]
+    assert list(figures) == ["tokenised", "batches", "trained", "padding", "padding with plain shuffling"]
     examples = stored.load(tmp_path)
     shapes = batches.Shapes.fit(examples, config.data, config.compression)
     drawn = batches.Plan.of(examples, shapes, 8, config.train.seed)
     shares = [Tally.of(drawn.batch(i, np.full(8, 2))).padding for i in range(2)]
     assert figures["padding"] == f"{np.mean(shares):.1%}"  # both batches have one shape
-    assert title == "16 examples, micro-batches of 8 in 1 shapes, 2 an epoch"
+    assert title == "16 examples, micro-batches of 8 in 1 shapes, 2 per epoch"
     assert all(float(value.split()[0].replace(",", "")) > 0 for value in list(figures.values())[:3])
     assert [row[2] for row in data.measure(config, tmp_path, count=1, steps=0)[1]] == [""] * 4
 
@@ -52,5 +52,5 @@ def test_a_kill_costs_the_steps_since_the_checkpoint(world, tmp_path):
     words = world.command(tmp_path / "run", "train.steps=500", "train.log_every=1", "train.checkpoint_every=4")
     rows = restart.measure([sys.executable, "-m", "comi_jax.train", *words], tmp_path, 2, 4, random.Random(0))
     for row in rows:
-        assert 0 < row["back, s"] < row["a new step, s"]
-        assert row["steps made again"] >= 0
+        assert 0 < row["resumed, s"] < row["a new step, s"]
+        assert row["steps repeated"] >= 0

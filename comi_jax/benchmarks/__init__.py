@@ -1,1 +1,1 @@
-"""Measurements, each a command: ``python -m comi_jax.benchmarks.NAME``."""
+"""Benchmarks, each a command: ``python -m comi_jax.benchmarks.NAME``."""

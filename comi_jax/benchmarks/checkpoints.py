@@ -1,13 +1,13 @@
-"""What a checkpoint costs: ``python -m comi_jax.benchmarks.checkpoints [--gb 2]``.
+"""The cost of a checkpoint: ``python -m comi_jax.benchmarks.checkpoints [--gb 2]``.
 
-A state of random numbers, a third of them weights and the rest AdamW's, is saved and restored in a temporary folder.
+A random state, one third weights and two thirds AdamW moments, is saved and restored in a temporary folder.
 
-    blocked    seconds of save(), in which the run waits; the rest of the writing goes on beside it
-    written    until the checkpoint is complete, checksums included
-    restored   with the checksums compared beside the reading, as a run does; and without
-    verified   the comparison alone, from one thread: files that are read anew would take longer
+    blocked    save() itself, while the run waits; the rest is written in the background
+    written    until the checkpoint is complete, including checksums
+    restored   with verification of the checksums in parallel, as in a run; and without
+    verified   verification alone
 
-Files come from the system's memory where it still holds them: the figures are the processor's, not the disk's.
+Files are likely in the page cache, so the figures are those of the processor, not of the disk.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.training.state import TrainState
 
 GB = 1e9
-ARRAY = 1 << 26  # numbers in an array: 268 MB
+ARRAY = 1 << 26  # elements of an array: 268 MB
 
 
 def state(size: float) -> TrainState:
@@ -43,7 +43,7 @@ def state(size: float) -> TrainState:
 
 
 def measure(folder: Path, given: TrainState, step: int) -> dict[str, float]:
-    """Seconds of each part, once."""
+    """Seconds of each phase, measured once."""
     seconds: dict[str, float] = {}
 
     def lap(name: str, since: float) -> float:
@@ -73,12 +73,12 @@ def measure(folder: Path, given: TrainState, step: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m comi_jax.benchmarks.checkpoints", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--gb", type=float, default=2.0, help="of state, at least 0.8")
-    parser.add_argument("--runs", type=at_least(1), default=3, help="the median is told")
+    parser.add_argument("--gb", type=float, default=2.0, help="size of the state, at least 0.8")
+    parser.add_argument("--runs", type=at_least(1), default=3, help="number of runs; the table shows medians")
     options = parser.parse_args()
     given = state(options.gb * GB)
     size = sum(x.nbytes for x in jax.tree.leaves(given))

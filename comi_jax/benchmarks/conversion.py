@@ -1,13 +1,13 @@
 """Memory and speed of importing a large checkpoint: ``python -m comi_jax.benchmarks.conversion --folder=DIR``.
 
-Writes a Hugging Face folder with the tensor shapes and shard sizes of Qwen2-7B, cut to --layers, filled at random in
-bfloat16, and removes it again. Each line of the table is a process of its own over the same files:
+Writes a temporary Hugging Face folder with the tensor shapes and shard sizes of Qwen2-7B, cut to --layers, with random
+bfloat16 values. Each row of the table is a separate process on the same files:
 
     read       every tensor with safetensors alone, one after another
-    load       the language model as stacked, transposed device arrays (hf.load_parts), and split over 8 fake devices
+    load       the language model as stacked, transposed device arrays (hf.load_parts); also sharded over 8 fake devices
     import-hf  the whole command: a COMI checkpoint on disk (2 encoder layers)
 
-The result may be exceeded by the largest tensor and 1 GB at most. Peak memory is that of the process.
+The peak memory of the process should not exceed the result by more than the largest tensor and 1 GB.
 """
 
 import argparse
@@ -40,18 +40,18 @@ from comi_jax.weights import files, hf, hf_config, import_models, writing
 from comi_jax.weights.writing import Writable
 
 QWEN2_7B = BACKBONES["Qwen/Qwen2-7B-Instruct"]
-SHARD_BYTES = 3_950_000_000  # of the published files
+SHARD_BYTES = 3_950_000_000  # as in the published files
 GB = 1e9
 
 
 def random_bfloat16(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Values of either sign in [0.5, 1): random bits around a fixed exponent, which is fast and never infinite."""
+    """Values of magnitude in [0.5, 1): random bits with a fixed exponent, which is fast and always finite."""
     bits = np.frombuffer(np.random.default_rng(seed).bytes(2 * math.prod(shape)), np.uint16)
     return ((bits & 0x807F) | 0x3F00).view(ml_dtypes.bfloat16).reshape(shape)
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """A language model of QWEN2_7B's shapes with fewer layers, and a tokenizer. Returns the bytes of its weights."""
+    """Write a language model of QWEN2_7B's shapes with fewer layers, and a tokenizer. Returns the weights' bytes."""
     backbone = _cut(layers)
     specs = hf.lm_specs(backbone, layers, embed=True, head=True)
     tensors = [
@@ -71,7 +71,7 @@ def _cut(layers: int) -> Backbone:
 
 
 def read(folder: Path, devices: int) -> dict[str, float]:
-    """Every tensor by safetensors itself."""
+    """Read every tensor with safetensors alone."""
     since, size, largest = time.perf_counter(), 0, 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:
@@ -82,7 +82,7 @@ def read(folder: Path, devices: int) -> dict[str, float]:
 
 
 def load(folder: Path, devices: int) -> dict[str, float]:
-    """The language model on ``devices``, split over them where there are several."""
+    """Load the language model, sharded over ``devices``."""
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
     backbone = hf_config.read_config(folder)
@@ -98,7 +98,7 @@ def load(folder: Path, devices: int) -> dict[str, float]:
 
 
 def import_hf(folder: Path, devices: int) -> dict[str, float]:
-    """The command, from folder to folder."""
+    """Run import-hf, from folder to folder."""
     output = folder / "comi"
     since = time.perf_counter()
     config = Config(compression=Compression(encoder_layers=2))
@@ -114,14 +114,14 @@ TASKS = {"read": (read, 1), "load": (load, 1), "load on 8 devices": (load, 8), "
 
 
 def main() -> None:
-    """Write the model, run every task in a process of its own, print the table, remove the model."""
+    """Write the model, run each task in its own process, print the table, remove the model."""
     parser = argparse.ArgumentParser(
         prog="python -m comi_jax.benchmarks.conversion", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--folder", type=Path, help="where to write the model (default: the temporary folder)")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", choices=list(TASKS), nargs="+", default=list(TASKS))
-    parser.add_argument("--here", metavar="MODEL", type=Path, help="one task on a written model, as JSON")
+    parser.add_argument("--here", metavar="MODEL", type=Path, help="run one task on an existing model and print JSON")
     given = parser.parse_args()
     if given.here:
         task, devices = TASKS[given.only[0]]

@@ -1,11 +1,11 @@
-"""How fast training data comes, and its padding: ``python -m comi_jax.benchmarks.data --config=NAME [...]``.
+"""Throughput and padding of the training data: ``python -m comi_jax.benchmarks.data --config=NAME [...]``.
 
-    tokenised   records read and tokenised: once in a run, however many its epochs and restarts
-    batches     cut, padded and placed on the devices as the loop of a run takes them, with nothing else going on
-    trained     by the config's step on this machine (--steps=0: not measured; the others need a tokenizer alone)
+    tokenised   reading and tokenising records, which a run does once for all epochs and restarts
+    batches     padding batches and placing them on the devices, with nothing else running
+    trained     the config's train step on this machine (--steps=0: not measured; the others only need a tokenizer)
 
-Tokens are real ones, of contexts, questions and answers. Padding is the share of the positions of batches that hold
-none, over the first epoch; beside it, what it were if lengths were not put together.
+Tokens are those of contexts, questions and answers, without padding. Padding is the fraction of all positions of the
+first epoch, with batches of like length and, for comparison, with plain shuffling.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from comi_jax.training.state import TrainState, create
 from comi_jax.training.step import CompiledStep
 from comi_jax.weights.starting_model import StartingModel, tokenizer_of
 
-WARM = 4  # batches, or steps, before the clock starts: those that were made ahead, and compilation
+WARM = 4  # warm-up batches or steps: prefetched batches, and compilation
 
 
 def tokenise(config: Config, folder: Path) -> tuple[Examples, float]:
-    """The training examples, in ``folder``, and the tokens a second at which they were made."""
+    """The training examples, written to ``folder``, and the tokens per second of making them."""
     new = dataset.NewExamples(config, tokenizer_of(config))
     since = time.perf_counter()
     examples = make(folder, new, "", new.report)
@@ -47,7 +47,7 @@ def tokenise(config: Config, folder: Path) -> tuple[Examples, float]:
 
 
 def batches_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Mesh, count: int) -> float:
-    """Tokens a second of ``count`` batches, made as for a run on ``mesh`` and taken by nobody else."""
+    """Tokens per second of making ``count`` batches as for a run on ``mesh``."""
     made = batches.training_batches(
         plan, config.compression.rates, config.train.seed, own=sharding.own_contexts(mesh, plan.contexts_at_once),
         put=lambda batch: sharding.put_batch(batch, mesh),
@@ -64,7 +64,7 @@ def batches_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Me
 
 
 def trained_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Mesh, steps: int) -> float:
-    """Tokens a second of ``steps`` updates with the first batch of the run, which is on the devices already."""
+    """Tokens per second of ``steps`` updates, all on the run's first batch, already on the devices."""
     start = StartingModel.open(config)
     run = Run(config, start.backbone, start.stop)
     update = optim.optimizer(config.optimizer, config.train.steps)
@@ -86,14 +86,14 @@ def trained_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Me
 
 
 def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, list[tuple[str, str, str]]]:
-    """A title, and the rows of the table."""
+    """The title and rows of the table."""
     if not config.data.train:
         raise ConfigError("data.train is not set; pass data.train=FILE.jsonl")
     mesh, settings = sharding.make_mesh(config.mesh), config.train
-    parts = sharding.micro_batches(config, mesh)
+    micro_batches = sharding.micro_batches(config, mesh)
     examples, tokenised = tokenise(config, folder)
     shapes = batches.Shapes.fit(examples, config.data, config.compression)
-    plan = batches.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, parts)
+    plan = batches.Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, micro_batches)
     padding, sizes = plan.forecast()
     unsorted = order.Order(np.zeros(len(plan.groups)), plan.order.batch, settings.seed)
     shuffled, _ = dataclasses.replace(plan, order=unsorted).forecast()
@@ -103,27 +103,29 @@ def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, 
     last = list(speeds.values())[-1]
     rows = [(name, f"{speed:,.0f} tokens/s", f"{speed / last:,.1f}" if steps else "") for name, speed in speeds.items()]
     rows.append(("padding", f"{padding:.1%}", ""))
-    rows.append(("padding, shuffled alone", f"{shuffled:.1%}", ""))
+    rows.append(("padding with plain shuffling", f"{shuffled:.1%}", ""))
     title = (
-        f"{len(examples):,} examples, micro-batches of {settings.batch_size // parts} in {len(sizes)} shapes, "
-        f"{sum(sizes.values()):,} an epoch"
+        f"{len(examples):,} examples, micro-batches of {settings.batch_size // micro_batches} in {len(sizes)} "
+        f"shapes, {sum(sizes.values()):,} per epoch"
     )
     return title, rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, measure, print a table; what a user can mend is one sentence and exit status 1."""
+    """Measure and print a table; an error that the user can fix ends in one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.data", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
-    parser.add_argument("--batches", type=cli.at_least(1), default=100, help="how many are timed")
-    parser.add_argument("--steps", type=cli.at_least(0), default=20, help="updates that are timed; 0 needs no weights")
+    parser.add_argument("--batches", type=cli.at_least(1), default=100, help="number of batches to time")
+    parser.add_argument(
+        "--steps", type=cli.at_least(0), default=20, help="number of updates to time; 0 needs no weights"
+    )
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. data.train=nq:nq.jsonl.gz")
     options = parser.parse_intermixed_args(arguments)
     with cli.one_way_out():
         config = load(options.config, options.overrides)
         with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
             title, rows = measure(config, Path(folder), options.batches, options.steps)
-        table = Table("", "", "times trained" if options.steps else "", title=title)
+        table = Table("", "", "x trained" if options.steps else "", title=title)
         for row in rows:
             table.add_row(*row)
         Console(width=cli.width()).print(table)

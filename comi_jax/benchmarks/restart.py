@@ -1,10 +1,10 @@
-"""From kill -9 to the next new step: ``python -m comi_jax.benchmarks.restart [--config=tiny] [path=value ...]``.
+"""The time lost by kill -9: ``python -m comi_jax.benchmarks.restart [--config=tiny] [path=value ...]``.
 
-A run in a temporary folder is killed at random moments, and its command given again at once, as a supervisor would.
+A run in a temporary folder is killed at random moments and restarted at once, as a supervisor would.
 
-    back          until it says from which step it goes on
-    a new step    until a step is logged that no process before it had made: start of Python, data, weights, state,
-                  compilation, and the steps since the checkpoint once more
+    resumed        until the run reports the step from which it resumes
+    a new step     until it logs a step beyond those before the kill: Python's start, data, weights, state, compilation,
+                   and repeating the steps since the checkpoint
 """
 
 import argparse
@@ -25,7 +25,7 @@ from comi_jax.cli import at_least
 from comi_jax.runs import journal
 from comi_jax.runs.folder import Folder
 
-WAIT = 0.02  # seconds between two looks at the run's files
+WAIT = 0.02  # seconds between polls of the run's files
 
 
 class Run:
@@ -37,35 +37,35 @@ class Run:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def step(self) -> int:
-        """The newest step that is logged."""
+        """The newest logged step."""
         return max((row["step"] for row in journal.rows(self.metrics)), default=0)
 
     def wait_for_step(self, step: int) -> float:
-        """The clock when ``step`` is logged."""
+        """Wait until ``step`` is logged; the time then."""
         while self.step() < step:
             self._look_again()
         return time.monotonic()
 
     def wait_for_checkpoint(self) -> None:
-        """Until there is one to go on from."""
+        """Wait until there is a checkpoint to resume from."""
         while not Folder(self.metrics.parent).steps():
             self._look_again()
 
-    def wait_to_go_on(self) -> tuple[float, int]:
-        """The clock when it says from which step it goes on, and that step."""
-        while not (said := re.search(rb"resuming from step (\d+) ", self.log.read_bytes())):
+    def wait_to_resume(self) -> tuple[float, int]:
+        """Wait until the run reports that it resumes; the time then, and the step it resumes from."""
+        while not (found := re.search(rb"resuming from step (\d+) ", self.log.read_bytes())):
             self._look_again()
-        return time.monotonic(), int(said[1])
+        return time.monotonic(), int(found[1])
 
     def _look_again(self) -> None:
-        """Wait a little; exit with what the run printed last if it has ended."""
+        """Wait a little. If the run has ended, exit with the last line that it printed."""
         if self.process.poll() is not None:
             lines = self.log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
             sys.exit(f"error: the run ended with status {self.process.returncode}: {lines[-1]}")
         time.sleep(WAIT)
 
     def kill(self) -> float:
-        """End it as kill -9 does; the clock then."""
+        """Kill the run with SIGKILL; the time then."""
         self.process.kill()
         now = time.monotonic()
         self.process.wait()
@@ -83,10 +83,10 @@ def measure(command: list[str], folder: Path, kills: int, every: int, rng: rando
             killed = run.kill()
             reached = run.step()
             run = Run(command, folder)
-            resumed, kept = run.wait_to_go_on()
+            resumed, kept = run.wait_to_resume()
             new = run.wait_for_step(reached + 1)
             rows.append(
-                {"back, s": resumed - killed, "a new step, s": new - killed, "steps made again": reached - kept}
+                {"resumed, s": resumed - killed, "a new step, s": new - killed, "steps repeated": reached - kept}
             )
     finally:
         run.kill()
@@ -94,18 +94,18 @@ def measure(command: list[str], folder: Path, kills: int, every: int, rng: rando
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and print a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.restart", description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="tiny", help="a name from comi_jax/configs")
     parser.add_argument("--kills", type=at_least(1), default=5)
-    parser.add_argument("--every", type=at_least(1), default=10, help="steps between two checkpoints")
+    parser.add_argument("--every", type=at_least(1), default=10, help="steps between checkpoints")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings of the run")
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory(prefix="comi_jax-") as folder:
         settings = [f"train.output={folder}/run", f"train.checkpoint_every={options.every}", "train.log_every=1"]
         command = [sys.executable, "-m", "comi_jax.train", f"--config={options.config}", *settings, *options.overrides]
         rows = measure(command, Path(folder), options.kills, options.every, random.Random(0))
-    table = Table("", "median", "most", title=f"{options.kills} kills, a checkpoint every {options.every} steps")
+    table = Table("", "median", "max", title=f"{options.kills} kills, a checkpoint every {options.every} steps")
     for name in rows[0]:
         values = [row[name] for row in rows]
         table.add_row(name, f"{statistics.median(values):.1f}", f"{max(values):.1f}")

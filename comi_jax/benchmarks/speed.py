@@ -1,8 +1,8 @@
 """Time and memory on this machine: ``python -m comi_jax.benchmarks.speed [--tokens 2048 8192] [--only compress]``.
 
 Random weights of a small Qwen2 (hidden 512, 8 heads over 2 key/value heads, feed-forward 1,408, 8 decoder and 4 encoder
-layers, vocabulary 32,000), one context, rate 32, query 24, answer 16, float32. Each figure is taken in a process of its
-own; the time is the median after a first run that compiles, the memory the largest resident size of the whole process.
+layers, vocabulary 32,000), one context, rate 32, query 24, answer 16, float32. Each figure is measured in a separate
+process: the time is the median after a first run that compiles, the memory the peak resident size of the process.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def example(tokens: int) -> Batch:
 
 
 def prepare(task: str, tokens: int, remat: bool) -> Callable[[], object]:
-    """The work of ``task`` as a function without arguments, weights and example ready."""
+    """The work of ``task`` as a function without arguments, with weights and example prepared."""
     compression = Compression(rates=(RATE,), encoder_layers=4, segment_size=tokens)
     arch = Architecture(BACKBONE, compression, runtime=lm.Runtime(remat="attention" if remat else "off"))
     params = initialize(architecture.specs(arch), jax.random.key(0))
@@ -109,8 +109,7 @@ def measure(task: str, tokens: int, runs: int, remat: bool) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """The largest resident memory of this process so far in GB. (getrusage would count what the process that started it
-    had.)"""
+    """The peak resident memory of this process in GB. (getrusage would include that of the parent process.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
 
@@ -119,15 +118,13 @@ TASKS = ("compress", "train step", "compress + 20 tokens")
 
 
 def main() -> None:
-    """Measure every task at every length, one process each, and print the table."""
+    """Measure each task at each length, one process each, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--only", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--runs", type=at_least(1), default=3)
     parser.add_argument("--no-remat", action="store_true", help="keep all activations for the backward pass")
-    parser.add_argument(
-        "--here", action="store_true", help="measure in this process, print JSON (what each process runs)"
-    )
+    parser.add_argument("--here", action="store_true", help="measure in this process and print JSON (for internal use)")
     given = parser.parse_args()
     if given.here:
         print(json.dumps(measure(given.only[0], given.tokens[0], given.runs, not given.no_remat)))
