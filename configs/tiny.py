@@ -1,13 +1,13 @@
-"""The main job: a tiny language model becomes a compressor, from generated question answering; no download, no GPU.
+"""The first result: train a tiny language model into a compressor on generated questions; no download, no GPU.
 
     python -m comi_jax.train --config=tiny
 
-Hardware: 2 CPU cores. The language model that the package carries (0.37 million parameters, comi_jax/pretrain.py) is
-trained to answer from about 170 tokens of 16 facts, merged into about 21 vectors; then the same again with plain mean
-pooling of equal groups. The closing table is on 512 questions about people that no training text names.
+Hardware: 2 CPU cores. The bundled language model (0.37 million parameters, comi_jax/pretrain.py) learns to answer from
+about 170 tokens with 16 facts, compressed into about 21 vectors; a second system uses mean pooling of equal groups. The
+closing table is on 512 questions about people that occur in no training text.
 
-Expected, in 5 to 7 minutes: em 0.99 with COMI, 0.15 to 0.18 with mean pooling, 0.05 without the context; sums in
-another order (more devices or processes) end a few hundredths away.
+Expected, in 5 to 7 minutes: em 0.99 with COMI, 0.15 to 0.18 with mean pooling, 0.05 closed book. Another order of
+floating-point sums (more devices or processes) changes these by a few hundredths.
 """
 
 from comi_jax.config import Compression, Config, Data, Generation, Model, Optimizer, Train
@@ -16,7 +16,7 @@ from comi_jax.config import Compression, Config, Data, Generation, Model, Optimi
 def get_config() -> Config:
     return Config(
         model=Model(path="tiny", dtype="float32", remat="off"),
-        # The paper has alpha_fine 1; 4 makes closeness to the query choose more sharply among the tokens of a group.
+        # The paper has alpha_fine 1; 4 weights the tokens of a group more sharply by their relevance.
         compression=Compression(rates=(8,), encoder_layers=2, lsa_layers=1, segment_size=192, alpha_fine=4.0),
         data=Data(
             train=("synthetic",),
