@@ -90,14 +90,14 @@ def test_they_are_made_again_when_what_they_depend_on_has_changed(change, data, 
     else:
         tokenizer.add_tokens("what does")
     after, said = read(config, tmp_path / "run", tokenizer)
-    assert "tokenised before" not in said
+    assert "reusing the tokenised" not in said
     assert (change == "seed") == (after.about.fingerprint == before.about.fingerprint)
 
 
 def test_other_settings_leave_them_as_they_are(data, tmp_path):
     read(config_of(data), tmp_path)
     others = ("train.batch_size=4", "data.buckets=32", f"data.eval={data}", "optimizer.learning_rate=1")
-    assert "tokenised before" in read(config_of(data, *others), tmp_path)[1]
+    assert "reusing the tokenised" in read(config_of(data, *others), tmp_path)[1]
 
 
 @pytest.mark.fault
@@ -118,7 +118,7 @@ def test_damage_is_noticed_and_mended(data, tmp_path):
         place.write_bytes(rest)
         assert examples.find(tmp_path, good.about.origin) is None
     again, said = read(config_of(data), tmp_path)
-    assert "tokenised before" not in said and again.about.fingerprint == good.about.fingerprint
+    assert "reusing the tokenised" not in said and again.about.fingerprint == good.about.fingerprint
 
 
 def train_examples(data):

@@ -96,7 +96,7 @@ def check_kills(driver, undisturbed, name, kills, rng):
         child = driver.train(output, die=die)
         if kills and die is None:  # at any moment from the start of its first step on, or sooner
             if rng.random() < 0.9:
-                child.wait_for("memory of a device")
+                child.wait_for("memory per device")
             time.sleep(rng.uniform(0, 1.0))
             child.kill()
         status = child.status()
@@ -194,7 +194,7 @@ def test_a_second_signal_ends_at_once_and_without_harm(driver, undisturbed):
     child = driver.train(output, die=("slow save", 2))
     child.wait_for(f"step 6/{STEPS}")
     child.kill(signal.SIGINT)
-    child.wait_for("once more ends at once")
+    child.wait_for("signal again to exit at once")
     since = time.monotonic()
     child.kill(signal.SIGINT)
     assert child.status() == 130
@@ -279,7 +279,7 @@ def test_for_fifty_steps_the_losses_do_not_depend_on_the_devices(driver, devices
 
 def test_a_second_trainer_is_refused_and_the_lock_of_a_dead_one_taken_over(driver, tmp_path):
     child = driver.train(tmp_path / "run")
-    child.wait_for("memory of a device")
+    child.wait_for("memory per device")
     os.kill(child.pid, signal.SIGSTOP)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(SystemExit) as refused:

@@ -95,8 +95,8 @@ def test_a_dry_run_ends_with_the_summary_and_writes_nothing(files, quick_step, t
     said = run(files, tmp_path / "run", "--dry-run")
     assert not (tmp_path / "run").exists()
     assert "37,732 parameters (" in said and "decoder 18,848" in said and "25,152 trained on 4 cpu device(s)" in said
-    assert f"{STEPS} steps of 8 examples, rates 2, 4" in said and "FLOP a step" in said
-    assert "memory of a device: about" in said and "optimizer 0.1 MB" in said
+    assert f"{STEPS} steps of 8 examples, rates 2, 4" in said and "FLOP per step" in said
+    assert "memory per device: about" in said and "optimizer 0.1 MB" in said
     assert said.endswith("dry run: everything is in order; nothing was trained or written\n")
     run(files, tmp_path / "run", "train.steps=20")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
@@ -158,7 +158,7 @@ def test_an_imported_model_is_no_place_for_a_run(files, quick_step, tmp_path):
     run(files, tmp_path / "run", "train.steps=2")
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"imported": True}))
-    assert "holds an imported model; choose another train.output" in refusal(files, tmp_path / "run", "train.steps=2")
+    assert "holds an imported model; to train it, set model.path=" in refusal(files, tmp_path / "run", "train.steps=2")
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
