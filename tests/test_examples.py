@@ -154,7 +154,7 @@ def test_what_a_process_left_that_was_killed_as_it_made_them_is_written_over(dat
 
 
 def test_a_process_that_does_not_see_the_folder_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="that every one of them can see"):
+    with pytest.raises(CheckpointError, match="must be a folder that all processes of the run share"):
         examples.load(tmp_path / "elsewhere")
 
 
