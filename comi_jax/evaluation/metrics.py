@@ -49,8 +49,8 @@ def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
       that put no spaces between words (Chinese, Japanese, Thai, ...), runs of letters of the others (Russian, Arabic).
       Two equal texts without any token, such as "!", score 1.
 
-    The other measures split words at spaces. In a script without spaces a whole sentence is one token: `em` asks for the
-    same sentence including its punctuation, `f1_max` and `f1_first` are nearly always 0 or 1, and `acc_subspan`, which
+    The other measures split words at spaces. In a script without spaces a whole sentence is one token: `em` asks for a
+    sentence with the same punctuation, `f1_max` and `f1_first` are nearly always 0 or 1, and `acc_subspan`, which
     compares letters, says more.
 
     A reference that normalises to the empty string ("The", "?") only matches a prediction that does so too; otherwise,

@@ -16,8 +16,8 @@ import jax
 from comi_jax.devices.distributed import Peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Exit status of a run that was stopped before its last step and saved everything: not 0, which would start what waits for
-# its end, nor 75, after which a launcher restarts it at once. Jobs under HTCondor often use 85 for this.
+# Exit status of a run that was stopped before its last step and saved everything: not 0, which would start what waits
+# for its end, nor 75, after which a launcher restarts it at once. Jobs under HTCondor often use 85 for this.
 STOPPED = 85
 SECOND = 130  # exit status after a second signal, as a shell's after Ctrl-C
 REPEATED = 5.0  # seconds within which another SIGTERM is the same request: Slurm's daemon sends one, and so does srun
