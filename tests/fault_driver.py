@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401, i
 
 from comi_jax import train
 from comi_jax.evaluation import predictions
-from comi_jax.runs import checksums
+from comi_jax.runs import checksums, readback
 from comi_jax.runs.arrays import SealedWriter
 from comi_jax.runs.checkpoints import REMOVING, Checkpoints, Progress
 from comi_jax.training import loop
@@ -83,6 +83,8 @@ def half_removed(passed):
 POINTS = {
     "before the folder": lambda n: around(SealedWriter, "save", before=after(n)),
     "mid-data": lambda n: around(SealedWriter, "save", behind=after(n)),
+    "before the comparison": lambda n: around(readback, "compare", before=after(n)),
+    "after the comparison": lambda n: around(readback, "compare", behind=after(n)),
     "before the checksums": lambda n: around(checksums, "seal", before=after(n)),
     "before the commit": lambda n: around(checksums, "seal", behind=after(n)),
     "after the commit": lambda n: around(SealedWriter, "wait", behind=after(n)),

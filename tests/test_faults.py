@@ -22,7 +22,8 @@ from comi_jax.training.signals import STOPPED
 
 STEPS, SAVE_EVERY = fault_fixtures.STEPS, fault_fixtures.SAVE_EVERY
 POINTS = [
-    "before the folder", "mid-data", "before the checksums", "before the commit", "after the commit", "mid-prune"
+    "before the folder", "mid-data", "before the comparison", "after the comparison", "before the checksums",
+    "before the commit", "after the commit", "mid-prune",
 ]  # fmt: skip
 pytestmark = pytest.mark.fault
 

@@ -3,9 +3,10 @@
 A random state, one third weights and two thirds AdamW moments, is saved and restored in a temporary folder.
 
     blocked    save() itself, while the run waits; the rest is written in the background
-    written    until the checkpoint is complete, including checksums
+    written    until the checkpoint is complete, including checksums and the comparison with what is read back
+    read back  that comparison alone: each array opened again and compared with what was handed to the writer
     restored   with verification of the checksums in parallel, as in a run; and without
-    verified   verification alone
+    verified   verification alone, in one thread
 
 Files are likely in the page cache, so the figures are those of the processor, not of the disk.
 """
@@ -26,7 +27,7 @@ from rich.table import Table
 from comi_jax import cli
 from comi_jax.benchmarks.speed import peak_memory
 from comi_jax.cli import at_least
-from comi_jax.runs import checksums
+from comi_jax.runs import checksums, readback
 from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.training.state import TrainState
 
@@ -61,6 +62,9 @@ def measure(folder: Path, given: TrainState, step: int) -> dict[str, float]:
     checkpoints.close()
     place = checkpoints.folder / str(step)
     since = time.perf_counter()
+    for part in ("trained", "optimizer"):
+        readback.compare(place / part)
+    since = lap("read back", since)
     checksums.verify(place)
     since = lap("verified", since)
     reader = Checkpoints(folder, read_only=True)

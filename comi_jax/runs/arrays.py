@@ -15,9 +15,35 @@ import orbax.checkpoint as ocp
 from comi_jax.devices import distributed
 from comi_jax.runs import checksums
 from comi_jax.runs.checksums import CheckpointError, DamageError
+from comi_jax.runs.readback import VerifyingHandler
 
 WRITING = ".orbax-checkpoint-tmp"  # as Orbax names what is not complete
 Say = Callable[[str], None]
+# What Orbax takes for a pattern or the address of a bucket, and TensorStore for a separator or for no text at all.
+OPEN = Path("/proc/self/fd")
+ODD = re.compile(r"[*?\[\]\\]|:/|[\ud800-\udfff]")
+
+
+@contextlib.contextmanager
+def plain(path: Path) -> Iterator[Path]:
+    """``path``, whose own name is plain, as one that Orbax and TensorStore take as it is: where a folder above it has
+    characters that mean something to them, by the number under which that folder is opened here.
+
+    Raises CheckpointError on a system without such numbers."""
+    path = path.absolute()
+    if not ODD.search(str(path)):
+        yield path
+        return
+    number = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not (OPEN / str(number)).is_dir():
+            raise CheckpointError(
+                f"{path.parent} has one of * ? [ ] \\ in its path, with which arrays cannot be written on this system; "
+                "choose another folder"
+            )
+        yield OPEN / str(number) / path.name
+    finally:
+        os.close(number)
 
 
 @contextlib.contextmanager
@@ -44,19 +70,21 @@ def intact(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is as it was written, but cannot be restored here: {reason}") from error
 
 
-def frugal(arrays: Mapping[str, jax.Array]) -> ocp.PyTreeCheckpointHandler:
+def frugal(arrays: Mapping[str, jax.Array]) -> VerifyingHandler:
     """Writes about an array at a time, and as it is: a model that fills the memory has no room for a copy of itself.
     Compression, which gains little on weights, makes one and takes three times as long."""
     largest = max((array.nbytes for array in arrays.values()), default=0)
-    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
+    return VerifyingHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
 
 
 class SealedWriter:
     """Orbax's asynchronous writer; what it has written is sealed before it is renamed into place."""
 
     def __init__(self, handler: Any):
-        self._temporary = Path()
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, too
+        self._temporary, self._path = Path(), contextlib.ExitStack()
+        # Orbax logs the traceback of what it raises, too, which is told by whoever waits; its warnings that a save is
+        # incomplete are of no more use than the comparison of ``readback``, which ends the save.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         # Orbax calls this when all files are complete, just before the rename.
         options = ocp.options.AsyncOptions(post_finalization_callback=lambda: checksums.seal(self._temporary))
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
@@ -65,14 +93,17 @@ class SealedWriter:
         """Start writing the new ``folder``; its arrays may be donated once this returns."""
         folder = folder.absolute()
         self._temporary = folder.with_name(folder.name + WRITING)
-        self._writer.save(folder, args=arguments, custom_metadata=dict(checksums.SEAL))
+        path = self._path.enter_context(plain(folder))
+        self._writer.save(path, args=arguments, custom_metadata=dict(checksums.SEAL))
 
     def wait(self) -> None:
         """Until the folder is complete. Raises what went wrong."""
-        self._writer.wait_until_finished()
+        with self._path:
+            self._writer.wait_until_finished()
 
     def close(self) -> None:
-        self._writer.close()
+        with self._path:
+            self._writer.close()
 
 
 def write_once(folder: Path, handler: Any, arguments: Any) -> None:
@@ -99,15 +130,17 @@ def reason_of(error: Exception) -> str:
 def restore_arrays(folder: Path, like: Any) -> Any:
     """The arrays of ``folder`` with the shapes, dtypes and places of ``like``."""
     with ocp.StandardCheckpointer() as reader, reading(folder):
-        return reader.restore(folder.absolute(), like)
+        with plain(folder) as path:
+            return reader.restore(path, like)
 
 
 def stored(folder: Path) -> Any:
     """What ``folder`` holds, with shapes and dtypes."""
-    with reading(folder):
-        return ocp.StandardCheckpointHandler().metadata(folder.absolute()).tree
+    with reading(folder), plain(folder) as path:
+        return ocp.StandardCheckpointHandler().metadata(path).tree
 
 
 def read_json(folder: Path) -> Any:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader, reading(folder):
-        return reader.restore(folder.absolute())
+        with plain(folder) as path:
+            return reader.restore(path)

@@ -22,6 +22,7 @@ from comi_jax.runs import checksums
 from comi_jax.runs.arrays import WRITING, Say, SealedWriter, intact, read_json, reason_of, restore_arrays, stored
 from comi_jax.runs.checksums import CheckpointError, DamageError
 from comi_jax.runs.folder import DAMAGED, Folder
+from comi_jax.runs.readback import VerifiedJson, VerifiedSave, VerifyingHandler, VerifyingJson
 
 REMOVING = ".removing"  # ends the name of a checkpoint that is being removed
 COUNTERS = ("skipped", "in_a_row", "examples")
@@ -80,15 +81,15 @@ class Checkpoints:
         """
         self.settle()
         items = {
-            "trained": ocp.args.PyTreeSave(state.trained),
-            "optimizer": ocp.args.PyTreeSave(state.optimizer),
-            "data": ocp.args.JsonSave(progress.position),
-            "counters": ocp.args.JsonSave({name: getattr(progress, name) for name in COUNTERS}),
+            "trained": VerifiedSave(state.trained),
+            "optimizer": VerifiedSave(state.optimizer),
+            "data": VerifiedJson(progress.position),
+            "counters": VerifiedJson({name: getattr(progress, name) for name in COUNTERS}),
         }
         size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.optimizer)))
         try:
             if self._writer is None:
-                self._writer = SealedWriter(_handler())
+                self._writer = SealedWriter(_handler(self._say))
             self.folder.mkdir(exist_ok=True)
             self._writer.save(self._of.checkpoint(progress.step), ocp.args.Composite(**items))
             self._under_way = (progress.step, size)
@@ -221,12 +222,10 @@ class Checkpoints:
                 self._writer = None
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
-    arrays = (ocp.PyTreeCheckpointHandler(use_compression=False) for _ in range(2))
+def _handler(say: Say) -> ocp.CompositeCheckpointHandler:
+    arrays = (VerifyingHandler(say, use_compression=False) for _ in range(2))
     names = dict(zip(("trained", "optimizer"), arrays, strict=True))
-    return ocp.CompositeCheckpointHandler(
-        **names, data=ocp.JsonCheckpointHandler(), counters=ocp.JsonCheckpointHandler()
-    )
+    return ocp.CompositeCheckpointHandler(**names, data=VerifyingJson(), counters=VerifyingJson())
 
 
 def _differences(there: Any, here: Any) -> list[str]:

@@ -13,7 +13,8 @@
     lock               present while a run uses the folder
 
 No random state is stored: the key of a step is derived from train.seed and the step's number. Folders of weights and
-the tokenizer's have a checksums.json; folders of older versions have none and are read unverified.
+the tokenizer's have a checksums.json; folders of older versions have none and are read unverified. The digests.N.json
+beside arrays are what a save is compared with before it counts (runs.readback).
 """
 
 import os

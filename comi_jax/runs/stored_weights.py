@@ -17,6 +17,7 @@ from comi_jax.runs.arrays import WRITING, Say, frugal, intact, reading, restore_
 from comi_jax.runs.checksums import CheckpointError, DamageError
 from comi_jax.runs.description import Run, change, check_new, read_run, write_run
 from comi_jax.runs.folder import Folder
+from comi_jax.runs.readback import VerifiedSave
 from comi_jax.runs.selection import existing
 
 BEFORE = "; remove that folder to use the checkpoint before it"
@@ -32,7 +33,7 @@ def save_import(folder: str | os.PathLike, run: Run, arrays: Mapping[str, jax.Ar
     handler = ocp.CompositeCheckpointHandler(trained=frugal(trained))
     place = Folder(folder).checkpoint(0)
     place.parent.mkdir()
-    write_once(place, handler, ocp.args.Composite(trained=ocp.args.PyTreeSave(trained)))
+    write_once(place, handler, ocp.args.Composite(trained=VerifiedSave(trained)))
 
 
 def save_frozen(folder: str | os.PathLike, frozen: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ def save_frozen(folder: str | os.PathLike, frozen: dict[str, Any]) -> None:
         for old in (place, place.with_name(place.name + WRITING)):
             if old.exists():
                 shutil.rmtree(old)
-    write_once(place, frugal(frozen), ocp.args.PyTreeSave(frozen))
+    write_once(place, frugal(frozen), VerifiedSave(frozen))
 
 
 def restore_frozen(folder: str | os.PathLike, like: dict[str, jax.ShapeDtypeStruct], say: Say) -> dict[str, jax.Array]:
