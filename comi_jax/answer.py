@@ -1,6 +1,5 @@
 """Ask a question about a text: ``python -m comi_jax.answer --checkpoint=DIR --context=FILE --question=TEXT``."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from comi_jax.serving.compressor import Comi
 
 def main(arguments: list[str] | None = None) -> None:
     """Answer one question about one text file."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.answer", description="Ask a question about a text.")
-    parser.add_argument("--checkpoint", required=True, help="folder of a training run")
+    parser = cli.Parser(prog="python -m comi_jax.answer", description="Ask a question about a text.")
+    parser.add_argument("--checkpoint", type=cli.path, required=True, help="folder of a training run")
     parser.add_argument("--step", default="newest", help='step of the checkpoint, "best" or "newest" (default)')
-    parser.add_argument("--context", required=True, help="text file (UTF-8), or - for standard input")
+    parser.add_argument("--context", type=cli.path, required=True, help="text file (UTF-8), or - for standard input")
     parser.add_argument("--question", required=True, help="passed to the model verbatim, e.g. 'Question: ... Answer:'")
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
     parser.add_argument("--max-new-tokens", type=int)
@@ -50,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _read_text(path: str) -> str:
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = content.decode("utf-8-sig")  # whatever the locale; a byte order mark is no text
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--context={path} cannot be read as UTF-8 text: {error}") from None
     if not text.strip():

@@ -1,13 +1,61 @@
-"""What the commands share: argument types, and the handling of errors."""
+"""What the commands share: reading arguments, writing output, and the handling of errors."""
 
 import argparse
 import contextlib
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from comi_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments, which are Unicode text; from here on whatever it prints, the terminal can take."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        forgiving_output()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for number, word in enumerate(words, start=1):
+            if any("\ud800" <= letter <= "\udfff" for letter in word):
+                shown = word.encode("utf-8", "surrogateescape" if args is None else "replace").decode(
+                    "utf-8", "replace"
+                )
+                leave(f"argument {number}, {shown[:80]!r}, has bytes that are not UTF-8; give it as UTF-8 text")
+        return super().parse_known_args(args, namespace)
+
+
+def path(text: str) -> str:
+    """A type of command-line paths: a leading ~ is the home folder, also where the shell leaves it, as in --a=~/b."""
+    return os.path.expanduser(text)
+
+
+def forgiving_output() -> None:
+    """Have standard output and error replace the letters that their encoding lacks, and go on in silence when their
+    reader has closed them."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+            continue  # somebody else's, as in a notebook
+        stream.flush()
+        errors = "replace" if stream.errors in ("strict", "surrogateescape") else stream.errors
+        buffered = io.BufferedWriter(_Pipe(number, "w", closefd=False))
+        line_by_line = stream.line_buffering or number == 2
+        setattr(sys, name, io.TextIOWrapper(buffered, stream.encoding, errors, line_buffering=line_by_line))
+
+
+class _Pipe(io.FileIO):
+    """A file that may be a pipe: what is written after its reader has gone is lost, and nothing else is."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
 
 
 def leave(message: str) -> NoReturn:

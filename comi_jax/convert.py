@@ -38,24 +38,26 @@ def print_inspection(found: inspection.Inspection, console: Console) -> None:
     console.print(f"missing:\n  {shown}" if found.missing else "nothing is missing", highlight=False)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m comi_jax.convert", description="Import, export and inspect weights."
-    )
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m comi_jax.convert", description="Import, export and inspect weights.")
     commands = parser.add_subparsers(dest="command", required=True)
     settings = {"nargs": "*", "metavar": "path=value", "help": "settings, e.g. compression.encoder_layers=8"}
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> cli.Parser:
         return commands.add_parser(name, help=text, description=text)
 
     fresh = command("import-hf", "Make an untrained COMI checkpoint from a Hugging Face language model.")
-    fresh.add_argument("--backbone", required=True, help="folder of the language model")
+    fresh.add_argument("--backbone", type=cli.path, required=True, help="folder of the language model")
     theirs = command("import-official", "Make a COMI checkpoint from the official release's state dict.")
-    theirs.add_argument("--checkpoint", required=True, help="safetensors or .bin file, an index, or a folder of them")
-    theirs.add_argument("--backbone", required=True, help="folder of the language model it was trained from")
+    theirs.add_argument(
+        "--checkpoint", type=cli.path, required=True, help="safetensors or .bin file, an index, or a folder of them"
+    )
+    theirs.add_argument(
+        "--backbone", type=cli.path, required=True, help="folder of the language model it was trained from"
+    )
     theirs.add_argument("--lora-alpha", type=float, help="required if the decoder has adapters")
     for one in (fresh, theirs):
-        one.add_argument("--output", required=True, help="folder to write; must be new or empty")
+        one.add_argument("--output", type=cli.path, required=True, help="folder to write; must be new or empty")
         one.add_argument("--rates", help="e.g. 16,32")
         one.add_argument("--segment-size", help="context tokens encoded together")
         cli.add_ignore_config(one)
@@ -63,12 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     fresh.add_argument("--encoder-layers")
     fresh.add_argument("--lsa-layers")
     back = command("export-official", "Write a COMI checkpoint as the official release's state dict.")
-    back.add_argument("--checkpoint", required=True, help="folder of a COMI checkpoint")
-    back.add_argument("--output", required=True, help="safetensors file to write")
+    back.add_argument("--checkpoint", type=cli.path, required=True, help="folder of a COMI checkpoint")
+    back.add_argument("--output", type=cli.path, required=True, help="safetensors file to write")
     back.add_argument("--merge-lora", action="store_true", help="merge the adapters into the decoder's projections")
     folders = command("export-hf", "Write three folders that plain transformers loads: decoder, encoder, lsa.")
-    folders.add_argument("--checkpoint", required=True, help="folder of a COMI checkpoint")
-    folders.add_argument("--output", required=True, help="folder to write; must be new or empty")
+    folders.add_argument("--checkpoint", type=cli.path, required=True, help="folder of a COMI checkpoint")
+    folders.add_argument("--output", type=cli.path, required=True, help="folder to write; must be new or empty")
     folders.add_argument("--adapter", action="store_true", help="write LoRA adapters for PEFT instead of merging them")
     folders.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="maximum file size (default: 5)")
     for one in (back, folders):
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
             "--dtype", default="", help="dtype of all weights: float32, float16 or bfloat16 (default: unchanged)"
         )
     look = command("inspect", "Show what a folder or file of weights holds.")
-    look.add_argument("path")
+    look.add_argument("path", type=cli.path)
     return parser
 
 

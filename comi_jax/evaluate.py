@@ -1,6 +1,5 @@
 """Evaluate a checkpoint on held-out questions: ``python -m comi_jax.evaluate --checkpoint=DIR --data=FILE``."""
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
@@ -29,11 +28,11 @@ def of_data(config: Config, words: Sequence[str], skip_bad: bool) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate a checkpoint on a file of records."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m comi_jax.evaluate",
         description="Evaluate a COMI checkpoint on all devices of this machine.",
     )
-    parser.add_argument("--checkpoint", required=True, help="folder of a training run")
+    parser.add_argument("--checkpoint", type=cli.path, required=True, help="folder of a training run")
     parser.add_argument("--step", default="newest", help='step of the checkpoint, "best" or "newest" (default)')
     parser.add_argument(
         "--data",
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="as data.eval: files, globs, hf://..., each [SCHEMA:]PLACE[@WEIGHT]",
     )
     parser.add_argument(
-        "--output", help="folder for predictions.jsonl and results.json (default: CHECKPOINT/evaluation)"
+        "--output", type=cli.path, help="folder for predictions.jsonl and results.json (default: CHECKPOINT/evaluation)"
     )
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT records")

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 import pkgutil
 import re
 import types
@@ -12,6 +13,12 @@ import typing
 from typing import Any
 
 from comi_jax.config import Config, ConfigError, Model, one_of, require, shown
+
+PATHS = (
+    "model.path",
+    "model.tokenizer",
+    "train.output",
+)  # a leading ~ is the home folder; words of data have their own
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def _nearest(name: str, valid: list[str]) -> str:
 def _parse(text: str, hint: Any, path: str) -> Any:
     """The text of an override as a JSON value that ``_coerce`` accepts for ``hint``."""
     if hint is str:
-        return text
+        return os.path.expanduser(text) if path in PATHS else text
     if hint is bool:
         one_of(path, text.lower(), ("true", "false"))
         return text.lower() == "true"

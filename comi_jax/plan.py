@@ -1,6 +1,5 @@
 """Plan a run without its hardware: ``python -m comi_jax.plan --config=qwen2 --topology=v5e:8x8``."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -74,7 +73,7 @@ def to_json(programs: list[Program], where: topology.Topology, config: Config) -
 
 def main(arguments: list[str] | None = None) -> None:
     """Compile the programs of a run for the named topology and print what they need."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.plan", description="Plan a run without its hardware.")
+    parser = cli.Parser(prog="python -m comi_jax.plan", description="Plan a run without its hardware.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--topology", required=True, help="v5e:8x8, v5p:2x2x1, v6e:4x4, h100:8, h100:64, ...")
     parser.add_argument(
@@ -83,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compiles", type=cli.at_least(1), default=6, help="how many candidates a sweep compiles")
     parser.add_argument("--serve", action="store_true", help="plan compressing and answering on one device")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=1, help="examples served at once")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+    parser.add_argument("--json", type=cli.path, metavar="FILE", help="also write the numbers as JSON")
     cli.add_ignore_config(parser)
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, as for comi_jax.train")
     given = parser.parse_intermixed_args(arguments)

@@ -5,7 +5,6 @@ found in their contexts, dropped records with reasons, and fingerprints. ``data.
 and is refused if the records do not match the report. Sources are streamed twice, so they may be of any size.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,11 @@ def print_report(report: dict[str, Any], output: Path, console: Console) -> None
 
 def main(arguments: list[str] | None = None) -> None:
     """Prepare; an error that the user can fix ends in one sentence and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.prepare", description="Prepare a training mixture once.")
+    parser = cli.Parser(prog="python -m comi_jax.prepare", description="Prepare a training mixture once.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; data.train=FOLDER trains on it")
+    parser.add_argument(
+        "--output", type=cli.path, required=True, help="folder to write; data.train=FOLDER trains on it"
+    )
     parser.add_argument("--skip-bad-records", action="store_true", help="skip, count and list bad records")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. data.train=nq:nq.jsonl.gz")
     options = parser.parse_intermixed_args(arguments)
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.one_way_out():
         config = load(options.config, overrides)
         output = Path(os.path.abspath(options.output))
-        print_report(prepare(config, tokenizer_of(config), output, console), options.output, console)
+        print_report(prepare(config, tokenizer_of(config), output, console), Path(options.output), console)
 
 
 if __name__ == "__main__":

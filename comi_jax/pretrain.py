@@ -1,6 +1,5 @@
 """Pretrain the tiny language model bundled with the package: ``python -m comi_jax.pretrain --output=DIR``."""
 
-import argparse
 from pathlib import Path
 
 from comi_jax import cli
@@ -11,19 +10,18 @@ from comi_jax.training.pretraining import VOCABULARY, pretrain, save, shape
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m comi_jax.pretrain", description="Pretrain the tiny language model."
-    )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not hold a model yet")
+    parser = cli.Parser(prog="python -m comi_jax.pretrain", description="Pretrain the tiny language model.")
+    parser.add_argument("--output", type=cli.path, required=True, help="folder to write; must not hold a model yet")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with cli.one_way_out():
-        if (options.output / "config.json").exists():
-            raise UserError(f"{options.output} already holds a model; give another --output")
+        output = Path(options.output)
+        if (output / "config.json").exists():
+            raise UserError(f"{output} already holds a model; give another --output")
         texts = synthetic.corpus(options.seed, 3000) + synthetic.corpus(options.seed + 1, 1000, notes=0.5)
         tokenizer = synthetic.train_tokenizer(texts, VOCABULARY)
         backbone = shape(len(tokenizer))
-        save(options.output, pretrain(tokenizer, backbone, options.seed), backbone, tokenizer)
+        save(output, pretrain(tokenizer, backbone, options.seed), backbone, tokenizer)
 
 
 if __name__ == "__main__":

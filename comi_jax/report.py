@@ -3,7 +3,6 @@
 report.png has the curves; report.html is a self-contained page with curves, settings and results.
 """
 
-import argparse
 from pathlib import Path
 
 from comi_jax import cli
@@ -13,9 +12,13 @@ from comi_jax.runs.report_page import page
 
 def main(arguments: list[str] | None = None) -> None:
     """Write report.png and report.html."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.report", description="Plot training runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of training runs, overlaid in one plot")
-    parser.add_argument("--output", help="folder for report.png and report.html (default: the first RUN_DIR)")
+    parser = cli.Parser(prog="python -m comi_jax.report", description="Plot training runs.")
+    parser.add_argument(
+        "runs", type=cli.path, nargs="+", metavar="RUN_DIR", help="folders of training runs, overlaid in one plot"
+    )
+    parser.add_argument(
+        "--output", type=cli.path, help="folder for report.png and report.html (default: the first RUN_DIR)"
+    )
     given = parser.parse_args(arguments)
     output = Path(given.output or given.runs[0])
     with cli.one_way_out():

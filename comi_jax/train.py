@@ -5,7 +5,6 @@ closing table; 85 if a signal stopped it before, everything saved; 75 if a peer 
 that the user can fix.
 """
 
-import argparse
 import sys
 
 import jax
@@ -20,7 +19,7 @@ from comi_jax.training.signals import STOPPED
 
 def main(arguments: list[str] | None = None) -> None:
     """Train; an error that the user can fix ends in one sentence and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.train", description="Train a COMI compressor.")
+    parser = cli.Parser(prog="python -m comi_jax.train", description="Train a COMI compressor.")
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--skip-bad-records", action="store_true", help="skip, count and list bad data lines")
     parser.add_argument(

@@ -174,7 +174,20 @@ def test_more_than_the_model_has_positions_for_is_refused(world):
         model.answer("a " * 256, "what ?")
 
 
-@pytest.mark.parametrize("rate", [0, -1, 2.5])
+def test_whole_numbers_of_numpy_are_whole_numbers(model, together):
+    assert model.answer(CONTEXTS[0], QUESTIONS[0], rate=np.int64(2)) == model.answer(CONTEXTS[0], QUESTIONS[0], rate=2)
+
+
+@pytest.mark.parametrize("text, half", [("a \ud83d box", "at character 3"), ("\udcff", "at character 1")])
+def test_half_a_surrogate_pair_is_refused_in_one_sentence(model, text, half):
+    for context, question, name in ((text, "what ?", "the context"), ("a box", text, "the question")):
+        with pytest.raises(ConfigError, match=f"^{name} has half a surrogate pair {half}"):
+            model.answer(context, question)
+    with pytest.raises(ConfigError, match="^context 1 has half"):
+        model.compress(["a box", text], ["what ?", "what ?"])
+
+
+@pytest.mark.parametrize("rate", [0, -1, 2.5, True])
 def test_a_rate_that_is_none_is_refused(model, rate):
     with pytest.raises((ConfigError, TypeError), match="rate"):
         model.compress(CONTEXTS[0], QUESTIONS[0], rate=rate)
@@ -208,14 +221,17 @@ def test_the_command_prints_the_answer_and_the_ratio(world, together, tmp_path, 
 
 
 def test_the_command_reads_standard_input_and_says_what_was_cut(world, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(CONTEXTS[0]))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(CONTEXTS[0].encode()), "ascii"))
     answer.main(arguments(world, "-", "--set=data.on_long=truncate", "--set=data.max_context=20"))
     said = capsys.readouterr().err
     assert "[20 context tokens (truncated) in " in said and "question" not in said
-    monkeypatch.setattr("sys.stdin", io.StringIO(CONTEXTS[0]))
-    answer.main(arguments(world, "-", "--set=data.on_long=truncate", "--set=data.max_query=6"))
+
+
+def test_the_command_says_that_the_question_lost_its_beginning(world, tmp_path, capsys):
+    (tmp_path / "context.txt").write_bytes(b"\xef\xbb\xbf" + CONTEXTS[0].encode())  # with a byte order mark
+    answer.main(arguments(world, tmp_path / "context.txt", "--set=data.on_long=truncate", "--set=data.max_query=4"))
     said = capsys.readouterr().err
-    assert "[21 context tokens in " in said and "; the question lost its beginning]" in said
+    assert "[21 context tokens in " in said and said.endswith("; the question lost its beginning]\n")
 
 
 @pytest.mark.parametrize(

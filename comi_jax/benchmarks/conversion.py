@@ -10,7 +10,6 @@ bfloat16 values. Each row of the table is a separate process on the same files:
 The peak memory of the process should not exceed the result by more than the largest tensor and 1 GB.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -115,9 +114,7 @@ TASKS = {"read": (read, 1), "load": (load, 1), "load on 8 devices": (load, 8), "
 
 def main() -> None:
     """Write the model, run each task in its own process, print the table, remove the model."""
-    parser = argparse.ArgumentParser(
-        prog="python -m comi_jax.benchmarks.conversion", description=__doc__.splitlines()[0]
-    )
+    parser = cli.Parser(prog="python -m comi_jax.benchmarks.conversion", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to write the model (default: the temporary folder)")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", choices=list(TASKS), nargs="+", default=list(TASKS))

@@ -5,7 +5,6 @@ layers, vocabulary 32,000), one context, rate 32, query 24, answer 16, float32. 
 process: the time is the median after a first run that compiles, the memory the peak resident size of the process.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -119,7 +118,7 @@ TASKS = ("compress", "train step", "compress + 20 tokens")
 
 def main() -> None:
     """Measure each task at each length, one process each, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m comi_jax.benchmarks.speed", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m comi_jax.benchmarks.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--only", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--runs", type=at_least(1), default=3)

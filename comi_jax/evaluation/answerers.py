@@ -1,9 +1,10 @@
 """A COMI model under evaluation: at one rate, with one set of decoding options, with or without the contexts."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import xxhash
 
@@ -24,7 +25,7 @@ class ComiAnswerer:
 
     model: Comi
     weights: str = ""
-    rate: int | None = None
+    rate: SupportsIndex | None = None
     options: Generation | None = None  # None: those of the model's config
     closed_book: bool = False  # answer from the question alone, without the context
 
@@ -33,10 +34,15 @@ class ComiAnswerer:
         return self.options or self.model.run.config.generation
 
     @property
+    def rate_used(self) -> int:
+        rates = self.model.run.config.compression.rates
+        return rates[0] if self.rate is None else operator.index(self.rate)
+
+    @property
     def identity(self) -> str:
         if not self.weights:
             return ""
-        key = (encode.FORMAT, self.model.run, self.weights, self.rate, self.decoding, self.closed_book)
+        key = (encode.FORMAT, self.model.run, self.weights, self.rate_used, self.decoding, self.closed_book)
         return xxhash.xxh3_128(repr(key).encode()).hexdigest()
 
     @property
@@ -55,9 +61,8 @@ class ComiAnswerer:
         return self.model.generate(examples, self.rate, self.decoding)
 
     def account(self) -> dict[str, Any]:
-        rate = self.rate or self.model.run.config.compression.rates[0]
         return {
-            "rate": None if self.closed_book else rate,
+            "rate": None if self.closed_book else self.rate_used,
             "closed_book": self.closed_book,
             "decoding": {"method": "greedy", **dataclasses.asdict(self.decoding)},
         }

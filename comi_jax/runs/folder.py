@@ -26,12 +26,13 @@ DAMAGED = ".damaged"  # suffix of a checkpoint that could not be read
 
 @dataclass(frozen=True, init=False)
 class Folder(os.PathLike):
-    """The folder of a run at ``path``, which need not exist: the paths of its files, and its checkpoints."""
+    """The folder of a run at ``path``, which need not exist and may begin with ~: the paths of its files, and its
+    checkpoints."""
 
     path: Path
 
     def __init__(self, path: str | os.PathLike):
-        object.__setattr__(self, "path", Path(path))
+        object.__setattr__(self, "path", Path(os.path.expanduser(path)))
 
     def __fspath__(self) -> str:
         return str(self.path)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,14 @@ from comi_jax.model.batch import Batch
 from comi_jax.runs.description import Run
 
 
-def check(run: Run, examples: Sequence[Example], rate: int | None, new_tokens: int) -> int:
+def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | None, new_tokens: int) -> int:
     """The rate (None: the first of compression.rates), validated for ``examples``. Raises ConfigError for a bad rate,
     and LengthError for examples that do not fit the backbone's positions."""
     compression = run.config.compression
     rate = compression.rates[0] if rate is None else rate
-    if not isinstance(rate, int) or rate < 1:
+    if not hasattr(rate, "__index__") or isinstance(rate, bool) or operator.index(rate) < 1:
         raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
+    rate = operator.index(rate)
     check_positions(examples, run.backbone, compression, rate, new_tokens)
     return rate
 

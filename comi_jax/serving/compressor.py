@@ -5,9 +5,10 @@ memory = align(compress(encode(context, question)));   answer = greedy(decoder, 
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,7 @@ class Comi:
         return cls(run, params, load_tokenizer(Folder(folder).tokenizer), batch_size=batch_size, mesh=mesh)
 
     def compress(
-        self, context: str | Sequence[str], question: str | Sequence[str], *, rate: int | None = None
+        self, context: str | Sequence[str], question: str | Sequence[str], *, rate: SupportsIndex | None = None
     ) -> CompressedContext | list[CompressedContext]:
         """Compress ``context`` for ``question`` at ``rate`` tokens per vector (None: the first of compression.rates).
         Two lists of equal length give a list, pair by pair."""
@@ -103,7 +104,7 @@ class Comi:
             vectors, lengths = (batching.fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
             for i, row in enumerate(rows):
                 kept, example = vectors[i, : lengths[i]], examples[row]
-                results[row] = CompressedContext(kept, len(example.context), example.truncated)
+                results[row] = CompressedContext(kept, len(example.context), example.truncated, example.cut)
         return results[0] if isinstance(question, str) else results
 
     def answer(
@@ -111,7 +112,7 @@ class Comi:
         context: str | Sequence[str],
         question: str | Sequence[str],
         *,
-        rate: int | None = None,
+        rate: SupportsIndex | None = None,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Answer | list[Answer]:
@@ -120,7 +121,7 @@ class Comi:
         results = self.generate(self._examples(context, question), rate, options)
         return results[0] if isinstance(question, str) else results
 
-    def generate(self, examples: Sequence[Example], rate: int | None, options: Generation) -> list[Answer]:
+    def generate(self, examples: Sequence[Example], rate: SupportsIndex | None, options: Generation) -> list[Answer]:
         """Answer tokenised examples; those with an empty context are answered closed book."""
         results: list[Any] = [None] * len(examples)
         rate = batching.check(self.run, examples, rate, options.max_new_tokens)
@@ -150,8 +151,23 @@ class Comi:
                 f"context and question must be two texts or two lists of equal length, not {' and '.join(given)}; "
                 "repeat a context to ask it several questions"
             )
+        for name, texts in (("context", contexts), ("question", questions)):
+            for number, text in enumerate(texts):
+                _check_text(text, f"{name} {number}" if len(texts) > 1 else f"the {name}")
         records = [Record((c,), q, ()) for c, q in zip(contexts, questions, strict=True)]
         return encode.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
 
     def _batches(self, examples: Sequence[Example], rate: int) -> Iterator[tuple[list[int], Batch]]:
         return batching.batches(self.run, examples, rate, self.batch_size, self.mesh)
+
+
+def _check_text(text: Any, name: str) -> None:
+    """Raise ConfigError unless ``text`` is Unicode text, of which a half of a surrogate pair is none."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} is a {type(text).__name__}, not a text")
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ConfigError(
+            f"{name} has half a surrogate pair at character {half.start() + 1}, which is no Unicode text; decode its "
+            'bytes with errors="replace", or leave that character out'
+        )
