@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on held-out questions: ``python -m comi_jax.evaluate --checkpoint=DIR --data=FILE``."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from comi_jax.devices import sharding
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.predictions import evaluate
 from comi_jax.evaluation.tables import print_table, save_table
+from comi_jax.runs import lock
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
@@ -59,22 +61,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     console = Console(width=cli.width(), soft_wrap=True, markup=False)  # paths and data may hold brackets
-    with cli.one_way_out():
+    with cli.one_way_out(), contextlib.ExitStack() as until_end:
         if given.limit is not None and given.limit < 1:
             raise ConfigError(f"--limit={given.limit} leaves no records; give at least 1")
         step = choose_step(given.checkpoint, given.step)
+        output = Folder(given.output or Folder(given.checkpoint).evaluation)
+        until_end.enter_context(lock.held(output, console.print))
         mesh = sharding.make_mesh(Mesh(data=1, fsdp=0)) if jax.device_count() > 1 else None
         model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step, mesh=mesh)
         records, skipped = read_held_out(of_data(model.run.config, given.data, given.skip_bad_records), console)
-        output = Folder(given.output or Folder(given.checkpoint).evaluation)
         changes = {"max_new_tokens": given.max_new_tokens, "repetition_penalty": given.repetition_penalty}
         changes = {name: value for name, value in changes.items() if value is not None}
         decoding = dataclasses.replace(model.run.config.generation, **changes)
-        answerer = ComiAnswerer(model, weights_of(given.checkpoint, step), given.rate, decoding, given.closed_book)
+        weights, closed = weights_of(given.checkpoint, step), given.closed_book
+        answerer = ComiAnswerer(model, weights, given.rate, decoding, step=step, closed_book=closed)
         result = evaluate(answerer, records[: given.limit], output.predictions, console=console)
-        result["skipped_records"] = skipped
-        save_table({"model": result}, output.results)
-    print_table({"closed book" if given.closed_book else "COMI": result}, console, tuple(result["metrics"]))
+        result |= {"data": given.data, "of": len(records), "skipped_records": skipped}
+        rows = {"closed book" if closed else "COMI": result}
+        save_table(rows, output.results)
+    print_table(rows, console, tuple(result["metrics"]))
     console.print(
         f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts and "
         f"{result['truncated_queries']} questions truncated, "

@@ -357,18 +357,46 @@ def test_training_starts_from_an_imported_model(tmp_path):
     assert start.load(run, mesh).keys() == before.keys()
 
 
-def test_the_card_has_what_evaluation_measured(tmp_path):
+def test_the_card_has_what_evaluation_measured_of_these_weights(tmp_path):
     ours = import_hf(language_model(tmp_path / "lm", "qwen2"), tmp_path / "comi")
     command("export-hf", f"--checkpoint={ours}", f"--output={tmp_path / 'before'}")
     assert "No measured results" in (tmp_path / "before" / "README.md").read_text()
     score = {"mean": 0.5, "low": 0.25, "high": 0.75}
-    row = {"n": 4, "metrics": {"em": score, "f1_max": score}, "ratio": 7.9, "decoding": {"method": "greedy"}}
-    (ours / "evaluation").mkdir()
-    (ours / "evaluation" / "results.json").write_text(json.dumps({"model": row}))
-    command("export-hf", f"--checkpoint={ours}", f"--output={tmp_path / 'after'}")
-    card = (tmp_path / "after" / "README.md").read_text()
-    assert "| model | 4 | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | - | 7.9 | method greedy |" in card
-    said = json.loads((tmp_path / "after" / "comi.json").read_text())
+    weights = stored_weights.weights_of(ours, 0)
+    row = {
+        "n": 4, "of": 4, "records": "abc", "metrics": {"em": score, "f1_max": score}, "ratio": 7.9, "step": 0,
+        "weights": weights, "rate": 8, "closed_book": False, "data": ["nq:/home/me/dev|1.jsonl"],
+        "decoding": {"method": "greedy"},
+    }  # fmt: skip
+    closed = row | {"closed_book": True, "rate": None, "ratio": 0.0}
+
+    def card(evaluation, closing=None):
+        (ours / "evaluation").mkdir(exist_ok=True)
+        (ours / "evaluation" / "results.json").write_text(json.dumps({"COMI": evaluation}))
+        (ours / "results.json").write_text(json.dumps(closing or {}))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        command("export-hf", f"--checkpoint={ours}", f"--output={tmp_path / 'out'}")
+        return (tmp_path / "out" / "README.md").read_text()
+
+    scores = "| 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | - | 7.9 | method greedy |"
+    assert f"| COMI | 0 | nq:dev\\|1.jsonl (abc) | 4 | 8 {scores}" in card(row)
+    assert f"Weights after step 0, fingerprint {weights[:16]}." in card(row)
+    # What is less than that is called less.
+    assert "| COMI, the first 4 of 512 only | 0 |" in card(row | {"of": 512}) and "| COMI |" not in card(
+        row | {"of": 9}
+    )
+    assert "| closed book: the contexts withheld | 0 |" in card(closed) and "| COMI |" not in card(closed)
+    # What is of other weights, or nobody knows of which, is named and left out.
+    other = card(row | {"weights": "f" * 64, "step": 7})
+    assert "No measured results" in other and f"not of these weights (step 7, fingerprint {'f' * 16})" in other
+    assert "an earlier version wrote it" in card({name: value for name, value in row.items() if name != "weights"})
+    # The closing table of the same weights comes first; the same measured again is not said twice.
+    both = card(row, {"COMI": row, "closed book": closed})
+    assert both.count("| COMI |") == 1 and "| closed book: the contexts withheld |" in both
+    both = card(row | {"rate": 4}, {"COMI": row})
+    assert "| COMI | 0 | nq:dev\\|1.jsonl (abc) | 4 | 8 |" in both and "| COMI, evaluated later | 0 |" in both
+    assert "closing table of the run is not of these" in card(row, {"COMI": row | {"weights": "f" * 64}})
+    said = json.loads((tmp_path / "out" / "comi.json").read_text())
     assert said["rates"] == [2, 4] and said["segment_size"] == 16 and said["switches"]["lsa"] is True
     assert said["scalars"] == dict.fromkeys(SCALARS, 1.0) and said["tokens"]["stop"] == [2]
 

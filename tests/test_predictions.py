@@ -9,6 +9,7 @@ from comi_jax import evaluate
 from comi_jax.config import MEASURES
 from comi_jax.evaluation import metrics
 from comi_jax.overrides import to_dict
+from comi_jax.runs import lock, stored_weights
 from comi_jax.runs.description import read_run
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
@@ -47,6 +48,9 @@ def test_the_result_says_how_it_was_made(world, plain):
     assert result["ratio"] == pytest.approx(tokens / vectors)
     assert result["decoding"] == {"method": "greedy"} | to_dict(read_run(world.run).config.generation)
     assert (result["rate"], result["closed_book"], result["skipped_records"]) == (2, False, 0)
+    step = train_fixtures.STEPS
+    assert (result["step"], result["weights"]) == (step, stored_weights.weights_of(world.run, step))
+    assert (result["data"], result["of"]) == ([str(world.dev)], 6)
     assert (result["truncated_contexts"], result["truncated_queries"]) == (0, 0)
     assert 1 <= result["mean_output_tokens"] <= 4
 
@@ -56,6 +60,14 @@ def test_it_repeats_what_the_training_run_ended_with(world, plain):
     assert plain[1] == ended
     table = json.loads((world.run / "results.json").read_text())["COMI"]
     assert {name: value for name, value in plain[0].items() if name != "skipped_records"} == table
+
+
+def test_a_second_evaluation_in_the_same_place_is_refused_at_its_start(world, tmp_path):
+    with lock.held(tmp_path / "out"), pytest.raises(SystemExit, match="error: .*out is in use by process .* choose an"):
+        run(world, tmp_path / "out", "--rate=4")
+    assert not (tmp_path / "out").exists()
+    assert run(world, tmp_path / "out", "--rate=4", "--limit=2")[0]["of"] == 6
+    assert not (tmp_path / "out" / "lock").exists()
 
 
 def test_closed_book_reads_no_context(world, tmp_path):

@@ -166,6 +166,17 @@ def test_a_run_that_goes_on_has_no_last_point_yet(tmp_path):
     assert [text.get_text() for text in panels["evaluation"].texts] == ["not evaluated yet"]
 
 
+def test_the_closing_table_stands_at_the_step_of_its_weights(tmp_path):
+    """Also when the run goes on behind it, and when the newest checkpoint was not that of the last step."""
+    run = write(tmp_path / "run", steps=60)
+    table = json.loads((run / "results.json").read_text())
+    table["COMI"]["step"] = 50
+    (run / "results.json").write_text(json.dumps(table))
+    _, panels = drawn(run)
+    (bars,) = panels["evaluation"].containers
+    assert list(bars.lines[0].get_xdata()) == [20, 40, 50, 60]
+
+
 def test_a_picture_says_what_it_shows(tmp_path):
     """The systems by the names of the closing table, the config, the day, the version; equal curves are both seen."""
     run = write(tmp_path / "folder")

@@ -146,8 +146,13 @@ def test_a_trained_run_goes_out_with_its_results(world, tmp_path):
         np.testing.assert_array_equal(array, flatten(after)[path].astype(run.config.model.dtype), err_msg=path)
     card = (tmp_path / "out" / "README.md").read_text()
     results = json.loads((world.run / "results.json").read_text())
-    assert f"| COMI | {results['COMI']['n']} | {results['COMI']['metrics']['em']['mean']:.3f} [" in card
-    assert "| closed book |" in card
+    row = results["COMI"]
+    assert (row["step"], row["data"], row["of"]) == (STEPS, [str(world.dev)], 6)
+    assert row["weights"] == stored_weights.weights_of(world.run, STEPS)
+    circumstances = f"| {STEPS} | {world.dev.name} ({row['records'][:16]}) | 6 | 2 |"
+    assert f"| COMI {circumstances} {row['metrics']['em']['mean']:.3f} [" in card
+    assert f"| mean-pooling | {STEPS} |" in card and f"| closed book: the contexts withheld | {STEPS} |" in card
+    assert f"Weights after step {STEPS}, fingerprint {row['weights'][:16]}." in card
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

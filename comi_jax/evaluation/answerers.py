@@ -27,6 +27,7 @@ class ComiAnswerer:
     weights: str = ""
     rate: SupportsIndex | None = None
     options: Generation | None = None  # None: those of the model's config
+    step: int | None = None  # of the checkpoint that the weights are from
     closed_book: bool = False  # answer from the question alone, without the context
 
     @property
@@ -62,6 +63,8 @@ class ComiAnswerer:
 
     def account(self) -> dict[str, Any]:
         return {
+            "step": self.step,
+            "weights": self.weights,
             "rate": None if self.closed_book else self.rate_used,
             "closed_book": self.closed_book,
             "decoding": {"method": "greedy", **dataclasses.asdict(self.decoding)},

@@ -130,7 +130,7 @@ def _remove_stale(path: Path, say: Callable[[str], None]) -> None:
     if alive:
         raise CheckpointError(
             f"{path.parent} is in use by process {owner['pid']} on {owner['host']}, since {owner['since']}; wait for "
-            f"it, choose another train.output or, if that process is dead, remove {path}"
+            f"it, choose another folder or, if that process is dead, remove {path}"
         )
     stale = path.with_name(f"{path.name}.stale.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):

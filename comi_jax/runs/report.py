@@ -42,12 +42,15 @@ class Course:
 
     @property
     def measured(self) -> list[dict[str, Any]]:
-        """The evaluations during training, and the closing table's if the run reached its last step."""
-        last = self.steps[-1]["step"]
-        unfinished = last < self.run.config.train.steps
-        if self.final is None or unfinished or last in (row["step"] for row in self.evaluated):
+        """The evaluations during training and that of the closing table, by the step of their weights."""
+        if self.final is None:
             return self.evaluated
-        return [*self.evaluated, {"step": last, **self.final}]
+        last = self.steps[-1]["step"]
+        ended = last if last >= self.run.config.train.steps else None
+        step = self.final.get("step", ended)  # earlier versions did not write it
+        if step is None or step > last or step in (row["step"] for row in self.evaluated):
+            return self.evaluated
+        return sorted([*self.evaluated, {**self.final, "step": step}], key=lambda row: row["step"])
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a metric, where it was logged; non-finite values are NaN."""

@@ -199,7 +199,7 @@ class Loop:
             flat = {path: x.astype(frozen_dtype(path, arch)) for path, x in job.state.trained.items()}
             model = Comi(job.run, combine(flat, job.frozen), job.tokenizer, mesh=job.mesh)
             output = job.output.evaluation_at(step)
-            answerer = ComiAnswerer(model, stored_weights.weights_of(job.output, step))
+            answerer = ComiAnswerer(model, stored_weights.weights_of(job.output, step), step=step)
             result = predictions.evaluate(answerer, job.held_out, output, console=self.console)
             if distributed.is_first():
                 with job.output.evaluations.open("a", encoding="utf-8") as lines:

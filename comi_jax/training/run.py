@@ -236,13 +236,16 @@ def closing_table(systems: list[System], records: list[Record], output: Folder, 
     for system in systems:
         folder = system.folder
         model = Comi.load(folder, mesh=sharding.make_mesh(read_run(folder).config.mesh))
-        answerer = ComiAnswerer(model, weights_of(folder, existing(folder)))
+        step = existing(folder)
+        answerer = ComiAnswerer(model, weights_of(folder, step), step=step)
         rows[system.title] = predictions.evaluate(answerer, records, folder.predictions, console=console)
         if system.title == "COMI":
             answerer = dataclasses.replace(answerer, closed_book=True)
             path = output.closed_book_predictions
             closed["closed book"] = predictions.evaluate(answerer, records, path, console=console)
     if distributed.is_first():
+        for row in (rows | closed).values():
+            row |= {"data": list(systems[0].run.config.data.eval), "of": row["n"]}
         tables.save_table(rows | closed, output.results)
         tables.print_table(rows | closed, console)
     distributed.meet("the table is written")

@@ -24,8 +24,9 @@ from comi_jax.params import flatten, unflatten
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.runs.description import Run, check_new, read_run
 from comi_jax.runs.folder import Folder
-from comi_jax.runs.stored_weights import load_flat
-from comi_jax.weights import files, hf, hf_config, official, peft, writing
+from comi_jax.runs.selection import existing
+from comi_jax.runs.stored_weights import load_flat, weights_of
+from comi_jax.weights import files, hf, hf_config, model_card, official, peft, writing
 from comi_jax.weights.tokenizer import load_tokenizer
 from comi_jax.weights.writing import SHARD_BYTES
 
@@ -45,14 +46,14 @@ def export_hf(
     imported model, the model's dtype for a trained one. With ``adapter`` the decoder's adapters are not merged, but
     written for PEFT beside it. Returns the bytes of each part's weights."""
     check_new(output)
-    run, output = read_run(checkpoint), Path(output)
+    run, output, step = read_run(checkpoint), Path(output), existing(checkpoint)
     if adapter and not run.architecture.lora.rank:
         raise ConfigError(f"{checkpoint} has no adapters (lora.rank is 0); leave --adapter out")
     tokenizer = load_tokenizer(Folder(checkpoint).tokenizer)
-    arch, flat = run.architecture, load_flat(checkpoint, run.architecture)
+    arch, flat = run.architecture, load_flat(checkpoint, run.architecture, step=step)
     if not adapter:
         arch, flat = merged(arch, flat)
-    kept, results = dtype_of(run, dtype), results_of(checkpoint)
+    kept, results = dtype_of(run, dtype), model_card.results_of(checkpoint, step)
     params = unflatten(flat)
     params["lsa"]["embed"] = params["decoder"]["embed"]  # never read: the LSA is given vectors
     written = {}
@@ -68,7 +69,8 @@ def export_hf(
     ends = {"eos_token_id": list(run.stop), "do_sample": False} | _special(tokenizer)
     _write_json(output / "decoder" / "generation_config.json", ends)
     _write_json(output / "comi.json", protocol(run, arch, params["mig"]))
-    (output / "README.md").write_text(card(run, arch, results), encoding="utf-8")
+    card = model_card.card(run, arch, step, weights_of(checkpoint, step), *results)
+    (output / "README.md").write_text(card, encoding="utf-8")
     return written
 
 
@@ -150,64 +152,3 @@ def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool
     output.parent.mkdir(parents=True, exist_ok=True)
     writing.save_file(output, tensors)
     return sum(tensor.bytes for tensor in tensors)
-
-
-# --- the model card ---------------------------------------------------------------------------------------------------
-
-
-def results_of(checkpoint: str | Path) -> dict[str, Any]:
-    """The summaries that training or ``comi_jax.evaluate`` left beside the checkpoint, by system."""
-    folder = Folder(checkpoint)
-    for path in (Folder(folder.evaluation).results, folder.results):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; mend or remove it") from None
-        return found
-    return {}
-
-
-def card(run: Run, arch: Architecture, results: Mapping[str, Any]) -> str:
-    """README.md of an exported model."""
-    backbone, compression = run.backbone, arch.compression
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [context-compression, comi, comi_jax]",
-        "---",
-        "",
-        "# COMI context compressor",
-        "",
-        f"A {backbone.model_type} model of {backbone.num_hidden_layers} layers and width {backbone.hidden_size} that "
-        f"answers from compressed contexts: {compression.encoder_layers} encoder layers, {compression.lsa_layers} "
-        f"alignment layer(s), rates {', '.join(map(str, compression.rates))}, segments of {compression.segment_size:,} "
-        "tokens. Method: COMI, arXiv 2602.01719.",
-        "",
-        "`decoder/` is a causal LM; `encoder/` and `lsa/` load with `AutoModel`. `comi.json` says what is computed "
-        "between them. The decoder reads prompt embeddings `[memory; embedded question]`.",
-        *["Its adapters are in `adapter/`: `PeftModel.from_pretrained(decoder, ...)`."] * bool(arch.lora.rank),
-        "",
-        "vLLM (tried: 0.32) serves the decoder with prompt embeddings, over `/v1/completions`; let none but trusted "
-        "callers reach it. In this folder:",
-        "",
-        "```sh",
-        "python -m vllm.entrypoints.openai.api_server --model decoder --served-model-name comi --enable-prompt-embeds "
-        "--host 127.0.0.1",
-        "```",
-        "",
-    ]
-    if not results:
-        return "\n".join([*lines, "No measured results came with this checkpoint."]) + "\n"
-    lines += ["| system | n | em | f1_max | rougeL | ratio | decoding |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    for title, row in results.items():
-        scores = (_score(row["metrics"].get(name)) for name in ("em", "f1_max", "rougeL"))
-        ratio = f"{row['ratio']:.1f}" if row["ratio"] else "-"
-        how = ", ".join(f"{name} {value}" for name, value in row["decoding"].items())
-        lines.append(f"| {' | '.join([title, str(row['n']), *scores, ratio, how])} |")
-    return "\n".join([*lines, "", "95 % bootstrap intervals in brackets."]) + "\n"
-
-
-def _score(value: Mapping[str, float] | None) -> str:
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value else "-"
