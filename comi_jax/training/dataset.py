@@ -33,7 +33,7 @@ def read_examples(
             messages = new.report()
         for line in messages:
             console.print(line, highlight=False, markup=False)
-    distributed.meet("the examples are there")
+    distributed.meet("the examples are written")
     if not distributed.is_first() and not scratch:
         found = stored.load(folder)
     own = np.frombuffer(bytes.fromhex(found.about.fingerprint), np.uint8)
