@@ -10,7 +10,7 @@ import numpy as np
 
 from comi_jax.config import Compression, Generation, max_groups
 from comi_jax.kernels.merge import merge
-from comi_jax.model import architecture, comi
+from comi_jax.model import architecture, comi, encoder
 from comi_jax.model import backbone as lm
 from comi_jax.model import generate as generation
 from comi_jax.model.architecture import Architecture
@@ -111,7 +111,7 @@ def _first_segment(params, arch, batch, aux):
     """Encoder states of [X; Q] of the first segment, and what its states were merged into."""
     first = batch.context[:, : arch.compression.segment_size]
     length = jnp.minimum(batch.context_length, first.shape[1])
-    rows, _ = comi.join_rows(first, length, batch.query, batch.query_length)
+    rows, _ = encoder.join_rows(first, length, batch.query, batch.query_length)
     x = lm.embed_tokens(params["encoder"], rows, arch.dtype)
     hidden, _ = lm.forward(params["encoder"], x, arch.backbone, runtime=arch.runtime)
     states = hidden[:, : first.shape[1]].astype(jnp.float32)

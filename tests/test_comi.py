@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax.model import architecture, comi
+from comi_jax.model import architecture, comi, encoder
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten
 
@@ -169,7 +169,7 @@ def test_segments_are_what_each_would_be_alone(params, batch):
 @pytest.mark.parametrize("width, lengths", [(5, [[5]]), (12, [[12]]), (24, [[12, 12]]), (13, [[12], [1]])])
 def test_contexts_are_cut_into_whole_segments_and_the_rest_of_the_width(batch, width, lengths):
     full = batch.replace(context=batch.context[:, :width], context_length=np.full(4, width, np.int32))
-    cut = comi.segments(jnp.asarray(full.context), jnp.asarray(full.context_length), SEGMENT)
+    cut = encoder.segments(jnp.asarray(full.context), jnp.asarray(full.context_length), SEGMENT)
     assert [np.asarray(length[0]).tolist() for _, length in cut] == lengths
     np.testing.assert_array_equal(
         np.concatenate([np.reshape(ids, (4, -1)) for ids, _ in cut], axis=1), batch.context[:, :width]
@@ -195,10 +195,10 @@ def test_encoding_the_context_once_is_encoding_it_with_the_query(params, batch):
 
     @jax.jit
     def both(params, context, length, query, query_length):
-        (alone,) = comi.encode(params, ARCH, context, length, QUERY).segments
-        cached = comi.query_vectors(params, ARCH, alone, query, query_length)
+        (alone,) = encoder.encode(params, ARCH, context, length, QUERY).segments
+        cached = encoder.query_vectors(params, ARCH, alone, query, query_length)
         pairs = context[:, None], length[:, None], query, query_length
-        together, vector = comi.encode_pairs(params, ARCH, *pairs)
+        together, vector = encoder.encode_pairs(params, ARCH, *pairs)
         return (together.states, vector), (alone.states, cached)
 
     length = np.array([12, 9, 7, 0], np.int32)
@@ -218,7 +218,7 @@ def test_what_is_remembered_of_an_encoded_context_is_what_one_pass_gives(params,
 
     @jax.jit
     def both(params, batch):
-        encoded = comi.encode(params, ARCH, batch.context, batch.context_length, room=QUERY)
+        encoded = encoder.encode(params, ARCH, batch.context, batch.context_length, room=QUERY)
         once = comi.remember(params, ARCH, encoded, batch.query, batch.query_length, batch.rate, MIN_RATE)
         return once, comi.memory_of(params, ARCH, batch, MIN_RATE)
 
@@ -233,7 +233,7 @@ def test_query_vector_is_the_mean_of_the_real_query_states():
     states = jnp.asarray(np.random.default_rng(2).standard_normal((3, 6, 4)), jnp.float32)
     states = states.at[:, 5].set(jnp.nan)  # padding
     first, count = jnp.array([0, 2, 4], jnp.int32), jnp.array([5, 3, 0], jnp.int32)
-    got = jax.jit(comi.masked_mean)(states, first, count)
+    got = jax.jit(encoder.masked_mean)(states, first, count)
     want = [np.mean(states[0, :5], 0), np.mean(states[1, 2:5], 0), np.zeros(4)]
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -247,7 +247,7 @@ def test_rows_are_joined_without_a_gap(width):
     second = -1 - np.arange(y * len(lengths) * np.prod(width, dtype=int)).reshape(len(lengths), y, *width).astype(
         np.int32
     )
-    rows, length = jax.jit(comi.join_rows)(first, lengths[:, 0], second, lengths[:, 1])
+    rows, length = jax.jit(encoder.join_rows)(first, lengths[:, 0], second, lengths[:, 1])
     assert rows.shape == (len(lengths), x + y, *width)
     for row, (i, j) in enumerate(lengths):
         assert length[row] == i + j
