@@ -34,6 +34,7 @@ class CompressedContext:
     vectors: np.ndarray  # [memory vectors, hidden size], after the LSA, float32
     context_tokens: int
     truncated: bool  # whether the context or the question was truncated to data.max_*
+    cut: str = ""  # which: "context", "question" or "context and question"
 
     @property
     def ratio(self) -> float:
