@@ -158,3 +158,13 @@ def test_a_digest_is_of_the_numbers_not_of_how_they_lie_in_memory():
     rows = np.arange(12.0).reshape(3, 4)
     assert readback.digest(rows) == readback.digest(np.asfortranarray(rows)) != readback.digest(rows.T)
     assert readback.digest(np.asarray(1, np.float32)) == readback.digest(np.ones(1, np.float32))
+
+
+def test_the_fingerprint_is_of_the_arrays_not_of_the_files_that_hold_them(tmp_path):
+    found = {}
+    for name, step in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, [step])
+        found[name] = readback.fingerprint(tmp_path / name / "checkpoints" / str(step) / "trained")
+    assert found["a"] == found["b"] != found["c"] and len(found["a"]) == 32
+    assert readback.fingerprint(tmp_path) == ""

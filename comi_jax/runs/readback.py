@@ -142,14 +142,27 @@ def digest(array: np.ndarray) -> str:
     return xxhash.xxh3_128(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
 
+def fingerprint(directory: Path) -> str:
+    """A short name for the arrays in ``directory``, the same for the same ones split in the same way; empty where an
+    earlier version wrote them."""
+    arrays = _handed(directory)
+    words = json.dumps({name: entry | {"shards": sorted(entry["shards"])} for name, entry in sorted(arrays.items())})
+    return xxhash.xxh3_128(words.encode()).hexdigest() if arrays else ""
+
+
+def _handed(directory: Path) -> dict[str, dict[str, Any]]:
+    """What all processes together handed to the writer of ``directory``: dtype, shape and shards by name."""
+    arrays: dict[str, dict[str, Any]] = {}
+    for path in directory.glob(f"{DIGESTS}.*.json"):
+        for name, entry in json.loads(path.read_text(encoding="utf-8"))["arrays"].items():
+            arrays.setdefault(name, entry | {"shards": []})["shards"].extend(entry["shards"])
+    return arrays
+
+
 def compare(directory: Path) -> None:
     """Raise DamageError unless ``directory`` holds the arrays of its digests and no others, with their shapes, dtypes
     and bytes."""
-    said = [json.loads(path.read_text(encoding="utf-8"))["arrays"] for path in directory.glob(f"{DIGESTS}.*.json")]
-    expected: dict[str, dict[str, Any]] = {}
-    for arrays in said:
-        for name, entry in arrays.items():
-            expected.setdefault(name, entry | {"shards": []})["shards"].extend(entry["shards"])
+    expected = _handed(directory)
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
     try:
         context = ts.Context()  # of its own, so that nothing of the writing is remembered
