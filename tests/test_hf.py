@@ -558,6 +558,19 @@ def test_every_tensor_that_does_not_fit_is_listed(copy):
         assert line in message
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.language_"])
+def test_a_prefix_of_every_name_is_said_in_one_line(copy, prefix):
+    folder, tensors, write = copy("qwen2")
+    for name in list(tensors):
+        tensors[prefix + name] = tensors.pop(name)
+    write()
+    with pytest.raises(
+        WeightsError, match=f"model.safetensors has '{prefix}' before the name of every tensor"
+    ) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_truncated_file_is_refused(copy):
     folder, _, _ = copy("llama2")
     path = folder / "model.safetensors"

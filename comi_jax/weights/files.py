@@ -129,6 +129,12 @@ class _TorchFile:
         return tensor.numpy()
 
 
+def _prefix(names: list[str], there: Mapping[str, Any]) -> str:
+    """What stands before each of ``names`` in ``there``, if something does."""
+    ends = (name.removesuffix(names[0]) for name in there if names and name.endswith(names[0]))
+    return next((start for start in ends if start and all(f"{start}{name}" in there for name in names)), "")
+
+
 def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, strict: bool = True) -> list[str]:
     """Raise WeightsError listing every tensor of ``have`` that is missing, unexpected, not of the shape or of a dtype
     expected, or of another dtype than the same tensor of another layer. Those in ``optional`` may be there.
@@ -139,6 +145,12 @@ def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, str
     shapes = have.shapes
     want = {name: shape for source in sources.values() for name, shape in source.expected().items()}
     known = {**optional, **want}
+    prefix = _prefix(list(want), shapes)
+    if prefix:
+        raise WeightsError(
+            f"{have.path} has {prefix!r} before the name of every tensor, as a wrapper around the model leaves it; "
+            "write the tensors anew without it"
+        )
     problems = [f"missing {name} {shape}" for name, shape in want.items() if name not in shapes]
     unexpected = [name for name in shapes if name not in known]
     problems += [
