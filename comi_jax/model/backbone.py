@@ -119,8 +119,8 @@ def embed_tokens(
     params: Tree, ids: Int[Array, "*shape"], dtype: Any, runtime: Runtime = Runtime()
 ) -> Float[Array, "*shape D"]:
     """Rows of the embedding table, in ``dtype``."""
-    table, mesh, shards = params["embed"], runtime.mesh, runtime.context_shards
-    if mesh is None or ids.ndim != 2 or sharding.row_axes(ids.shape[0], mesh) is None or ids.shape[1] % shards:
+    table, mesh = params["embed"], runtime.mesh
+    if mesh is None or ids.ndim != 2 or sharding.row_axes(ids.shape[0], mesh) is None:
         return table[ids].astype(dtype)
     width = sharding.partition_spec(ParamSpec(table.shape, ("vocab", "embed"), 0.0), mesh)[1]
     if not width:
@@ -130,9 +130,9 @@ def embed_tokens(
     ids = _constrain(ids, NamedSharding(mesh, PartitionSpec("data")))
     x = table[ids].astype(dtype)
     rows = sharding.row_axes(x.shape[0], mesh)
-    for stage in (("data", None, width), (rows, None, "context"), (rows, "context")):
+    for stage in (("data", None, width), (rows, None, "context")):
         x = _constrain(x, NamedSharding(mesh, PartitionSpec(*stage)))
-    return x
+    return _constrain(x, token_sharding(x, runtime))
 
 
 def logits(params: Tree, states: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
@@ -201,6 +201,18 @@ def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding 
     if runtime.context_shards == 1 or x.shape[1] % runtime.context_shards:
         return None
     return NamedSharding(runtime.mesh, PartitionSpec(sharding.row_axes(x.shape[0], runtime.mesh), "context"))
+
+
+def split_columns(x: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
+    """``x`` for a gather along its tokens: where rows are split over devices, each has some columns of every token.
+
+    Stated here, the exchange is one all-to-all. Left to XLA, which derives the same sharding from the columns of the
+    query's embeddings that the memory is joined with, every device would hold the whole array.
+    """
+    if runtime.mesh is None or runtime.context_shards == 1 or x.shape[2] % runtime.context_shards:
+        return x
+    rows = sharding.row_axes(x.shape[0], runtime.mesh)
+    return _constrain(x, NamedSharding(runtime.mesh, PartitionSpec(rows, None, "context")))
 
 
 def _constrain(x: Array, placed: NamedSharding | None) -> Array:

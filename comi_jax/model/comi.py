@@ -69,7 +69,8 @@ def align(params: Tree, arch: Architecture, memory: Float[Array, "B M D"]) -> Fl
     if not arch.compression.lsa:
         return memory
     with jax.named_scope("align"):
-        return lm.forward(params["lsa"], memory, arch.backbone, runtime=arch.runtime)[0]
+        states, _ = lm.forward(params["lsa"], memory, arch.backbone, runtime=arch.runtime)
+        return lm.split_columns(states, arch.runtime)
 
 
 def join_segments(
@@ -179,6 +180,7 @@ def answer_logits(
         answer = lm.embed_tokens(params["decoder"], batch.answer, arch.dtype, arch.runtime)
         rows, _ = join_rows(before, length, answer, batch.answer_length)
         rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % arch.runtime.context_shards), (0, 0)))
+        rows = lm.split_columns(rows, arch.runtime)
         lora = adapters(params, arch, dropout_key)
         states, _ = lm.forward(params["decoder"], rows, arch.backbone, lora=lora, runtime=arch.runtime)
         predicts = length[:, None] - 1 + jnp.arange(batch.answer.shape[1], dtype=jnp.int32)[None, :]
