@@ -1,5 +1,6 @@
 """Small records in the schemas of published sets become contexts, prompts and answers."""
 
+import datetime
 import json
 
 import pytest
@@ -337,3 +338,12 @@ def test_a_damaged_example_is_read_as_text_or_refused_in_one_sentence(name):
                     refused += 1
                     assert str(why).isprintable() and len(str(why)) < 1000
     assert refused > 20
+
+
+@pytest.mark.parametrize(
+    "value, said", [(datetime.date(2026, 1, 1), "a date"), (b"Paris", "a bytes"), (1.5, "a number")]
+)
+def test_what_a_hub_dataset_has_in_place_of_a_text_is_refused_too(value, said):
+    """Its columns may hold what is no JSON."""
+    with pytest.raises(Refused, match=f'"answer" is {said}'):
+        adapters.adapt({"question": "Where?", "answer": value, "context": [["Paris", ["A city."]]]})

@@ -39,8 +39,12 @@ def test_what_is_read_is_what_was_written(chunks, tmp_path_factory):
     for got in (made, examples.load(folder), examples.find(folder, "origin")):
         assert len(got) == len(everything) and all(map(same, got, everything))
         assert got.about.fingerprint == examples.fingerprint(everything)
-    with pytest.raises(IndexError):
-        made[len(everything)]
+        for slice_ in (slice(1, None, 2), slice(-2, None), slice(None)):
+            assert len(got[slice_]) == len(everything[slice_]) and all(map(same, got[slice_], everything[slice_]))
+        assert not everything or same(got[-1], everything[-1])
+    for outside in (len(everything), -len(everything) - 1):
+        with pytest.raises(IndexError):
+            made[outside]
 
 
 def test_equal_ids_differently_divided_have_other_fingerprints():
