@@ -26,11 +26,9 @@ def print_inspection(found: inspection.Inspection, console: Console) -> None:
     if found.weights:
         console.print(f"weights: {found.weights}", highlight=False)
     table = Table("part", "arrays", "parameters", "GB", "dtypes")
-    rows = [(p.name, p.arrays, p.parameters, p.bytes, ", ".join(p.dtypes)) for p in found.parts]
-    if len(rows) > 1:
-        rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2, 3)), ""))
-    for name, arrays, parameters, size, dtypes in rows:
-        table.add_row(name, f"{arrays:,}", f"{parameters:,}", f"{size / 1e9:.3f}", dtypes)
+    rows = [*found.parts, inspection.Part.all("all", found.parts)] if len(found.parts) > 1 else found.parts
+    for p in rows:
+        table.add_row(p.name, f"{p.arrays:,}", f"{p.parameters:,}", f"{p.bytes / 1e9:.3f}", ", ".join(p.dtypes))
     console.print(table)
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
@@ -41,7 +39,6 @@ def print_inspection(found: inspection.Inspection, console: Console) -> None:
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m comi_jax.convert", description="Import, export and inspect weights.")
     commands = parser.add_subparsers(dest="command", required=True)
-    settings = {"nargs": "*", "metavar": "path=value", "help": "settings, e.g. compression.encoder_layers=8"}
 
     def command(name: str, text: str) -> cli.Parser:
         return commands.add_parser(name, help=text, description=text)
@@ -61,7 +58,9 @@ def _parser() -> cli.Parser:
         one.add_argument("--rates", help="e.g. 16,32")
         one.add_argument("--segment-size", help="context tokens encoded together")
         cli.add_ignore_config(one)
-        one.add_argument("settings", **settings)
+        one.add_argument(
+            "settings", nargs="*", metavar="path=value", help="settings, e.g. compression.encoder_layers=8"
+        )
     fresh.add_argument("--encoder-layers")
     fresh.add_argument("--lsa-layers")
     back = command("export-official", "Write a COMI checkpoint as the official release's state dict.")

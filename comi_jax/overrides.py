@@ -10,6 +10,7 @@ import pkgutil
 import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from comi_jax.config import Config, ConfigError, Model, one_of, require, shown
@@ -38,7 +39,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     return cls(**{name: _coerce(value, hints[name], f"{where}.{name}") for name, value in values.items()})
 
 
-def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """The config ``configs/<name>.py`` with ``path=value`` overrides applied, e.g. ``train.steps=100``.
 
     Raises ConfigError for an unknown config, an unknown path or a value of the wrong type, with the nearest valid
@@ -52,7 +53,7 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     return override(dataclasses.replace(config, name=name), overrides)
 
 
-def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+def override(config: Config, overrides: Sequence[str]) -> Config:
     """``config`` with all ``path=value`` applied before any is validated, as some settings only work together."""
     values = to_dict(config)
     for word in overrides:
@@ -91,7 +92,7 @@ def _parse(text: str, hint: Any, path: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         require(isinstance(value, dict), f"{where} is {shown(value)}; expected an object")
         return from_dict(hint, value, where)
     if isinstance(hint, types.UnionType):
@@ -106,7 +107,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     require(type(value) is hint, f"{where} is {shown(value)}, not {_type_name(hint)}")
     require(hint is not float or math.isfinite(value), f"{where} is {value}; it must be finite")
-    if hint is str:
+    if isinstance(value, str):
         require(
             "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value),
             f"{where} is {shown(value)}; text must not hold NUL characters or lone surrogates",

@@ -7,8 +7,6 @@ One pass over the states. ``merge_tpu`` and ``merge_gpu`` are the Pallas kernels
 stage needs it before the groups exist, so an earlier pass computes it with the norms of the states.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -63,8 +61,7 @@ def weights(
     return jnp.where(inside, jnp.exp(jnp.where(inside, gain.astype(own.dtype) - own, 0.0)), 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _merge(x, gain, group, slots, implementation):
+def _chosen(x: Array, gain: Array, group: Array, slots: int, implementation: str) -> tuple[Array, Array]:
     if implementation == "xla":
         return _scattered(x, gain, group, slots)
     if implementation == "gpu":
@@ -74,6 +71,9 @@ def _merge(x, gain, group, slots, implementation):
     from comi_jax.kernels import merge_tpu
 
     return merge_tpu.merge(x, gain, group, slots, interpret=implementation == "interpret")
+
+
+_merge = jax.custom_vjp(_chosen, nondiff_argnums=(3, 4))
 
 
 def _forward(x, gain, group, slots, implementation):

@@ -8,8 +8,6 @@ XLA also a padded copy, unless the tokens are a multiple of the tile), and gradi
 ``redundancy_tpu`` and ``redundancy_gpu`` are the Pallas kernels.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -58,8 +56,7 @@ def max_cosine(
         return _max_cosine(x, inverse.astype(dispatch.wide(x)), group, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _max_cosine(x, inverse, group, implementation):
+def _chosen(x: Array, inverse: Array, group: Array, implementation: str) -> tuple[Array, Array]:
     if implementation == "xla":
         return _tiled(x, inverse, group)
     if implementation == "gpu":
@@ -69,6 +66,9 @@ def _max_cosine(x, inverse, group, implementation):
     from comi_jax.kernels import redundancy_tpu
 
     return redundancy_tpu.max_cosine(x, inverse, group, interpret=implementation == "interpret")
+
+
+_max_cosine = jax.custom_vjp(_chosen, nondiff_argnums=(3,))
 
 
 def _forward(x, inverse, group, implementation):

@@ -341,7 +341,8 @@ def test_a_damaged_example_is_read_as_text_or_refused_in_one_sentence(name):
 
 
 @pytest.mark.parametrize(
-    "value, said", [(datetime.date(2026, 1, 1), "a date"), (b"Paris", "a bytes"), (1.5, "a number")]
+    "value, said",
+    [(datetime.date(2026, 1, 1), "a value of type date"), (b"Paris", "a value of type bytes"), (1.5, "a number")],
 )
 def test_what_a_hub_dataset_has_in_place_of_a_text_is_refused_too(value, said):
     """Its columns may hold what is no JSON."""

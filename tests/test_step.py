@@ -31,7 +31,7 @@ def parts():
     facts = ("the red box holds a coin .", "the blue box holds a key .")
     records = [Record(facts, "what does it hold ?", ("key",)), Record(facts[:1], "what ?", ("coin",))]
     examples, _ = encode.encode(records, train_fixtures.tokenizer(), Data())
-    examples = [Example(e.context, e.query, e.answer, 2) for e in examples]
+    examples = [Example(e.context, e.query, e.answer, rate=2) for e in examples]
     batch = batches.collate(examples, batches.Shapes.of(examples, Data(), ARCH.compression))
     batch = jax.tree.map(jnp.asarray, batch)
     state = TrainState(jnp.int32(0), trained, chain.init(trained))

@@ -77,7 +77,9 @@ def measure(folder: Path, given: TrainState, step: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print a table."""
-    parser = cli.Parser(prog="python -m comi_jax.benchmarks.checkpoints", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="python -m comi_jax.benchmarks.checkpoints", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--gb", type=float, default=2.0, help="size of the state, at least 0.8")
     parser.add_argument("--runs", type=at_least(1), default=3, help="number of runs; the table shows medians")
     options = parser.parse_args()

@@ -114,7 +114,7 @@ TASKS = {"read": (read, 1), "load": (load, 1), "load on 8 devices": (load, 8), "
 
 def main() -> None:
     """Write the model, run each task in its own process, print the table, remove the model."""
-    parser = cli.Parser(prog="python -m comi_jax.benchmarks.conversion", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m comi_jax.benchmarks.conversion", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=cli.path, help="where to write the model (default: the temporary folder)")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", choices=list(TASKS), nargs="+", default=list(TASKS))

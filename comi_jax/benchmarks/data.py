@@ -112,7 +112,7 @@ def measure(config: Config, folder: Path, count: int, steps: int) -> tuple[str, 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table; an error that the user can fix ends in one sentence and exit status 1."""
-    parser = cli.Parser(prog="python -m comi_jax.benchmarks.data", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m comi_jax.benchmarks.data", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", required=True, help="a name from comi_jax/configs: tiny, qwen2, llama2, qwen3")
     parser.add_argument("--batches", type=cli.at_least(1), default=100, help="number of batches to time")
     parser.add_argument(

@@ -94,7 +94,7 @@ def measure(command: list[str], folder: Path, kills: int, every: int, rng: rando
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table."""
-    parser = cli.Parser(prog="python -m comi_jax.benchmarks.restart", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m comi_jax.benchmarks.restart", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default="tiny", help="a name from comi_jax/configs")
     parser.add_argument("--kills", type=at_least(1), default=5)
     parser.add_argument("--every", type=at_least(1), default=10, help="steps between checkpoints")

@@ -118,7 +118,7 @@ TASKS = ("compress", "train step", "compress + 20 tokens")
 
 def main() -> None:
     """Measure each task at each length, one process each, and print a table."""
-    parser = cli.Parser(prog="python -m comi_jax.benchmarks.speed", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m comi_jax.benchmarks.speed", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--only", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--runs", type=at_least(1), default=3)

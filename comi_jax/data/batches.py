@@ -66,9 +66,10 @@ class Shapes:
     def size(self, examples: Sequence[Example]) -> tuple[int, int, int]:
         """The widths of contexts, queries and answers in a batch of ``examples``."""
         context, query, answer = (max(len(getattr(e, n)) for e in examples) for n in ("context", "query", "answer"))
-        fits = self.narrow is not None and query <= self.narrow[0] and answer <= self.narrow[1]
-        bucket = next(b for b in self.buckets if b >= context)
-        return bucket, *(self.narrow if fits else (self.query, self.answer))
+        widths, bucket = (self.query, self.answer), next(b for b in self.buckets if b >= context)
+        if self.narrow is not None and query <= self.narrow[0] and answer <= self.narrow[1]:
+            widths = self.narrow
+        return bucket, *widths
 
 
 def collate(
@@ -90,7 +91,8 @@ def collate(
     query, query_length = _pad([e.query for e in examples], query_width, rows)
     answer, answer_length = _pad([e.answer for e in examples], answer_width, rows)
     rate = np.array([e.rate for e in examples], np.int32)
-    return Batch(context, context_length, query, query_length, answer, answer_length, rate)
+    arrays = context, context_length, query, query_length, answer, answer_length, rate
+    return Batch(*arrays)  # pyright: ignore[reportArgumentType] (NumPy's until they are put on devices)
 
 
 def _pad(ids: Sequence[np.ndarray], width: int, rows: range) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Example:
     context: np.ndarray
     query: np.ndarray
     answer: np.ndarray
+    _: KW_ONLY
     rate: int = 0
     truncated: bool = False  # a part was cut to fit
     cut: str = ""  # which of PARTS that was, e.g. "context and question"; not kept in the files of a run

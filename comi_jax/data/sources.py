@@ -229,7 +229,9 @@ def read(
 ) -> tuple[list[Record], MixtureReport]:
     """All records of a ``Mixture``, and its report."""
     mixture = Mixture(words, split, fields=fields, seed=seed, skip_bad=skip_bad)
-    return list(mixture), mixture.report
+    records = list(mixture)
+    assert mixture.report is not None  # it is there once all have been read
+    return records, mixture.report
 
 
 def _counted(records: Iterable[Record], counts: list[int]) -> Iterator[Record]:

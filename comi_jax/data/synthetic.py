@@ -161,7 +161,7 @@ def examples(
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
 
     def pick(choices: Sequence[str], note: str) -> str:
-        return note if rng.random() < notes else choices[rng.integers(len(choices))]
+        return note if rng.random() < notes else choices[int(rng.integers(len(choices)))]
 
     while True:
         cast = _cast(rng, split, people)
@@ -199,7 +199,7 @@ def records(split: str, count: int, seed: int, *, questions: int | None = None, 
     return out
 
 
-def corpus(seed: int, count: int, **difficulty: float) -> list[str]:
+def corpus(seed: int, count: int, **difficulty: Any) -> list[str]:
     """`count` texts of the training split: a context, then its facts asked and answered, EOS after the answer."""
     return [
         example.context + "".join(f" {question} {answer}{EOS}" for question, answer in example.pairs)

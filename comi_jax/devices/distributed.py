@@ -43,7 +43,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     heartbeat = cluster.number(environment, "COMI_HEARTBEAT", HEARTBEAT)
     wait = cluster.number(environment, "COMI_JOIN_TIMEOUT", 300)
     rollcall.meet(member, wait)
-    if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
+    named = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] (JAX makes it as it starts)
+    if (named or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it knows SIGTERM alone, and steps alone: see signals.py
     os.environ["no_grpc_proxy"] = cluster.address(member.coordinator)[0]  # no proxy knows the way to it
@@ -80,7 +81,12 @@ def meet(name: str) -> None:
     """Wait until every process has come to the place in the program called ``name``; nothing with one process. The
     devices stay idle: the wait may be long."""
     if jax.process_count() > 1:
-        jax_distributed.global_state.client.wait_at_barrier(name, 2**31 - 1)
+        _store().wait_at_barrier(name, 2**31 - 1)
+
+
+def _store() -> Any:
+    """The coordinator's key-value store, with its barriers. It is there wherever there are several processes."""
+    return jax_distributed.global_state.client
 
 
 def agreed(value: Any) -> Any:
@@ -124,7 +130,7 @@ def peers() -> Peers | None:
     if jax_distributed.global_state.client is None or jax.process_count() == 1:
         return None
     patience = cluster.number(os.environ, "COMI_HEARTBEAT", HEARTBEAT)
-    return Peers(jax_distributed.global_state.client, jax.process_index(), jax.process_count(), patience)
+    return Peers(_store(), jax.process_index(), jax.process_count(), patience)
 
 
 class Watch(threading.Thread):

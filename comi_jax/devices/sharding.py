@@ -92,7 +92,8 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def own_contexts(mesh: jax.sharding.Mesh, count: int) -> range:
     """Which of the ``count`` contexts of a micro-batch the devices of this process need."""
-    needed = [index[0].indices(count) for index in rows(mesh).addressable_devices_indices_map((count,)).values()]
+    indices = rows(mesh).addressable_devices_indices_map((count,)).values()
+    needed = [index[0].indices(count) for index in indices if index]
     return range(min(first for first, _, _ in needed), max(end for _, end, _ in needed))
 
 

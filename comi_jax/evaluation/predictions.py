@@ -109,7 +109,7 @@ def _begin(part: Path, key: str, count: int) -> dict[int, dict[str, Any]]:
                 row = json.loads(line)
                 good = line.endswith(b"\n") and (row["index"] in range(count) if number else row["of"] == key)
             except (ValueError, KeyError, TypeError):
-                good = False
+                row, good = {}, False
             if not good:
                 break
             whole += len(line)

@@ -39,7 +39,7 @@ class Architecture:
 
     def on(self, mesh: jax.sharding.Mesh) -> "Architecture":
         """The same model on the devices of ``mesh``."""
-        return dataclasses.replace(self, runtime=self.runtime.replace(mesh=mesh))
+        return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, mesh=mesh))
 
 
 def specs(arch: Architecture) -> dict[str, Any]:

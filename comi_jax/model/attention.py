@@ -191,7 +191,8 @@ def _splash(q, k, v, start, lengths, causal, interpret=False):
         residual_checkpoint_name="attention",
         interpret=interpret,
     )  # fmt: skip
-    out = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments).swapaxes(1, 2)
+    out = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
+    out = out.swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue] (an array, with save_residuals off)
     return _drop_empty(out[:, :T], lengths)
 
 

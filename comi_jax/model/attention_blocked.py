@@ -74,9 +74,11 @@ def _whole_blocks(x, block):
     return jnp.pad(x, [(0, -size % block if axis == 2 else 0) for axis, size in enumerate(x.shape)])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, start, lengths):
+def _out(plan: Plan, q: Array, k: Array, v: Array, start: Array, lengths: Array) -> Array:
     return _forward(plan, q, k, v, start, lengths)[0]
+
+
+_attend = jax.custom_vjp(_out, nondiff_argnums=(0,))
 
 
 def _attend_fwd(plan, q, k, v, start, lengths):
@@ -85,7 +87,8 @@ def _attend_fwd(plan, q, k, v, start, lengths):
 
 
 def _attend_bwd(plan, saved, dout):
-    return *_backward(plan, *saved, dout), None, None
+    q, k, v, start, lengths, out, lse = saved
+    return *_backward(plan, q, k, v, start, lengths, out, lse, dout), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -99,12 +102,12 @@ def _forward(plan, q, k, v, start, lengths):
             def key_block(j, state, edge):
                 m, l, o = state
                 s = plan.dot(q_i, _block(k, j, plan.keys).T)
-                if edge:
-                    seen = _visible(plan, i, j, start, length)
+                seen = _visible(plan, i, j, start, length) if edge else None
+                if seen is not None:
                     s = jnp.where(seen, s, MASKED)
                 m_new = jnp.maximum(m, s.max(1))
                 p = jnp.exp(s - m_new[:, None])
-                if edge:
+                if seen is not None:
                     p = jnp.where(seen, p, 0)
                 decay = jnp.exp(m - m_new)
                 return m_new, l * decay + p.sum(1), o * decay[:, None] + plan.dot(p, _block(v, j, plan.keys))

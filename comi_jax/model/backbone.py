@@ -198,7 +198,7 @@ def layer_shardings(backbone: Backbone, mesh: Mesh) -> dict[str, NamedSharding]:
 
 def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding | None:
     """The sharding of activations whose tokens are split over devices; None if they are not split or do not divide."""
-    if runtime.context_shards == 1 or x.shape[1] % runtime.context_shards:
+    if runtime.mesh is None or runtime.context_shards == 1 or x.shape[1] % runtime.context_shards:
         return None
     return NamedSharding(runtime.mesh, PartitionSpec(sharding.row_axes(x.shape[0], runtime.mesh), "context"))
 
@@ -264,8 +264,8 @@ def mlp(w: Tree, x: Float[Array, "B T D"], slices: bool) -> Float[Array, "B T D"
     batch, length, width = x.shape
     if not slices or length < 2 * CPU_SLICE:
         return whole(x)
-    slices = jnp.pad(x, ((0, 0), (0, -length % CPU_SLICE), (0, 0))).reshape(batch, -1, CPU_SLICE, width)
-    out = jax.lax.map(jax.checkpoint(whole), slices.swapaxes(0, 1))
+    cut = jnp.pad(x, ((0, 0), (0, -length % CPU_SLICE), (0, 0))).reshape(batch, -1, CPU_SLICE, width)
+    out = jax.lax.map(jax.checkpoint(whole), cut.swapaxes(0, 1))
     return out.swapaxes(0, 1).reshape(batch, -1, width)[:, :length]
 
 

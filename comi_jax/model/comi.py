@@ -8,6 +8,7 @@ The tree has the parts "encoder", "lsa", "decoder", "mig" (the four scalars) and
 A context is cut into G segments of at most S tokens; each is encoded, compressed and aligned independently.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import no_type_check
 
@@ -193,7 +194,7 @@ def loss(params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_
     memory = memory_of(params, arch, batch, min_rate)
     scores = answer_logits(params, arch, memory, batch, dropout_key)
     vectors = jnp.sum(jnp.where(batch.answer_length > 0, memory.length, 0).astype(scores.dtype))
-    return sum_loss(scores, batch.answer, batch.answer_length).replace(vectors=vectors)
+    return dataclasses.replace(sum_loss(scores, batch.answer, batch.answer_length), vectors=vectors)
 
 
 def sum_loss(scores: Float[Array, "B A V"], answer: Int[Array, "B A"], length: Int[Array, " B"]) -> LossSums:

@@ -5,8 +5,9 @@ are right-padded segments of S tokens with up to M groups. The two operations th
 redundancy and merge, are in ``kernels``.
 """
 
+import dataclasses
 import functools
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from comi_jax.model import mig
 from comi_jax.model.context_parallel import Split, Whole
 from comi_jax.params import Tree
 
+PER_TOKEN = ("group", "relevance", "redundancy", "mig", "weights")  # of Aux; the others are of groups
 WHOLE = Whole()  # rows that are not split over devices
 
 
@@ -78,19 +80,20 @@ def compress(
         states = jnp.pad(states, ((0, 0), (0, -length % shards), (0, 0)))
         rows = row_axes(states.shape[0], mesh)
         by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if shards > 1 else None)
-        aux = Aux(by_row, by_token, by_token, by_token, by_token, by_token, by_row, by_row)
+        names = (field.name for field in dataclasses.fields(Aux))
+        places: dict[str, Any] = {name: by_token if name in PER_TOKEN else by_row for name in names}
         run = jax.shard_map(
             functools.partial(run, sequence=split),
             mesh=mesh,
             in_specs=(by_token, by_row, by_row, by_row, PartitionSpec()),
-            out_specs=Compressed(by_row, by_row, aux),
+            out_specs=Compressed(**{"memory": by_row, "mask": by_row, "aux": Aux(**places)}),
             check_vma=False,
         )
     out = run(states, query, lengths, rates, scalars)
     if states.shape[1] == length:
         return out
-    per_token = ("group", "relevance", "redundancy", "mig", "weights")
-    return out.replace(aux=out.aux.replace(**{name: getattr(out.aux, name)[:, :length] for name in per_token}))
+    aux = dataclasses.replace(out.aux, **{name: getattr(out.aux, name)[:, :length] for name in PER_TOKEN})
+    return dataclasses.replace(out, aux=aux)
 
 
 def compress_rows(

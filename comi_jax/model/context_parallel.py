@@ -10,7 +10,6 @@ so that results and gradients equal those of one device.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -160,8 +159,7 @@ class Split:
         return jax.lax.while_loop(lambda state: state[0] <= reach, farther, start)[3][1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fetch(split, x, index, reach):
+def _fetched(split: Split, x: Array, index: Array, reach: Array) -> Array:
     """The vectors [B, S, D] of the row's tokens ``index`` [B, S], at most ``reach`` devices away; 0 for index -1."""
     device, length = jax.lax.axis_index(split.axis), x.shape[1]
 
@@ -178,6 +176,9 @@ def _fetch(split, x, index, reach):
 
     start = (jnp.int32(1), x, x, take(jnp.zeros_like(x), device, x))
     return jax.lax.while_loop(lambda state: state[0] <= reach, farther, start)[3]
+
+
+_fetch = jax.custom_vjp(_fetched, nondiff_argnums=(0,))
 
 
 def _fetch_forward(split, x, index, reach):

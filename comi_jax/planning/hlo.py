@@ -125,7 +125,7 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
     """FLOP of a convolution, as which a TPU runs matrix products, with batch dimensions as spatial ones. Products with
     padding are not counted."""
     lhs, rhs = (computation[name].shapes[0].dims for name in instruction.operands[:2])
-    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text).groups()
+    left, right, out = instruction.found(r"dim_labels=(\w+)_(\w+)->(\w+)").groups()
     result = instruction.shapes[0].dims
     groups = int((re.search(r"batch_group_count=(\d+)", instruction.text) or [0, 1])[1])
     total = 2.0 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")] / groups
@@ -238,9 +238,10 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
             whole = 0
         total += whole
     written = _main(instruction)
-    for update in (i for i in (inside or {}).values() if i.opcode == "dynamic-update-slice"):
+    inner = {} if inside is None else inside
+    for update in (i for i in inner.values() if i.opcode == "dynamic-update-slice"):
         if update.shapes[0].dims in [shape.dims for shape in instruction.shapes]:
-            written -= update.bytes - inside[update.operands[1]].bytes
+            written -= update.bytes - inner[update.operands[1]].bytes
     return total + max(written, 0)
 
 

@@ -37,6 +37,13 @@ class Instruction:
     def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
 
+    def found(self, pattern: str) -> re.Match[str]:
+        """``pattern`` in the text; ValueError for an instruction that XLA has written in a way that is not known."""
+        match = re.search(pattern, self.text)
+        if match is None:
+            raise ValueError(f"no {pattern} in the instruction {self.name} = {self.opcode}(...){self.text}")
+        return match
+
     def called(self, *attributes: str) -> list[str]:
         """The computations named by attributes such as ``calls``."""
         found = []
@@ -112,7 +119,7 @@ def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int |
     counters = [i for i in operands if i.opcode == "get-tuple-element"]
     if test.opcode != "compare" or "direction=LT" not in test.text or len(bounds) != 1 or len(counters) != 1:
         return None
-    index = int(re.search(r"index=(\d+)", counters[0].text)[1])
+    index = int(counters[0].found(r"index=(\d+)")[1])
     step = _constant_part(body, root_of(body).operands[index], computations)
     return math.ceil(bounds[0] / step) if step else None
 

@@ -116,7 +116,7 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     one = dataclasses.replace(where, devices=where.devices[:1])
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), one.devices)
     arch = Architecture.of(backbone, config).on(mesh)
-    arch = dataclasses.replace(arch, runtime=arch.runtime.replace(remat="off"))
+    arch = dataclasses.replace(arch, runtime=dataclasses.replace(arch.runtime, remat="off"))
     placed = NamedSharding(mesh, PartitionSpec())
     params = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=placed), architecture.specs(arch)
@@ -220,7 +220,10 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[Any, str]:
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
-        return compiled, texts[-1].read_text(encoding="utf-8") if texts else compiled.as_text()
+        text = texts[-1].read_text(encoding="utf-8") if texts else compiled.as_text()
+    if text is None:
+        raise RuntimeError("the compiler shows no text of its program: there is nothing to count in")
+    return compiled, text
 
 
 def lower_bounds(counts: hlo.Counts, chip: Chip) -> dict[str, float]:

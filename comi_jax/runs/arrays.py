@@ -137,7 +137,8 @@ def restore_arrays(folder: Path, like: Any) -> Any:
 def stored(folder: Path) -> Any:
     """What ``folder`` holds, with shapes and dtypes."""
     with reading(folder), plain(folder) as path:
-        return ocp.StandardCheckpointHandler().metadata(path).tree
+        # Its annotation asks for the Path of etils.
+        return ocp.StandardCheckpointHandler().metadata(path).tree  # pyright: ignore[reportArgumentType]
 
 
 def read_json(folder: Path) -> Any:

@@ -99,7 +99,7 @@ class Checkpoints:
     def settle(self) -> bool:
         """Wait for the save that is under way, and remove what is no longer kept; whether all that was to be saved
         is."""
-        if self._under_way is not None:
+        if self._writer is not None and self._under_way is not None:
             (step, size), self._under_way = self._under_way, None
             try:
                 self._writer.wait()
@@ -181,8 +181,10 @@ class Checkpoints:
         verdict, error = 0, DamageError(f"{self._of.checkpoint(step)} is damaged")
         if jax.process_index() == 0:
             try:
-                ahead, self._ahead = self._ahead, (None, None)
-                verdict = int((ahead[1] if ahead[0] == step else self._start_verifying(step)).result())
+                (ahead, verifying), self._ahead = self._ahead, (None, None)
+                if verifying is None or ahead != step:
+                    verifying = self._start_verifying(step)
+                verdict = int(verifying.result())
             except DamageError as found:
                 verdict, error = -1, found
         verdict = int(distributed.agreed(np.int32(verdict)))

@@ -129,6 +129,7 @@ def figure_of(courses: Sequence[Course]) -> Any:
     """The curves as a matplotlib figure; raises as ``draw``."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         raise CheckpointError(
@@ -142,8 +143,7 @@ def figure_of(courses: Sequence[Course]) -> Any:
         ("tokens_per_second", "throughput", "tokens per second"),
         ("gradient_norm", "gradient norm", "before clipping, log scale"),
     ]
-    figure = Figure(figsize=(11, 9.6), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(11, 9.6), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     axes = figure.subplots(3, 2, sharex=True).ravel()
     names, colours = labels(courses), _colours(len(courses))
     for axis, (name, title, unit) in zip(axes, panels, strict=False):

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +73,7 @@ class Comi:
         self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
         shards = 1 if mesh is None else sharding.row_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
-        runtime = run.architecture.runtime.replace(remat="off", mesh=mesh)
+        runtime = dataclasses.replace(run.architecture.runtime, remat="off", mesh=mesh)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
 
     @classmethod
@@ -92,6 +92,17 @@ class Comi:
         run, params = load_params(folder, overrides, step, mesh)
         return cls(run, params, load_tokenizer(Folder(folder).tokenizer), batch_size=batch_size, mesh=mesh)
 
+    # A text is a sequence of texts to Python, so that the first of two overloads is not apart from the second.
+    @overload
+    def compress(  # pyright: ignore[reportOverlappingOverload]
+        self, context: str, question: str, *, rate: int | None = None
+    ) -> CompressedContext: ...
+
+    @overload
+    def compress(
+        self, context: Sequence[str], question: Sequence[str], *, rate: int | None = None
+    ) -> list[CompressedContext]: ...
+
     def compress(
         self, context: str | Sequence[str], question: str | Sequence[str], *, rate: SupportsIndex | None = None
     ) -> CompressedContext | list[CompressedContext]:
@@ -107,6 +118,28 @@ class Comi:
                 kept, example = vectors[i, : lengths[i]], examples[row]
                 results[row] = CompressedContext(kept, len(example.context), example.truncated, example.cut)
         return results[0] if isinstance(question, str) else results
+
+    @overload
+    def answer(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        context: str,
+        question: str,
+        *,
+        rate: int | None = None,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Answer: ...
+
+    @overload
+    def answer(
+        self,
+        context: Sequence[str],
+        question: Sequence[str],
+        *,
+        rate: int | None = None,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+    ) -> list[Answer]: ...
 
     def answer(
         self,

@@ -23,6 +23,7 @@ def read_examples(
     """The tokenised training examples: those in ``folder`` if their cache key matches, otherwise tokenised and written
     there by the first process, or, with ``scratch``, into that folder by each process. Raises DataError, LengthError or
     ConfigError."""
+    found: stored.Examples | None = None
     if distributed.is_first() or scratch:
         origin = stored.origin(config, tokenizer)
         if found := stored.find(folder, origin):
@@ -34,7 +35,7 @@ def read_examples(
         for line in messages:
             console.print(line, highlight=False, markup=False)
     distributed.meet("the examples are written")
-    if not distributed.is_first() and not scratch:
+    if found is None:
         found = stored.load(folder)
     own = np.frombuffer(bytes.fromhex(found.about.fingerprint), np.uint8)
     if not np.array_equal(own, distributed.agreed(own)):

@@ -174,7 +174,8 @@ class Loop:
         }
         if distributed.is_first():
             path.parent.mkdir(exist_ok=True)
-            np.savez_compressed(path, **ids, **{f"{name}_text": np.array(rows) for name, rows in words.items()})
+            arrays: dict[str, Any] = ids | {f"{name}_text": np.array(rows) for name, rows in words.items()}
+            np.savez_compressed(path, **arrays)
         return CheckpointError(
             f"{error}: their updates were skipped, and the run stops, saved after step {step}; inspect the last batch, "
             f"{path}, then run the same command to resume after it, or resume with a lower optimizer.learning_rate and "

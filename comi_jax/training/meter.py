@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from comi_jax.devices import chips
@@ -86,7 +87,7 @@ class Meter:
         arch: Architecture,
         is_logged: Callable[[int], bool],
         max_skipped: int,
-        rate: Callable[[int], Array],
+        rate: optax.Schedule,
         write: Callable[[int, dict[str, float]], None],
         skipped: int = 0,
         in_a_row: int = 0,
@@ -126,7 +127,7 @@ class Meter:
             self._flops += batch_flops(self._arch, batch) if self._peak else 0.0
         if self._is_logged(step):
             values = {name: float(metrics[name]) for name in ("loss", "accuracy", "gradient_norm")}
-            values["learning_rate"] = float(self._rate(updates))
+            values["learning_rate"] = float(np.asarray(self._rate(updates)))
             if self._since is not None:
                 values["tokens_per_second"] = self._tokens / (now - self._since)
                 if self._peak:

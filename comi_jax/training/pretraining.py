@@ -135,7 +135,7 @@ def question_answering(tokenizer: Any, stage: Stage, seed: int) -> Iterator[tupl
 
 def loss(params: Tree, backbone: Backbone, rows: Rows) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted next-token cross-entropy, and the accuracy on the tokens of weight 1."""
-    states, _ = lm.forward(params, lm.embed_tokens(params, rows.ids, "float32"), backbone)
+    states, _ = lm.forward(params, lm.embed_tokens(params, jnp.asarray(rows.ids), "float32"), backbone)
     target = jnp.take_along_axis(rows.ids, rows.at, axis=1)
     scores = lm.logits(params, jnp.take_along_axis(states, rows.at[:, :, None] - 1, axis=1))
     nll = optax.softmax_cross_entropy_with_integer_labels(scores, target)

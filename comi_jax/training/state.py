@@ -49,7 +49,8 @@ def abstract(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
     optimizer = jax.tree_util.tree_map_with_path(like_its_parameter, jax.eval_shape(update.init, trained))
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), trained, optimizer), frozen
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, trained, optimizer), frozen  # pyright: ignore[reportArgumentType] (shapes for arrays)
 
 
 def create(
@@ -67,7 +68,7 @@ def create(
     return TrainState(step, trained, optimizer), {path: _placed(params[path], like) for path, like in frozen.items()}
 
 
-def _placed(array: Any, like: jax.ShapeDtypeStruct) -> Array:
+def _placed(array: Any, like: Array | jax.ShapeDtypeStruct) -> Array:
     if array.sharding != like.sharding:
         array = jax.device_put(array, like.sharding)
     if array.dtype != like.dtype:

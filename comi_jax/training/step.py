@@ -159,7 +159,8 @@ def gradients_of(state: TrainState) -> Gradients:
     """The gradients and sums for ``state`` as abstract arrays with shardings."""
     trained = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in state.trained.items()}
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=state.step.sharding)
-    return Gradients(trained, comi.LossSums(number, number, number, number))
+    sums = comi.LossSums(*[number] * 4)  # pyright: ignore[reportArgumentType] (shapes for arrays)
+    return Gradients(trained, sums)  # pyright: ignore[reportArgumentType] (likewise)
 
 
 def _shardings(tree: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ class Part:
     parameters: int
     bytes: int
     dtypes: tuple[str, ...]
+
+    @classmethod
+    def all(cls, name: str, parts: "Sequence[Part]") -> "Part":
+        """``parts`` as one."""
+        dtypes = tuple(sorted({dtype for part in parts for dtype in part.dtypes}))
+        arrays, parameters = sum(part.arrays for part in parts), sum(part.parameters for part in parts)
+        return cls(name, arrays, parameters, sum(part.bytes for part in parts), dtypes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +216,6 @@ def _export(path: Path) -> Inspection:
             continue
         found = _language_model(path / name)
         words = words or found.architecture
-        total = [sum(getattr(part, field) for part in found.parts) for field in ("arrays", "parameters", "bytes")]
-        dtypes = tuple(sorted({dtype for part in found.parts for dtype in part.dtypes}))
-        parts.append(Part(name, *total, dtypes))
+        parts.append(Part.all(name, found.parts))
         missing += [f"{name}/{one}" for one in found.missing]
     return Inspection("COMI exported for Hugging Face", words, tuple(parts), tuple(missing))

@@ -47,6 +47,8 @@ def _load_one(tensors: Tensors, source: Source, dtype: Any, sharding: Sharding |
     shards: dict[str, list[jax.Array]] = {}
     bad: set[str] = set()
     for device, index in sharding.addressable_devices_indices_map(source.shape).items():
+        if index is None:  # the device holds nothing
+            continue
         if str(index) in shards:  # a replica
             shards[str(index)].append(jax.device_put(shards[str(index)][0], device))
         else:

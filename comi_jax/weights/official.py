@@ -183,11 +183,11 @@ def writables(
     for path, array in arrays.items():  # COMI's own scalars in whatever they have: the decoding depends on each digit
         yield from writing.writables(names, {path: array}, None if path.startswith("mig/") else dtype)
     for name, shape in unused(arch).items():
-        stored = kept is not None and name in kept.shapes
-        width = jnp.dtype(dtype or (kept.dtypes[name] if stored else arrays["decoder/embed"].dtype))
+        file = kept if kept is not None and name in kept.shapes else None
+        width = jnp.dtype(dtype or (file.dtypes[name] if file else arrays["decoder/embed"].dtype))
 
-        def make(name: str = name, stored: bool = stored, width: Any = width) -> np.ndarray:
-            return (kept.read(name) if stored else filled(name, arch, arrays)).astype(width, copy=False)
+        def make(name: str = name, file: Tensors | None = file, width: Any = width) -> np.ndarray:
+            return (file.read(name) if file else filled(name, arch, arrays)).astype(width, copy=False)
 
         yield Writable(name, shape, width, make)
 
