@@ -18,7 +18,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         forgiving_output()
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (it has overloads)
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         for number, word in enumerate(words, start=1):
             if any("\ud800" <= letter <= "\udfff" for letter in word):

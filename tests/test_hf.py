@@ -23,7 +23,7 @@ from comi_jax.planning import programs
 from comi_jax.weights import hf, hf_config, hf_folder
 from comi_jax.weights.hf_attributes import ATTRIBUTES, COMPUTED, HARMLESS, MUST, MUST_BE, NOTHING
 from comi_jax.weights.layout import WeightsError
-from comi_jax.weights.starting_model import starting_point
+from comi_jax.weights.starting_model import StartingModel
 from comi_jax.weights.tokenizer import fit_tokenizer, load_tokenizer
 
 KINDS = list(tiny_models.BACKBONES)
@@ -320,9 +320,9 @@ def test_a_run_starts_from_a_folder_of_which_something_is_ignored(folders, tmp_p
     rewrite(folder, tmp_path, dual_chunk_attention_config={"chunk_size": 8})
     train_fixtures.tokenizer().save_pretrained(tmp_path)
     config = override(Config(), [f"model.path={tmp_path}", "model.ignore_config=dual_chunk_attention_config"])
-    assert programs.backbone_of(config) == starting_point(config, tmp_path)[0] == tiny_models.BACKBONES["qwen2"]
+    assert programs.backbone_of(config) == StartingModel.open(config).backbone == tiny_models.BACKBONES["qwen2"]
     with pytest.raises(ConfigError, match="--ignore-config=dual_chunk_attention_config"):
-        starting_point(override(config, ["model.ignore_config="]), tmp_path)
+        StartingModel.open(override(config, ["model.ignore_config="]))
 
 
 def varint(number):

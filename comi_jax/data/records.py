@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +166,7 @@ def numbered_records(
                 if len(skipped) > MAX_SKIPPED:
                     reason = f"more than {MAX_SKIPPED:,} lines are not records, this one because: {record}"
                     raise DataError(path, number, reason, reading.unit)
-    if refused and not kept:
+    if skipped and refused and not kept:
         raise DataError(path, None, f"no line is a record; the first of {refused} refused: {skipped[-refused]}")
     if not kept:
         raise DataError(path, None, "has no records; expected one JSON object per line")
@@ -189,13 +189,14 @@ class _Reading:
     def __init__(self, path: str | Path):
         self.path, self.number, self._whole = path, 0, True  # _whole: the line `number` has come to its end
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, object] | Refused | None]]:
+    def __iter__(self) -> Generator[tuple[int, dict[str, object] | Refused | None]]:
         path = self.path
         try:
             # A pipe or a device could be read but once, for ever or not at all; a directory says so itself when opened.
             if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
                 raise DataError(path, None, "is not a regular file; name a JSON Lines file")
-            with open(path, "rb", buffering=2**20) as raw:
+            raw: io.BufferedReader = io.BufferedReader(io.FileIO(path), 2**20)
+            with raw:
                 for number, row in self._rows(raw):
                     self.number = number
                     yield number, row
@@ -208,7 +209,8 @@ class _Reading:
         except packing.Unreadable as why:
             raise DataError(path, why.line, str(why), self.unit) from None
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as damage:
-            if not self.number and getattr(damage, "errno", None):  # the system's, not that of a compressed stream
+            # A number of an error is the system's; a compressed stream's have none.
+            if not self.number and isinstance(damage, OSError) and damage.errno:
                 raise DataError(path, None, f"cannot be read ({damage.strerror})") from None
             what = " ".join(str(damage).split())
             reason = (

@@ -35,7 +35,7 @@ def csv_rows(stream: io.BufferedIOBase, separator: str, largest: int) -> Iterato
     Raises Unreadable, as what follows cannot be trusted.
     """
     csv.field_size_limit(max(csv.field_size_limit(), largest))
-    letters = io.TextIOWrapper(stream, "utf-8", newline="")
+    letters = io.TextIOWrapper(stream, "utf-8", newline="")  # pyright: ignore[reportArgumentType] (it has all it needs)
     try:
         rows = _read(csv.reader(letters, delimiter=separator, strict=True))
         _, names = next(rows, (1, []))

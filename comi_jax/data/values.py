@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 
 _SHOWN = 40  # characters of a rejected value, and 10 field names, are enough to find the place
 
@@ -79,7 +80,7 @@ def describe(value: object) -> str:
     return f"a value of type {type(value).__name__}"  # of a column of Parquet
 
 
-def field_names(fields: dict[str, object]) -> str:
+def field_names(fields: Mapping[str, object]) -> str:
     """The first names of an object's fields, for a message."""
     found = ", ".join(quote(key) for key in list(fields)[:10]) + (", ..." if len(fields) > 10 else "")
     return found or "no field at all"

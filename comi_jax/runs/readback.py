@@ -139,7 +139,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[list[int]]
 
 def digest(array: np.ndarray) -> str:
     """xxh3 of the elements in row-major order."""
-    return xxhash.xxh3_128(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return xxhash.xxh3_128(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def fingerprint(directory: Path) -> str:

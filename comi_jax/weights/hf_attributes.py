@@ -21,7 +21,7 @@ class Attribute:
     allowed: tuple[Any, ...] = ()
     of: tuple[str, ...] = MODEL_TYPES
 
-    def allows(self, value: Any, model_type: str) -> bool:
+    def allows(self, value: Any, model_type: object) -> bool:
         return self.kind != MUST_BE or model_type not in self.of or value in self.allowed
 
 

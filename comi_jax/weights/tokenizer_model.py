@@ -92,7 +92,8 @@ def read(path: Path) -> tuple[list[str], list[int], list[float], tuple[str, str,
         kinds = [piece.get(3, NORMAL) for piece in each]
         scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in each]
         numbers = [trainer.get(number, default) for number, default in ((40, 0), (41, 1), (42, 2))]
-        named = tuple(pieces[number] if number < len(pieces) else "" for number in numbers)  # -1 is a large number here
+        # -1 is a large number here
+        unknown, first, last = (pieces[number] if number < len(pieces) else "" for number in numbers)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
         raise ConfigError(f"{path} is no sentencepiece model ({error!r:.80}); {WAY_ON}") from None
     other = {
@@ -106,7 +107,7 @@ def read(path: Path) -> tuple[list[str], list[int], list[float], tuple[str, str,
     }
     if reasons := [reason for reason, holds in other.items() if holds]:
         raise ConfigError(f"{path} is a sentencepiece model of another kind than LLaMA-2's ({reasons[0]}); {WAY_ON}")
-    return pieces, kinds, scores, named
+    return pieces, kinds, scores, (unknown, first, last)
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
