@@ -25,8 +25,8 @@ CONFIGS = (Config(), *(load(path.stem) for path in sorted((ROOT / "configs").glo
 SECTIONS = {name: set(values) for name, values in to_dict(Config()).items() if isinstance(values, dict)}
 COMMANDS = ("train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report")
 CONVERSIONS = ("import-hf", "import-official", "export-official", "export-hf", "inspect")
-# Of tensorboard, hf, vLLM, pytest-xdist and kubectl.
-OF_OTHERS = {"--logdir", "--local-dir", "--enable-prompt-embeds", "--dist", "--force"}
+# Of tensorboard, hf, vLLM, pytest-xdist, kubectl and pyright.
+OF_OTHERS = {"--logdir", "--local-dir", "--enable-prompt-embeds", "--dist", "--force", "--pythonpath"}
 PATH = re.compile(r"(?<![\w./*-])(?:comi_jax|kernels|configs|launch|tests|docs|\.ci)/[\w./*-]*")
 SETTING = re.compile(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.(?!(?:py|jsonl?|safetensors)\b)\w+(?:=[^\s`'\")]+)?")
 
