@@ -273,7 +273,7 @@ def test_broken_configs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.json is not valid JSON"):
         hf_config.read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="expected an object"):
+    with pytest.raises(ConfigError, match="an object is expected"):
         hf_config.read_config(tmp_path)
     with pytest.raises(ConfigError, match="whole numbers for hidden_size, num_hidden_layers"):
         hf_config.backbone_of(real(hidden_size=None, num_hidden_layers="16"), "here")
