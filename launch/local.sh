@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine, over loopback, on CPU; what a cluster does, for trying it out:
+# Try out a run of several processes on one machine: CPU devices, connected over loopback. For 2 processes:
 #
 #     launch/local.sh 2 -- --config=tiny
 #
-# When one ends badly the others are given the time in which they notice by themselves, then they are ended. If that was
-# not for something that the user has to mend, all are started again, COMI_RESTARTS times (3), from the newest checkpoint.
-# A run that was asked to end, and saved, ends with 85.
+# When one process fails, the watchdogs of the others get time to end them, then they are killed. Unless the user has to
+# fix the run, all are restarted from the newest checkpoint, up to COMI_RESTARTS times (3). A run that is stopped by a
+# signal saves first and exits with 85.
 set -u
 count="${1:?how many processes}"
 shift
@@ -14,27 +14,28 @@ python="${PYTHON:-python}"
 export COMI_HEARTBEAT="${COMI_HEARTBEAT:-60}" COMI_PROCESSES="$count" JAX_PLATFORMS=cpu
 
 pids=()
-asked=""    # whether a signal asked for the end
-signal=TERM # a second one does not wait until the run is saved
+asked=""    # set once a signal has asked the run to stop
+signal=TERM # a second signal kills without waiting for the save
 trap 'asked=1; kill -$signal "${pids[@]}" 2>/dev/null; signal=KILL' INT TERM HUP
 
-# Start all processes and wait for them. Sets status, that of the first that ended badly, and again: whether none ended
-# with a message to the user (1, 2) or by request (85, 130, 143), but killed, or with 75, because another was gone.
+# Start all processes and wait for them. Sets "status" to the first non-zero exit status, and "again" if a restart makes
+# sense: every failed process was killed or exited with 75 (a peer process is gone). Other statuses are errors that the
+# user has to fix (1, 2), or requested stops (85, 130, 143).
 run() {
     local i code port late=$((1 << 60))
     status=0 again=1 pids=()
     port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" || exit
     export COMI_COORDINATOR="127.0.0.1:$port"
-    set -m # each in a group of its own: Ctrl-C reaches this script alone, which asks each of them once
+    set -m # each in its own process group: Ctrl-C reaches only this script, which signals each process once
     for ((i = 0; i < count; i++)); do
         COMI_PROCESS=$i "$python" -m comi_jax.train "$@" &
         pids+=($!)
     done
     set +m
     [ -z "$asked" ] || kill "${pids[@]}"
-    while ((${#pids[@]})); do # wait -n forgets children that end while they are stopped
+    while ((${#pids[@]})); do # wait -n misses children that are killed while stopped
         sleep 0.2
-        ((SECONDS < late)) || kill -KILL "${pids[@]}" # which also reaches one that was stopped
+        ((SECONDS < late)) || kill -KILL "${pids[@]}" # KILL also ends a stopped process
         for i in "${!pids[@]}"; do
             kill -0 "${pids[$i]}" 2>/dev/null && continue
             wait "${pids[$i]}"

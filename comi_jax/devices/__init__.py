@@ -1,1 +1,1 @@
-"""Machines: chips, meshes of devices, and processes that work together."""
+"""Hardware: chips, device meshes, and runs of several processes."""

@@ -1,4 +1,4 @@
-"""The hosts, processes and devices that a run has, and whether that is all there are."""
+"""The hosts, processes and devices of a run, and a check that no available device is left unused."""
 
 import json
 import os
@@ -15,18 +15,18 @@ from comi_jax.devices.cluster import number
 
 @dataclass(frozen=True)
 class Seen:
-    """What one process has, and what its host shows."""
+    """The devices of one process, and the accelerators of its host."""
 
     host: str
-    devices: int  # of the kind the run computes on
+    devices: int  # local JAX devices of the default backend
     kind: str  # "cpu", "gpu" or "tpu"
-    shown: int  # accelerators of the host
-    says: str  # what shows them
-    nodes: int  # that Slurm gave to the step or, outside of one, to the job
+    shown: int  # accelerators of the host that the run could use
+    says: str  # the source of that number, with a verb
+    nodes: int  # allocated by Slurm to the step, or to the job outside a step; 1 without Slurm
 
 
 def take(environment: Mapping[str, str] = os.environ) -> list[Seen]:
-    """What every process of the run has, in their order; all call it together."""
+    """One entry per process, ordered by process index. Every process must call this."""
     shown, says = machine.accelerators(environment)
     nodes = number(environment, "SLURM_STEP_NUM_NODES", number(environment, "SLURM_JOB_NUM_NODES", 1))
     host = environment.get("SLURMD_NODENAME") or socket.gethostname()
@@ -40,7 +40,7 @@ def take(environment: Mapping[str, str] = os.environ) -> list[Seen]:
 
 
 def sentence(seen: list[Seen]) -> str:
-    """The census for people."""
+    """The census as one line of text."""
     kinds = {f"{one.devices} {one.kind} device{'s' * (one.devices != 1)}" for one in seen}
     hosts, each = len({one.host for one in seen}), ", ".join(sorted(kinds))
     return (
@@ -50,7 +50,7 @@ def sentence(seen: list[Seen]) -> str:
 
 
 def check(seen: list[Seen]) -> None:
-    """Raises ConfigError if a host has accelerators that no process of the run uses, or the run nodes without any."""
+    """Raises ConfigError if a host has accelerators that the run does not use, or if a Slurm node has no process."""
     hosts: dict[str, list[Seen]] = {}
     for one in seen:
         hosts.setdefault(one.host, []).append(one)

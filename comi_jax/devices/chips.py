@@ -1,7 +1,7 @@
-"""What the chips of today can do, from their makers' data sheets; every prediction and utilisation is held against it.
+"""Peak performance of each chip, from the vendors' data sheets; the base of every prediction and utilisation figure.
 
-Peaks are of dense bfloat16 products and of main memory; ``link`` is what one chip can send to the others of its slice
-or node, all its links together, one way; ``network`` what it can send to other nodes.
+FLOP/s are for dense bfloat16 matrix products. ``link`` is a chip's total one-way bandwidth to the other chips of its
+slice or node, ``network`` its one-way bandwidth to other nodes.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them."""
+    """The peaks of one JAX device."""
 
     name: str
     flops: float  # bfloat16 FLOP/s
     memory: float  # bytes
     bandwidth: float  # bytes/s of main memory
     link: float  # bytes/s to the other chips of its node or slice, one way
-    network: float  # bytes/s to other nodes; of a TPU slice, whose chips are all linked, the same as ``link``
+    network: float  # bytes/s to other nodes; for TPUs the same as ``link``, which connects the whole slice
 
 
 CHIPS = {
@@ -33,7 +33,7 @@ CHIPS = {
     )
 }
 
-# What JAX calls them (``device_kind``); the first that is part of the lower-cased name counts.
+# Substrings of JAX's ``device_kind``, lower-cased; the first match wins.
 KINDS = (
     ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5p", "v5p"), ("v5", "v5p"), ("v6 lite", "v6e"), ("v6e", "v6e"), ("v4", "v4"),
     ("h100", "h100"), ("h200", "h200"), ("h20", "h20"), ("a100", "a100"),
@@ -41,6 +41,6 @@ KINDS = (
 
 
 def find(device_kind: str) -> Chip | None:
-    """The chip that JAX calls ``device_kind`` ("TPU v5 lite", "NVIDIA H100 80GB HBM3"); None for one not listed."""
+    """The chip for JAX's ``device_kind`` ("TPU v5 lite", "NVIDIA H100 80GB HBM3"); None if it is not listed."""
     kind = device_kind.lower()
     return next((CHIPS[name] for part, name in KINDS if part in kind), None)

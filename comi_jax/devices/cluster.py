@@ -1,6 +1,6 @@
-"""Who this process is among those of its run, as three variables, Slurm or a TPU pod say.
+"""The coordinator, process count and process index of a run, from Slurm, a TPU pod or three variables.
 
-Where neither of the others does, these do; where they are set, they are what counts:
+Several processes outside Slurm and TPU pods need these variables; where set, they take precedence:
 
     COMI_COORDINATOR=HOST:PORT  COMI_PROCESSES=N  COMI_PROCESS=I
 """
@@ -14,26 +14,26 @@ from comi_jax.config import ConfigError
 from comi_jax.devices import machine
 
 COORDINATOR, PROCESSES, PROCESS = "COMI_COORDINATOR", "COMI_PROCESSES", "COMI_PROCESS"
-SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID")  # set together in what srun starts
-SLURM_PORTS = (61440, 4096)  # the first, and how many: above those that Linux gives to outgoing connections
+SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID")  # srun sets all of them
+SLURM_PORTS = (61440, 4096)  # first port and number of ports: above Linux's default ephemeral range
 TPU_PORT = 8482
-METADATA = "metadata.google.internal"  # where a TPU VM is told what it belongs to
+METADATA = "metadata.google.internal"  # the metadata server of a TPU VM
 
 
 @dataclass(frozen=True)
 class Member:
-    """One process of several."""
+    """The identity of this process in a run of several."""
 
     coordinator: str  # HOST:PORT of process 0
     count: int
     index: int
-    gpus: tuple[int, ...] | None = None  # those it takes, of the ones it can see; None: all
+    gpus: tuple[int, ...] | None = None  # indices among its visible GPUs; None: all of them
 
 
 def find(environment: Mapping[str, str]) -> Member | None:
-    """Who this process is; None if it is the only one.
+    """This process's place in its run; None if it is the only process.
 
-    Raises ConfigError for variables that do not go together.
+    Raises ConfigError for variables that are incomplete or contradict each other.
     """
     gpus = own_gpus(environment)
     if any(environment.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)):
@@ -48,7 +48,7 @@ def find(environment: Mapping[str, str]) -> Member | None:
 
 
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """The whole number that the variable ``name`` holds. Raises ConfigError for anything else."""
+    """The variable ``name`` as a non-negative integer; ``default`` if unset or empty. Raises ConfigError otherwise."""
     text = environment.get(name) or str(default)
     if not text.isdecimal():
         raise ConfigError(f"{name}={text} is not a whole number")
@@ -56,7 +56,7 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def address(coordinator: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT, where HOST may be [an IPv6 address]."""
+    """Host and port of HOST:PORT; HOST may be an IPv6 address in brackets. Raises ConfigError for anything else."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"{COORDINATOR}={coordinator} is not HOST:PORT, as node1:1234 is")
@@ -82,7 +82,7 @@ def _slurm(environment: Mapping[str, str], gpus: tuple[int, ...] | None) -> Memb
     if count == 1:
         return None
     first, ports = SLURM_PORTS
-    # Another port in each step: what is left of the one before may still hold that one's.
+    # A different port for each step: a leftover process of the previous step may still hold its port.
     step = 13 * number(environment, "SLURM_JOB_ID", 0) + number(environment, "SLURM_STEP_ID", 0)
     port = number(environment, "JAX_COORDINATOR_PORT", first + step % ports)
     host = first_host(environment["SLURM_STEP_NODELIST"])
@@ -90,13 +90,13 @@ def _slurm(environment: Mapping[str, str], gpus: tuple[int, ...] | None) -> Memb
 
 
 def first_host(nodes: str) -> str:
-    """The first of a Slurm list of nodes, such as ``a3`` of a[3-5,9],b1."""
+    """The first node of a Slurm node list: ``a3`` for a[3-5,9],b1."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
 def tasks_here(environment: Mapping[str, str]) -> int:
-    """How many tasks of this Slurm step are on this node: of 2(x3),1 the node's own; 1 outside of a step."""
+    """The number of tasks of this Slurm step on this node, from a list such as 2(x3),1; 1 outside a step."""
     tasks: list[int] = []
     for entry in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry):
@@ -106,17 +106,17 @@ def tasks_here(environment: Mapping[str, str]) -> int:
 
 
 def own_gpus(environment: Mapping[str, str], visible: int | None = None) -> tuple[int, ...] | None:
-    """Which of the ``visible`` GPUs (by default those that this machine shows) this process takes: its share where
-    several tasks of a Slurm step see the same ones. None, for all it sees: where it is the only task of its node, or
-    Slurm has shared them out, or the user (JAX_LOCAL_DEVICE_IDS).
+    """The GPUs of this process, as indices among the ``visible`` ones (default: counted on this machine), when several
+    tasks of a Slurm step see the same GPUs. None, for all visible GPUs, if this is the node's only task, or if Slurm
+    or the user (JAX_LOCAL_DEVICE_IDS) has already assigned GPUs to tasks.
 
-    Raises ConfigError where they cannot be shared out evenly.
+    Raises ConfigError if the GPUs do not divide evenly among the tasks.
     """
     tasks = tasks_here(environment)
     if tasks == 1 or any(environment.get(name) for name in ("SLURM_GPUS_PER_TASK", "JAX_LOCAL_DEVICE_IDS")):
         return None
     visible = machine.visible_gpus(environment) if visible is None else visible
-    if visible < max(tasks, number(environment, "SLURM_GPUS_ON_NODE", 0)):  # each sees its own
+    if visible < max(tasks, number(environment, "SLURM_GPUS_ON_NODE", 0)):  # Slurm shows each task only its own GPUs
         return None
     if visible % tasks:
         raise ConfigError(
@@ -131,7 +131,7 @@ def own_gpus(environment: Mapping[str, str], visible: int | None = None) -> tupl
 
 
 def _tpu(ask: Callable[[str], str | None]) -> Member | None:
-    """From what Kubernetes tells every host of a slice, or several slices."""
+    """From the variables that GKE sets on every host of one or more slices, read with ``ask``."""
     entries = (ask("TPU_PROCESS_ADDRESSES") or ask("TPU_WORKER_HOSTNAMES") or "").split(",")
     hosts = [entry.strip().rsplit(":", 1)[0] for entry in entries if entry.strip()]
     known = {name: ask(name) or "" for name in ("TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")}
@@ -148,7 +148,7 @@ def _tpu(ask: Callable[[str], str | None]) -> Member | None:
 def _tpu_vm(environment: Mapping[str, str]) -> Member | None:
     """From the metadata server of a TPU VM."""
     server = environment.get("GCE_METADATA_IP", METADATA)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine's own network
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach link-local addresses
 
     def attribute(name: str) -> str:
         url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
@@ -162,7 +162,7 @@ def _tpu_vm(environment: Mapping[str, str]) -> Member | None:
                 f"process is ({url}: {error}); leave it out, or set {COORDINATOR}, {PROCESSES} and {PROCESS}"
             ) from None
 
-    # A worker is a host's name, or name:id:address.
+    # An entry is a host name, or name:id:address.
     workers = [worker.split(":")[-1] for worker in attribute("worker-network-endpoints").split(",")]
     known = dict(environment)
     for line in attribute("tpu-env").splitlines():

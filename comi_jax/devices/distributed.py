@@ -1,11 +1,11 @@
-"""Many processes as one run: how they find each other, and what happens when one is gone.
+"""One run of several processes: how they join, and what happens when a peer process is gone.
 
-One process alone needs nothing. Several are started by a launcher (``launch/``), each with the same command:
-``cluster`` says which of them this one is, all meet at a coordinator, process 0, in ``rollcall``, and then under
-``jax.distributed``.
+A single process needs none of this. A launcher (``launch/``) starts several processes with the same command.
+``cluster`` finds the index of this one, ``rollcall`` is the rendezvous at the coordinator (process 0), and
+``jax.distributed`` then connects them.
 
-Every process counts aloud at the coordinator. One that has not been heard for COMI_HEARTBEAT seconds is gone, dead or
-stopped; the others say which it is and end, since no step can be finished without it.
+Every process sends heartbeats to the coordinator. A process whose heartbeat is missing for COMI_HEARTBEAT seconds is
+dead, stopped or cut off. The others name it and exit, because no step can finish without it.
 """
 
 import atexit
@@ -27,15 +27,15 @@ from comi_jax.config import ConfigError
 from comi_jax.devices import cluster, rollcall
 
 HEARTBEAT = 60  # seconds; JAX's own default is 100
-AGAIN = 75  # exit status, sysexits.h's for "try again", of a process that ends because another is gone
-DONE = "done"  # the last beat of a process that ends well
-NEWS = 3.0  # seconds in which every process has seen what another said
+AGAIN = 75  # exit status when a peer process is gone: EX_TEMPFAIL of sysexits.h, "try again"
+DONE = "done"  # the last heartbeat of a process that ends normally
+NEWS = 3.0  # seconds until every process has seen a peer's message
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
-    """Join the other processes of this run, if there are any. Call it before JAX is used.
+    """Join the peer processes of this run, if any, and start the watchdog. Call it before JAX is used.
 
-    Raises ConfigError for variables that do not go together, or when the others cannot be reached.
+    Raises ConfigError for variables that are incomplete or contradict each other, and if the peers cannot be reached.
     """
     member = cluster.find(environment)
     if member is None:
@@ -46,12 +46,12 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     named = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] (JAX makes it as it starts)
     if (named or "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it knows SIGTERM alone, and steps alone: see signals.py
-    os.environ["no_grpc_proxy"] = cluster.address(member.coordinator)[0]  # no proxy knows the way to it
+    jax.config.update("jax_enable_preemption_service", False)  # handles only SIGTERM, at steps: see signals.py
+    os.environ["no_grpc_proxy"] = cluster.address(member.coordinator)[0]  # proxies cannot reach it
     jax.config.update("jax_check_proxy_envs", False)
     try:
-        # JAX would look for a cluster again, and under Slurm take one GPU for each task. Its own end of a process names
-        # nobody that a user knows; it is the second resort.
+        # JAX's own cluster detection would take one GPU per task under Slurm. Its heartbeat timeout is longer than the
+        # watchdog's, because it is only the fallback: its error does not tell the user which host is lost.
         jax.distributed.initialize(
             member.coordinator,
             member.count,
@@ -73,32 +73,32 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is process 0, which writes the files that exist once per run."""
     return jax.process_index() == 0
 
 
 def meet(name: str) -> None:
-    """Wait until every process has come to the place in the program called ``name``; nothing with one process. The
-    devices stay idle: the wait may be long."""
+    """A barrier called ``name`` over all processes, at the coordinator. It needs no device, so the wait may be long.
+    Does nothing in a run of one process."""
     if jax.process_count() > 1:
         _store().wait_at_barrier(name, 2**31 - 1)
 
 
 def _store() -> Any:
-    """The coordinator's key-value store, with its barriers. It is there wherever there are several processes."""
+    """The coordinator's key-value store and barriers; it exists in every run of several processes."""
     return jax_distributed.global_state.client
 
 
 def agreed(value: Any) -> Any:
-    """The first process's ``value``, numbers in NumPy arrays of the same shapes everywhere, in all processes."""
+    """Process 0's ``value`` in every process: a tree of numeric NumPy arrays, of the same shapes in all processes."""
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 
 
 class Peers:
-    """The processes of a run, and what they tell each other by way of the coordinator's store.
+    """The processes of a run, and their messages to each other through the coordinator's key-value store.
 
-    A store that fails is asked again for ``patience`` seconds, then its JaxRuntimeError is raised: a busy coordinator
-    may be slow to answer, and one that is gone does not come back.
+    A failed request is retried for ``patience`` seconds, as a busy coordinator may be slow to answer. After that its
+    JaxRuntimeError is raised, as a coordinator that is gone does not come back.
     """
 
     def __init__(self, store: Any, index: int, count: int, patience: float = HEARTBEAT):
@@ -106,11 +106,11 @@ class Peers:
         self._store, self._patience = store, patience
 
     def say(self, what: str, value: str) -> None:
-        """Let all processes know ``value`` as this one's ``what``."""
+        """Publish ``value`` under the key ``what`` of this process."""
         self._ask(self._store.key_value_set, f"comi/{what}/{self.index}", value, allow_overwrite=True)
 
     def said(self, what: str) -> dict[int, str]:
-        """``what`` of every process that has said it so far."""
+        """The values published under ``what`` so far, by process index."""
         known = self._ask(self._store.key_value_dir_get, f"comi/{what}/")
         return {int(key.rsplit("/", 1)[1]): value for key, value in known}
 
@@ -126,7 +126,7 @@ class Peers:
 
 
 def peers() -> Peers | None:
-    """The processes of this run; None if there is one, or they have not met: JAX is not started to look."""
+    """The processes of this run; None for a single process or before they have joined. Does not initialise JAX."""
     if jax_distributed.global_state.client is None or jax.process_count() == 1:
         return None
     patience = cluster.number(os.environ, "COMI_HEARTBEAT", HEARTBEAT)
@@ -134,17 +134,17 @@ def peers() -> Peers | None:
 
 
 class Watch(threading.Thread):
-    """Counts aloud for this process and listens to the others."""
+    """The watchdog: sends this process's heartbeats, and ends this process when a peer process is gone."""
 
     def __init__(self, peers: Peers, timeout: float, end: Callable[[str, int], None] | None = None):
         super().__init__(name="comi-watch", daemon=True)
         self._peers, self._timeout, self._end = peers, timeout, end or _end
         self._closed = threading.Event()
-        self._answered = time.monotonic()  # when the coordinator last did
+        self._answered = time.monotonic()  # time of the coordinator's last answer
         self._names: dict[int, str] = {}
 
     def close(self) -> None:
-        """Stop watching, at the end of the program: a thread that Python ends within JAX's C++ aborts the process."""
+        """Stop before the interpreter exits: a thread that is killed inside JAX's C++ would abort the process."""
         self._closed.set()
         self.join(NEWS)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -158,7 +158,11 @@ class Watch(threading.Thread):
             self._closed.set()
 
     def _look_at_the_clock(self) -> None:
-        """A call over a cable that is cut comes back after minutes, later than JAX ends the process without a name."""
+        """End this process if the coordinator has not answered within the timeout.
+
+        A call over a cut connection returns after minutes; by then JAX would have ended the process without naming the
+        cause.
+        """
         while not self._closed.wait(min(1.0, self._timeout / 5)):
             if time.monotonic() - self._answered > self._timeout:
                 self._end(self._no_answer(), AGAIN)
@@ -166,7 +170,7 @@ class Watch(threading.Thread):
 
     def _listen(self) -> None:
         peers, beat = self._peers, 0
-        heard: dict[int, tuple[str, float]] = {}  # by process: what it said last, and when that was new
+        heard: dict[int, tuple[str, float]] = {}  # by process: its last heartbeat and when it arrived
         try:
             peers.say("name", f"{socket.gethostname()}, pid {os.getpid()}")
             while not self._closed.wait(min(1.0, self._timeout / 5) if beat else 0):
@@ -182,7 +186,7 @@ class Watch(threading.Thread):
                 self._answered = time.monotonic()
                 silent = {process for process, (_, since) in heard.items() if now - since > self._timeout}
                 gone = [process for process in silent if heard[process][0] != DONE]
-                if left and peers.index not in left:  # one that said so itself is on its way out
+                if left and peers.index not in left:  # a process that published "left" is exiting already
                     process, said = next(iter(left.items()))
                     status, why = said.split(" ", 1)
                     self._leave(f"process {process} of {peers.count} ended: {why}", int(status))
@@ -196,7 +200,7 @@ class Watch(threading.Thread):
             self._end(self._no_answer(), AGAIN)
 
     def _leave(self, message: str, status: int) -> None:
-        if self._peers.index == 0:  # which holds the store, where the others have yet to look
+        if self._peers.index == 0:  # it hosts the store, which the peers still have to read
             time.sleep(min(NEWS, self._timeout))
         self._end(message, status)
 
@@ -218,7 +222,7 @@ class Watch(threading.Thread):
 
 @contextlib.contextmanager
 def tidying(tidy: Callable[[], None]) -> Iterator[None]:
-    """While this holds, ``tidy`` is called before this process is ended by the news from another."""
+    """Within this context, ``tidy`` runs before the watchdog, or ``leave`` in a run of several, ends this process."""
     _TIDY.append(tidy)
     try:
         yield
@@ -227,39 +231,41 @@ def tidying(tidy: Callable[[], None]) -> Iterator[None]:
 
 
 def leave(message: str, status: int = 1) -> NoReturn:
-    """End this process with ``message`` on standard error and ``status``; of several, the others are told and end too,
-    with the same status: a launcher starts no run again that the user has to mend."""
+    """End this process and its peers with the exit status ``status`` and ``message`` on standard error. All exit with
+    the same status, so that a launcher does not restart a run that the user has to fix. A single process exits with
+    status 1."""
     everyone = peers()
     if everyone is None:
         sys.exit(f"error: {message}")
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there to be told
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # no peer is left to tell
         everyone.say("left", f"{status} {message}")
         time.sleep(NEWS)
     _end(message, status)
 
 
 def failed(error: Exception) -> tuple[str, int]:
-    """What to say of an ``error`` in a step, and the status to end with: after the watch has had its time to say more,
-    that another process may be the cause. Raises ``error`` where there is no other."""
+    """The message and exit status for an ``error`` in a step. First gives the watchdog time to end this process with a
+    better message, as a lost peer process may be the cause. Raises ``error`` in a run of one process."""
     if jax.process_count() == 1:
         raise error
     listen()
     reason = str(error).splitlines()[0]
-    status = 1 if reason.startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")) else AGAIN  # the same would come again
+    status = 1 if reason.startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")) else AGAIN  # 1: would fail again
     return f"a step failed in process {jax.process_index()} of {jax.process_count()}: {reason}", status
 
 
 def listen() -> None:
-    """Wait as long as the watch needs to hear that another process is gone. If one is, it ends this one: it looks
-    every second and lets the others hear of it first."""
+    """Wait long enough for the watchdog to notice that a peer process is gone. If one is, the watchdog ends this
+    process. The wait covers its polling interval and the delay of process 0, whose exit takes the store with it."""
     time.sleep(cluster.number(os.environ, "COMI_HEARTBEAT", HEARTBEAT) + 3 * NEWS)
 
 
 def of_all(error: Exception) -> bool:
-    """Whether ``error`` comes from what several processes do together: the cause may be that another is gone.
+    """Whether ``error`` comes from a collective operation, so that the cause may be a lost peer process.
 
-    A JaxRuntimeError does. A program that fails as it is started raises a ValueError, as TensorStore does for a full
-    disk: what is no OSError is this process's own only after the watch has heard of no other that is gone.
+    A JaxRuntimeError does. A ValueError may come from a program that fails at dispatch, or from TensorStore on a full
+    disk. So for anything but an OSError, the watchdog first gets time to end this process; if it does not, the error
+    is this process's own.
     """
     if jax.process_count() == 1:
         return False
@@ -271,8 +277,9 @@ def of_all(error: Exception) -> bool:
 
 
 def unexpected(error: Exception) -> str:
-    """What to say of an ``error`` that nobody foresaw, whose traceback is printed: the others would wait for this
-    process. It too may come of another that is gone. Raises ``error`` where there are none."""
+    """The message for an unexpected ``error``, after printing its traceback. The caller ends this process with it, as
+    the peers would wait for this process forever. A lost peer may be the cause, so the watchdog gets time to act
+    first. Raises ``error`` in a run of one process."""
     if jax.process_count() == 1:
         raise error
     traceback.print_exception(error)
@@ -288,4 +295,4 @@ def _end(message: str, status: int) -> NoReturn:
         with contextlib.suppress(OSError):
             tidy()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(status)  # another thread waits in a collective, from which nothing calls it back
+    os._exit(status)  # another thread may be blocked in a collective, which cannot be interrupted

@@ -1,18 +1,19 @@
-"""The devices of this machine as its own tools show them: none of them may lie idle without a word."""
+"""The accelerators of this machine, counted without JAX, so that unused ones are reported."""
 
 import os
 import shutil
 import subprocess
 from collections.abc import Mapping
 
-from jax._src import hardware_utils  # which TPUs are on the PCI bus has no public name
+from jax._src import hardware_utils  # there is no public API that counts the TPUs on the PCI bus
 
 
 def accelerators(environment: Mapping[str, str] = os.environ) -> tuple[int, str]:
-    """How many accelerators this run could use on this machine, and what says so; (0, "") for none.
+    """The number of accelerators of this machine that the run could use, and the source of that number; (0, "") for
+    none.
 
-    What the user named counts: a platform "cpu", CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS, JAX_LOCAL_DEVICE_IDS. Of a
-    node that is not the job's alone, what Slurm gave to it.
+    The first that applies decides: JAX_PLATFORMS=cpu (none), JAX_LOCAL_DEVICE_IDS, SLURM_GPUS_ON_NODE (the allocation
+    on a shared node), CUDA_VISIBLE_DEVICES, nvidia-smi, TPU_VISIBLE_CHIPS, TPU_VISIBLE_DEVICES, the PCI bus.
     """
     if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return 0, ""
@@ -31,7 +32,7 @@ def accelerators(environment: Mapping[str, str] = os.environ) -> tuple[int, str]
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """How many of this machine's NVIDIA GPUs a program may see."""
+    """The number of NVIDIA GPUs that are visible to a program on this machine."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return len([name for name in named.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
@@ -40,6 +41,6 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
         return 0
     try:
         listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):  # a driver that does not answer gives JAX no GPU either
+    except (OSError, subprocess.TimeoutExpired):  # without a working driver JAX finds no GPU either
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -1,7 +1,7 @@
-"""All processes of a run call at process 0 before JAX starts: what fails in JAX's own joining aborts without a name.
+"""The rendezvous of all processes at process 0 before JAX starts; JAX's own aborts without naming who is missing.
 
-Process 0 listens at the coordinator's port, every process (itself too, by the name that the others use) calls and says
-who it is, and when all have, each is told to go on. JAX then takes the port.
+Process 0 listens on the coordinator's port. Every process connects and sends its identity; process 0 does so too, by
+the host name that its peers use. When all have connected, each is told to continue, and JAX takes over the port.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from comi_jax.devices import cluster
 from comi_jax.devices.cluster import Member
 
 HELLO, GO, REFUSED = "comi", "go", "refused "
-TRY = 5.0  # seconds for one connection, for its first line, and beyond the time to wait until process 0 gives up
+TRY = 5.0  # seconds to connect, to receive one line, and to outwait process 0's deadline
 
 
 def meet(member: Member, wait: int) -> None:
-    """Return when all processes have called. Raises ConfigError, in all that can be reached, when that is not so
-    within ``wait`` seconds, or when two say that they are the same."""
+    """Return when all processes have connected. Raises ConfigError, in every process that can be reached, if some are
+    missing after ``wait`` seconds, if two have the same index, or if they disagree on the number of processes."""
     until = time.monotonic() + wait
     if member.index:
         _call(member, wait, until)
@@ -36,7 +36,7 @@ def meet(member: Member, wait: int) -> None:
 
 
 def _call(member: Member, wait: int, until: float) -> None:
-    """Say who this process is, and wait for the answer."""
+    """Send this process's identity to process 0 and wait for its answer; retry until ``until``."""
     host, port = cluster.address(member.coordinator)
     who = f"{HELLO} {member.index} {member.count} {socket.gethostname()}, pid {os.getpid()}\n"
     while True:
@@ -63,9 +63,9 @@ def _call(member: Member, wait: int, until: float) -> None:
 
 
 def _listen(member: Member, patience: float) -> socket.socket:
-    """A socket at the coordinator's port, on all addresses, as JAX's own will be."""
+    """A socket that listens on the coordinator's port, on all addresses, as JAX's will."""
     _, port = cluster.address(member.coordinator)
-    until = time.monotonic() + patience  # what ran here before may be about to end
+    until = time.monotonic() + patience  # an earlier process may be about to free the port
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     while True:
@@ -81,7 +81,7 @@ def _listen(member: Member, patience: float) -> socket.socket:
 
 
 def _hold(server: socket.socket, member: Member, wait: int, until: float) -> None:
-    """Take the calls until all have come, or one that cannot be right, and answer them."""
+    """Accept connections until every process has connected, one contradicts the others or time is up; answer all."""
     here: dict[int, tuple[socket.socket, str]] = {}
     lines, answer = [], ""
     while not answer:
@@ -97,7 +97,7 @@ def _hold(server: socket.socket, member: Member, wait: int, until: float) -> Non
             break
         index, count, name = _hear(lines[-1])
         here = {known: entry for known, entry in here.items() if not _hung_up(entry[0])}
-        if index < 0:  # somebody else's
+        if index < 0:  # an unrelated connection
             lines.pop().close()
         elif count != member.count:
             answer = (
@@ -114,7 +114,7 @@ def _hold(server: socket.socket, member: Member, wait: int, until: float) -> Non
             answer = GO if len(here) == count else ""
     for line in lines:
         _answer(line, answer)
-    if answer != GO:  # those who come late hear it too
+    if answer != GO:  # latecomers get the same answer
         server.settimeout(TRY)
         until = time.monotonic() + TRY
         with contextlib.suppress(TimeoutError):
@@ -125,14 +125,14 @@ def _hold(server: socket.socket, member: Member, wait: int, until: float) -> Non
 
 
 def _answer(line: socket.socket, words: str) -> None:
-    """Tell a caller, which may have hung up meanwhile."""
+    """Send ``words`` to a process, which may have disconnected meanwhile."""
     with contextlib.suppress(OSError), line:
         line.settimeout(TRY)
         line.sendall(f"{words}\n".encode())
 
 
 def _hear(line: socket.socket) -> tuple[int, int, str]:
-    """Index, count and name that a caller says; an index below 0 for one that says something else."""
+    """Process index, process count and name that a connection sends; an index below 0 if it sends anything else."""
     line.settimeout(TRY)
     try:
         words = line.makefile(errors="replace").readline(200).split(maxsplit=3)
@@ -144,7 +144,7 @@ def _hear(line: socket.socket) -> tuple[int, int, str]:
 
 
 def _hung_up(line: socket.socket) -> bool:
-    """Whether a caller that waits for its answer has gone."""
+    """Whether a process that waits for its answer has disconnected."""
     try:
         line.setblocking(False)
         return line.recv(1, socket.MSG_PEEK) == b""

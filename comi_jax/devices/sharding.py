@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, one table from logical to mesh axes, and the sharding of a batch."""
+"""The device mesh, the table from logical to mesh axes, and the shardings of parameters and batches."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,9 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def make_mesh(settings: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over ``devices``, or all there are; the size that is 0 takes those that the others leave."""
+    """The mesh over ``devices`` (default: all). An axis of size 0 takes the remaining devices.
+
+    Raises ConfigError if the sizes do not multiply to the number of devices."""
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(settings, axis) for axis in AXES]
     rest = math.prod(size for size in sizes if size)
@@ -36,14 +38,14 @@ def make_mesh(settings: Mesh, devices: Sequence[Any] | None = None) -> jax.shard
             f"{' x '.join(f'mesh.{axis}' for axis in AXES)} = {' x '.join(map(str, shape))} does not make the "
             f"{len(devices)} devices there are"
         )
-    # jax.make_mesh splits an axis of a TPU slice over two of ours on v5e alone.
+    # jax.make_mesh splits a physical axis of a TPU slice over two mesh axes only on v5e.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
-    """How many micro-batches an update takes: optimizer.accumulate, or so many that each has one context a device.
-    Raises ConfigError if their contexts do not divide over the devices."""
+    """The number of micro-batches per update: optimizer.accumulate or, if that is 0, as many as give each device
+    one context at a time. Raises ConfigError if the contexts of a micro-batch do not divide over the devices."""
     contexts, devices = config.train.batch_size // config.train.share_context, row_shards(mesh)
     parts = config.optimizer.accumulate or max(contexts // devices, 1)
     if contexts % (parts * devices):
@@ -55,7 +57,7 @@ def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
 
 
 def check_heads(backbone: Backbone, mesh: jax.sharding.Mesh) -> None:
-    """Refuse a mesh whose context axis cannot share out the heads: attention splits them over it while it runs."""
+    """Raises ConfigError if the heads do not divide over the context axis, over which attention splits them."""
     heads, tensor, parts = backbone.num_attention_heads, mesh.shape["tensor"], mesh.shape["context"]
     here = heads // tensor if backbone.num_key_value_heads % tensor == 0 else heads
     if here % parts:
@@ -66,7 +68,9 @@ def check_heads(backbone: Backbone, mesh: jax.sharding.Mesh) -> None:
 
 
 def partition_spec(spec: ParamSpec, mesh: jax.sharding.Mesh) -> PartitionSpec:
-    """Mesh axes of a parameter's dimensions; a dimension that an axis does not divide is not split over it."""
+    """The mesh axes of each dimension of a parameter. An axis that does not divide the dimension is left out.
+
+    Raises ValueError if two dimensions use the same mesh axis."""
     dimensions: list[tuple[str, ...]] = []
     for size, logical in zip(spec.shape, spec.axes, strict=True):
         axes: tuple[str, ...] = ()
@@ -86,34 +90,34 @@ def parameters(specs: Tree, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]
 
 
 def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Where the arrays of a batch lie: split over data and fsdp along their first axis."""
+    """The sharding of a batch's arrays: the first axis is split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def own_contexts(mesh: jax.sharding.Mesh, count: int) -> range:
-    """Which of the ``count`` contexts of a micro-batch the devices of this process need."""
+    """The range of a micro-batch's ``count`` contexts that this process's devices need."""
     indices = rows(mesh).addressable_devices_indices_map((count,)).values()
     needed = [index[0].indices(count) for index in indices if index]
     return range(min(first for first, _, _ in needed), max(end for _, end, _ in needed))
 
 
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """``batch``, or each of its micro-batches, of which every process has at least its ``own_contexts``, on the
-    devices."""
+    """Put ``batch``, one micro-batch or a tree of several, on the devices. The host arrays need to hold valid data only
+    for this process's ``own_contexts``."""
     home = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda index: x[index]), batch)
 
 
 def row_axes(rows: int, mesh: jax.sharding.Mesh) -> tuple[str, ...] | None:
-    """The mesh axes that so many ``rows`` are split over; None if they do not divide, and every device has all."""
+    """The mesh axes that ``rows`` rows are split over; None if they do not divide, so that every device has all."""
     return None if rows % row_shards(mesh) else ("data", "fsdp")
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
-    """How many parts rows are split into."""
+    """The number of shards that rows are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
-    """The kind of ``mesh``'s devices, which need not be those of this process: "cpu", "gpu" or "tpu"."""
+    """The platform of ``mesh``'s devices, "cpu", "gpu" or "tpu"; it may differ from this process's default."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

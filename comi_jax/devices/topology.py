@@ -1,7 +1,7 @@
-"""Chips that are not there: devices to compile for, by a name such as ``v5e:8x8`` or ``h100:64``.
+"""Devices for compilation without the hardware, by a name such as ``v5e:8x8`` or ``h100:64``.
 
-A TPU slice needs its compiler, libtpu; GPUs need JAX's CUDA plugin, and a description of the GPU, which is written here
-from its data sheet. Neither needs the hardware.
+TPU slices need libtpu, their compiler. GPUs need JAX's CUDA plugin and a description of the GPU, which this module
+writes from its data sheet.
 """
 
 import dataclasses
@@ -16,25 +16,25 @@ from comi_jax.config import ConfigError
 from comi_jax.devices import chips
 
 GPUS_PER_NODE = 8
-# Streaming multiprocessors, bytes of second-level cache and GHz of the GPUs that are described: all of compute
-# capability 9.0, which sets the other limits.
+# Streaming multiprocessors, bytes of L2 cache and GHz of each GPU. All have compute capability 9.0, which fixes the
+# other limits.
 GPUS = {"h100": (132, 50 * 2**20, 1.98), "h200": (132, 50 * 2**20, 1.98)}
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices that a program can be compiled for."""
+    """Compile-only devices."""
 
     name: str
     chip: chips.Chip
     devices: tuple[Any, ...]
-    per_node: int | None  # devices that ``chip.link`` connects; None: all
+    per_node: int | None  # devices connected by ``chip.link``; None: all
 
 
 def find(name: str) -> Topology:
-    """The devices that ``name`` stands for. Raises ConfigError for a name that means nothing, and where the compiler
-    for such chips is not installed. Call it before JAX has been used: it is told to look for no accelerator here."""
+    """The compile-only devices called ``name``. Raises ConfigError for an unknown name, and if the compiler for these
+    chips is not installed. Call it before JAX is used: it restricts JAX to the CPU of this machine."""
     kind, _, shape = name.partition(":")
     if kind not in (*TPUS, *GPUS) or not shape:
         known = f"{', '.join(TPUS)} with a shape (v5e:8x8, v5p:2x2x1), {', '.join(GPUS)} with a number (h100:8)"
@@ -47,11 +47,11 @@ def find(name: str) -> Topology:
 def _tpus(name: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"compiling for {name} needs the TPU compiler, which is not here: pip install '.[plan]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a chip that only one process may hold
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to query
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # libtpu's lock protects a chip, and there is none
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # whatever libtpu has against the name comes as a bare JaxRuntimeError
+    except Exception as error:  # libtpu reports every problem with the name as a bare JaxRuntimeError
         raise ConfigError(f"the TPU compiler cannot take {name}: {str(error).splitlines()[0]}") from None
 
 
@@ -74,7 +74,7 @@ def _gpus(kind: str, shape: str, name: str) -> list[Any]:
 
 
 def describe_gpu(kind: str) -> str:
-    """An XLA GpuTargetConfigProto, as text, of a GPU of compute capability 9.0."""
+    """The XLA GpuTargetConfigProto, in text format, of a GPU of compute capability 9.0."""
     cores, cache, clock = GPUS[kind]
     chip = chips.CHIPS[kind]
     info = {

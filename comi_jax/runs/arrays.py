@@ -1,4 +1,4 @@
-"""Arrays as folders, written by Orbax and sealed with checksums before they are renamed into place."""
+"""Folders of arrays, written by Orbax and sealed with checksums before they are renamed into place."""
 
 import contextlib
 import logging
@@ -17,19 +17,20 @@ from comi_jax.runs import checksums
 from comi_jax.runs.checksums import CheckpointError, DamageError
 from comi_jax.runs.readback import VerifyingHandler
 
-WRITING = ".orbax-checkpoint-tmp"  # as Orbax names what is not complete
+WRITING = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder that is not complete
 Say = Callable[[str], None]
-# What Orbax takes for a pattern or the address of a bucket, and TensorStore for a separator or for no text at all.
 OPEN = Path("/proc/self/fd")
+# Characters that Orbax reads as a glob pattern or a bucket's URL, and TensorStore as a separator or as invalid text.
 ODD = re.compile(r"[*?\[\]\\]|:/|[\ud800-\udfff]")
 
 
 @contextlib.contextmanager
 def plain(path: Path) -> Iterator[Path]:
-    """``path``, whose own name is plain, as one that Orbax and TensorStore take as it is: where a folder above it has
-    characters that mean something to them, by the number under which that folder is opened here.
+    """``path`` in a form that Orbax and TensorStore take literally. If a folder above has characters that are special
+    to them, that is a path through the parent's file descriptor, /proc/self/fd/N. The last component of ``path`` must
+    have no such characters.
 
-    Raises CheckpointError on a system without such numbers."""
+    Raises CheckpointError for special characters on a system without /proc/self/fd."""
     path = path.absolute()
     if not ODD.search(str(path)):
         yield path
@@ -48,7 +49,9 @@ def plain(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reading(path: Path, advice: str = "") -> Iterator[None]:
-    """Turn what Orbax raises for a damaged folder, which may be a bare Exception, into a CheckpointError."""
+    """Turn Orbax's errors for a damaged folder, which may be a bare Exception, into a DamageError that names ``path``.
+
+    A CheckpointError passes unchanged, and so does an error that a lost peer process may have caused."""
     try:
         yield
     except CheckpointError:
@@ -62,7 +65,7 @@ def reading(path: Path, advice: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def intact(path: Path) -> Iterator[None]:
-    """What fails in here is no damage: the files at ``path`` are those that were written."""
+    """Turn a DamageError into a plain CheckpointError: the files at ``path`` are known to be as they were written."""
     try:
         yield
     except DamageError as error:
@@ -71,21 +74,21 @@ def intact(path: Path) -> Iterator[None]:
 
 
 def frugal(arrays: Mapping[str, jax.Array]) -> VerifyingHandler:
-    """Writes about an array at a time, and as it is: a model that fills the memory has no room for a copy of itself.
-    Compression, which gains little on weights, makes one and takes three times as long."""
+    """A writer that handles about one array at a time, uncompressed: a model that fills the memory leaves no room for a
+    second copy. Compression makes such a copy, takes three times as long and gains little on weights."""
     largest = max((array.nbytes for array in arrays.values()), default=0)
     return VerifyingHandler(save_concurrent_gb=largest // 10**9 + 1, use_compression=False)
 
 
 class SealedWriter:
-    """Orbax's asynchronous writer; what it has written is sealed before it is renamed into place."""
+    """Orbax's asynchronous writer, which seals the folder before the rename into place."""
 
     def __init__(self, handler: Any):
         self._temporary, self._path = Path(), contextlib.ExitStack()
-        # Orbax logs the traceback of what it raises, too, which is told by whoever waits; its warnings that a save is
-        # incomplete are of no more use than the comparison of ``readback``, which ends the save.
+        # Silence Orbax's log. It repeats the traceback of each error that it raises, which the waiting caller reports,
+        # and warns of incomplete saves, which ``readback`` detects and fails.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        # Orbax calls this when all files are complete, just before the rename.
+        # Orbax calls this when all files are complete, immediately before the rename.
         options = ocp.options.AsyncOptions(post_finalization_callback=lambda: checksums.seal(self._temporary))
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
 
@@ -97,7 +100,7 @@ class SealedWriter:
         self._writer.save(path, args=arguments, custom_metadata=dict(checksums.SEAL))
 
     def wait(self) -> None:
-        """Until the folder is complete. Raises what went wrong."""
+        """Wait until the folder is complete. Raises the error of a failed save."""
         with self._path:
             self._writer.wait_until_finished()
 
@@ -112,7 +115,7 @@ def write_once(folder: Path, handler: Any, arguments: Any) -> None:
         with contextlib.closing(SealedWriter(handler)) as writer:
             writer.save(folder, arguments)
             writer.wait()
-    except Exception as error:  # TensorStore's are ValueErrors
+    except Exception as error:  # TensorStore raises ValueError
         if distributed.of_all(error):
             raise
         free = shutil.disk_usage(folder.parent).free
@@ -120,24 +123,24 @@ def write_once(folder: Path, handler: Any, arguments: Any) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What the system said, if it is the system that refused."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore, which writes for Orbax, puts it
+    """The operating system's message if ``error`` has one, else the error's first line, at most 200 characters."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # the format of TensorStore, which writes for Orbax
     if code:
         return os.strerror(int(code[1]))
     return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).split("\n")[0][:200]
 
 
 def restore_arrays(folder: Path, like: Any) -> Any:
-    """The arrays of ``folder`` with the shapes, dtypes and places of ``like``."""
+    """The arrays of ``folder`` with the shapes, dtypes and shardings of ``like``."""
     with ocp.StandardCheckpointer() as reader, reading(folder):
         with plain(folder) as path:
             return reader.restore(path, like)
 
 
 def stored(folder: Path) -> Any:
-    """What ``folder`` holds, with shapes and dtypes."""
+    """Orbax's metadata of the arrays in ``folder``: a tree of shapes and dtypes."""
     with reading(folder), plain(folder) as path:
-        # Its annotation asks for the Path of etils.
+        # Orbax annotates this parameter as etils' Path.
         return ocp.StandardCheckpointHandler().metadata(path).tree  # pyright: ignore[reportArgumentType]
 
 

@@ -1,8 +1,8 @@
-"""A save is a promise: every array is opened again from disk and compared with what was handed to the writer.
+"""Verified saves: every array is read back from disk and compared with what the writer was given.
 
-Each process writes checksums of its own shards, taken from the host copies that Orbax writes, beside the arrays. When
-all are on disk the first process, which also seals and renames the folder, reads every shard of all of them once more:
-one shard at a time in host memory, none on a device. A folder that differs never gets a checkpoint's name.
+Each process writes the checksums of its own shards beside the arrays, computed from the host copies that Orbax writes.
+When all are on disk, process 0, which also seals and renames the folder, reads back every shard of every process: one
+at a time in host memory, none on a device. A folder that differs is never renamed to a checkpoint.
 """
 
 import concurrent.futures
@@ -21,13 +21,13 @@ import xxhash
 from comi_jax.runs.checksums import DamageError
 
 FORMAT = 1
-DIGESTS = "digests"  # digests.N.json: the shards of process N
-SHOWN = 3  # differences that are named
+DIGESTS = "digests"  # digests.N.json: checksums of the shards of process N
+SHOWN = 3  # the most differences that a message names
 
 
 class VerifyingHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's writer of a tree of arrays, which reads back what it has written before it is done. What differs is
-    told by ``say`` at once, and raised as DamageError by the writer that waits."""
+    """Orbax's writer of a tree of arrays, which also reads the arrays back before the save is complete. A difference is
+    reported through ``say`` at once, and raised as DamageError when the caller waits for the save."""
 
     def __init__(self, say: Callable[[str], None] | None = None, **options: Any):
         super().__init__(**options)
@@ -35,7 +35,7 @@ class VerifyingHandler(ocp.PyTreeCheckpointHandler):
 
     async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> list[Any]:
         written = await super().async_save(directory, item, save_args, args)
-        # Orbax has just made the host copies, so nothing is fetched from a device a second time.
+        # Orbax has already made the host copies: there is no second transfer from the devices.
         return [*(written or ()), _Digests(Path(getattr(directory, "path", directory)), args.item)]
 
     def finalize(self, directory: Any) -> None:
@@ -51,17 +51,17 @@ class VerifyingHandler(ocp.PyTreeCheckpointHandler):
 @ocp.args.register_with_handler(VerifyingHandler, for_save=True)
 @dataclasses.dataclass
 class VerifiedSave(ocp.args.PyTreeSave):
-    """A tree of arrays to write and to read back."""
+    """Orbax arguments: a tree of arrays to write and read back."""
 
 
 @ocp.args.register_with_handler(VerifyingHandler, for_restore=True)
 @dataclasses.dataclass
 class VerifiedRestore(ocp.args.PyTreeRestore):
-    """Orbax wants it; what is read is read by ``arrays``."""
+    """Unused, but Orbax requires it; ``arrays`` does the reading."""
 
 
 class VerifyingJson(ocp.JsonCheckpointHandler):
-    """The same for a JSON value."""
+    """Orbax's writer of a JSON value, which also reads it back. Raises DamageError if it differs."""
 
     async def async_save(self, directory: Any, item: Any = None, args: Any = None) -> list[Any] | None:
         self._given = json.dumps(args.item, sort_keys=True)
@@ -82,28 +82,28 @@ class VerifyingJson(ocp.JsonCheckpointHandler):
 @ocp.args.register_with_handler(VerifyingJson, for_save=True)
 @dataclasses.dataclass
 class VerifiedJson(ocp.args.JsonSave):
-    """A JSON value to write and to read back."""
+    """Orbax arguments: a JSON value to write and read back."""
 
 
 @ocp.args.register_with_handler(VerifyingJson, for_restore=True)
 @dataclasses.dataclass
 class VerifiedJsonRestore(ocp.args.JsonRestore):
-    """Orbax wants it; what is read is read by ``arrays``."""
+    """Unused, but Orbax requires it; ``arrays`` does the reading."""
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """What Orbax calls the array at ``path`` of a tree."""
+    """Orbax's name for the array at ``path`` of a tree."""
     return ".".join(str(next(getattr(key, k) for k in ("key", "idx", "name") if hasattr(key, k))) for key in path)
 
 
 def _title(directory: Path) -> str:
-    """What Orbax, which adds to the names of what is not complete, was told to call ``directory``."""
+    """The final name of ``directory``, without the suffix that Orbax adds until it is complete."""
     return directory.name.partition(".")[0]
 
 
 class _Digests:
-    """The checksums of this process's shards of ``tree``, computed in the background; ``result``, which Orbax asks for
-    when the arrays are written, puts them beside these."""
+    """The checksums of this process's shards of ``tree``, computed in a background thread. Orbax calls ``result`` when
+    the arrays are written; it writes the checksums beside them."""
 
     def __init__(self, directory: Path, tree: Any):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -114,7 +114,7 @@ class _Digests:
 
     def _compute(self) -> dict[str, Any]:
         found = {}
-        while self._arrays:  # a host copy is let go as soon as its checksum is known
+        while self._arrays:  # free each host copy as soon as its checksum is known
             name, (dtype, shape, shards) = self._arrays.popitem()
             found[name] = {"dtype": dtype, "shape": shape, "shards": [[i, digest(x)] for i, x in shards]}
         return found
@@ -126,7 +126,7 @@ class _Digests:
 
 
 def _shards(array: Any) -> list[tuple[list[list[int]], np.ndarray]]:
-    """Where each part of ``array`` that this process answers for begins and ends, and its host copy."""
+    """The bounds (start, stop per dimension) and the host copy of each shard of ``array`` that this process writes."""
     if not isinstance(array, jax.Array):
         return [(_bounds((slice(None),) * array.ndim, array.shape), array)] if jax.process_index() == 0 else []
     own = [shard for shard in array.addressable_shards if shard.replica_id == 0]
@@ -138,20 +138,20 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[list[int]]
 
 
 def digest(array: np.ndarray) -> str:
-    """xxh3 of the elements in row-major order."""
+    """The 128-bit xxh3 hash of the elements in row-major order, in hex."""
     return xxhash.xxh3_128(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def fingerprint(directory: Path) -> str:
-    """A short name for the arrays in ``directory``, the same for the same ones split in the same way; empty where an
-    earlier version wrote them."""
+    """A hash of the arrays in ``directory``, from their digests: equal for equal arrays with the same shards. Empty if
+    there are no digests, as in folders of an earlier version."""
     arrays = _handed(directory)
     words = json.dumps({name: entry | {"shards": sorted(entry["shards"])} for name, entry in sorted(arrays.items())})
     return xxhash.xxh3_128(words.encode()).hexdigest() if arrays else ""
 
 
 def _handed(directory: Path) -> dict[str, dict[str, Any]]:
-    """What all processes together handed to the writer of ``directory``: dtype, shape and shards by name."""
+    """The digests of all processes in ``directory``: dtype, shape and shards (bounds, hash) by array name."""
     arrays: dict[str, dict[str, Any]] = {}
     for path in directory.glob(f"{DIGESTS}.*.json"):
         for name, entry in json.loads(path.read_text(encoding="utf-8"))["arrays"].items():
@@ -160,12 +160,12 @@ def _handed(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def compare(directory: Path) -> None:
-    """Raise DamageError unless ``directory`` holds the arrays of its digests and no others, with their shapes, dtypes
-    and bytes."""
+    """Raise DamageError unless ``directory`` holds exactly the arrays of its digests, with their shapes, dtypes and
+    bytes."""
     expected = _handed(directory)
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
     try:
-        context = ts.Context()  # of its own, so that nothing of the writing is remembered
+        context = ts.Context()  # a fresh context, so that no cache of the writer is used
         keys = ts.KvStore.open(base, context=context).result().list().result()
         there = {key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")}
         wrong = [f"{name} is missing" for name in sorted(expected.keys() - there)]
@@ -173,7 +173,7 @@ def compare(directory: Path) -> None:
         for name in sorted(expected.keys() & there):
             array = ts.open({"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}, context=context).result()
             wrong += [f"{name} {what}" for what in _differences(array, expected[name])]
-    except (ValueError, OSError, KeyError, TypeError) as error:  # as TensorStore raises what it cannot read
+    except (ValueError, OSError, KeyError, TypeError) as error:  # TensorStore's errors for unreadable files
         raise DamageError(f"{_title(directory)}, read back from disk, cannot be opened: {str(error)[:200]}") from error
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
@@ -183,7 +183,7 @@ def compare(directory: Path) -> None:
 
 
 def _differences(array: Any, expected: dict[str, Any]) -> list[str]:
-    """What is other in the stored ``array``."""
+    """How the stored ``array`` differs from its digest; empty if it does not."""
     found, wanted = ((str(array.dtype.numpy_dtype), list(array.shape)), (expected["dtype"], list(expected["shape"])))
     if found != wanted:
         return [f"is {found[0]} {found[1]}, not {wanted[0]} {wanted[1]}"]
