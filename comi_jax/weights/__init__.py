@@ -1,1 +1,1 @@
-"""Other people's formats: Hugging Face folders and the release's checkpoints, in and out."""
+"""External formats, import and export: Hugging Face folders and the official release's checkpoints."""

@@ -1,12 +1,12 @@
-"""A COMI checkpoint as three folders that plain transformers and serving engines load, without any code of ours.
+"""Export of a COMI checkpoint as folders that plain transformers and serving engines load without our code.
 
     decoder/   the causal LM that answers, adapters merged, with tokenizer and generation config
-    adapter/   its adapters for PEFT, if they were not to be merged
+    adapter/   its adapters for PEFT, if they are not merged
     encoder/   the model that reads [context; question]        lsa/   the model that aligns merged vectors
-    comi.json  what happens between them: rates, scalars, switches, token conventions
+    comi.json  the computation between them: rates, scalars, switches, token conventions
     README.md  model card
 
-``launch/replay_pytorch.py`` puts the three together again in PyTorch.
+``launch/replay_pytorch.py`` reassembles the three models in PyTorch.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ def export_hf(
     *,
     adapter: bool = False,
 ) -> dict[str, int]:
-    """Write the COMI checkpoint into the new folder ``output``. ``dtype`` is one of DTYPES; empty: as it came for an
-    imported model, the model's dtype for a trained one. With ``adapter`` the decoder's adapters are not merged, but
-    written for PEFT beside it. Returns the bytes of each part's weights."""
+    """Write the COMI checkpoint to the new folder ``output``. ``dtype`` is one of DTYPES; if it is empty, an imported
+    model keeps its dtypes and a trained one is written in its model.dtype. With ``adapter`` the decoder's adapters are
+    not merged, but written beside it for PEFT. Returns the bytes of weights by part."""
     check_new(output)
     run, output, step = read_run(checkpoint), Path(output), existing(checkpoint)
     if adapter and not run.architecture.lora.rank:
@@ -55,7 +55,7 @@ def export_hf(
         arch, flat = merged(arch, flat)
     kept, results = dtype_of(run, dtype), model_card.results_of(checkpoint, step)
     params = unflatten(flat)
-    params["lsa"]["embed"] = params["decoder"]["embed"]  # never read: the LSA is given vectors
+    params["lsa"]["embed"] = params["decoder"]["embed"]  # never used: the LSA reads vectors, not tokens
     written = {}
     for part, layers in (
         ("decoder", arch.backbone.num_hidden_layers),
@@ -106,15 +106,15 @@ def merged(arch: Architecture, flat: Mapping[str, Any]) -> tuple[Architecture, d
 
 
 def dtype_of(run: Run, dtype: str) -> str | None:
-    """The dtype that weights are written in; None: each in its own. A trained run keeps float32 masters of what it
-    trains, which are written in the dtype of everything else."""
+    """The dtype to write all weights in; None: each keeps its own. A trained run keeps its trained weights in float32,
+    so they are cast to the dtype of the frozen ones. Raises CheckpointError if ``dtype`` is not one of DTYPES."""
     if dtype and dtype not in DTYPES:
         raise CheckpointError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     return dtype or (None if run.imported else run.config.model.dtype)
 
 
 def protocol(run: Run, arch: Architecture, scalars: Mapping[str, Any]) -> dict[str, Any]:
-    """comi.json: everything about the computation that the weights do not say."""
+    """The content of comi.json: everything about the computation that is not in the weights."""
     compression = arch.compression
     return {
         "format": 1,
@@ -134,7 +134,7 @@ def protocol(run: Run, arch: Architecture, scalars: Mapping[str, Any]) -> dict[s
 
 
 def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool = False, dtype: str = "") -> int:
-    """Write the COMI checkpoint as the release's flat state dict, one safetensors file that the release loads with
+    """Write the COMI checkpoint as the release's flat state dict: one safetensors file that the release loads with
     strict=True. Returns the bytes of its tensors."""
     output = Path(output)
     if output.exists():

@@ -1,4 +1,4 @@
-"""Files of weights, read a tensor at a time and checked as a whole: safetensors, and ``.bin`` as torch.save writes."""
+"""Weight files, read one tensor at a time and checked as a whole: safetensors, and ``.bin`` files of torch.save."""
 
 import contextlib
 import math
@@ -18,18 +18,18 @@ from comi_jax.weights import hf_folder
 from comi_jax.weights.layout import Index, Shape, Sources, WeightsError, some
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-OTHER_DTYPES = {  # of tensors that may be there and are not read
+OTHER_DTYPES = {  # of tensors that may be present but are not read
     "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-PIECE_BYTES = 64_000_000  # of two tensors that are compared at a time
+PIECE_BYTES = 64_000_000  # of each of two tensors, in float32, that are compared at a time
 
 
 class Tensors:
     """The tensors of a file, of an index over several files, or of a folder with either; read one at a time.
 
-    Files are safetensors, or ``.bin`` as torch.save writes them (which needs torch; read as plain tensors only, so that
-    no code in them can run). Raises WeightsError for what cannot be read, here or in ``read``.
+    Files are safetensors or ``.bin`` files of torch.save; the latter need torch, and are loaded as plain tensors only,
+    so that no code in them can run. Raises WeightsError, also from ``read``, for a file that cannot be read.
     """
 
     def __init__(self, path: str | Path):
@@ -50,11 +50,11 @@ class Tensors:
         self.dtypes: dict[str, str] = {key: self._files[name].dtypes[key] for key, name in held}
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        """Tensor ``name``, or a block of it, in its own dtype (bfloat16 through ml_dtypes)."""
+        """Tensor ``name``, or its block ``index``, in its own dtype (bfloat16 through ml_dtypes)."""
         return self._files[self._where[name]].read(name, index)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every tensor."""
+        """The bytes of each tensor, by name."""
         return {name: math.prod(shape) * jnp.dtype(self.dtypes[name]).itemsize for name, shape in self.shapes.items()}
 
 
@@ -73,7 +73,7 @@ def _starts_with(path: Path, words: bytes) -> bool:
 
 
 class _SafeFile:
-    """A safetensors file. It is mapped for each read anew: pages that stay mapped would count as memory held."""
+    """A safetensors file, mapped anew for each read, because pages that stay mapped would count as resident memory."""
 
     def __init__(self, path: Path):
         self.path, self.shapes, self.dtypes = path, {}, {}
@@ -99,25 +99,25 @@ class _SafeFile:
 
 
 class _TorchFile:
-    """A file of torch.save, mapped, with nothing but tensors in it."""
+    """A file of torch.save that holds only tensors; memory-mapped if it is a zip file."""
 
     def __init__(self, path: Path):
         try:
-            import torch  # of use to those who read .bin files alone
+            import torch  # needed only for PyTorch files
         except ImportError:
             raise WeightsError(
                 f"{path} is a PyTorch file and torch is not installed: pip install torch, or convert it to safetensors"
             ) from None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a file may be refused, before it is
+                warnings.simplefilter("ignore")  # torch warns before it refuses a file
                 held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise WeightsError(f"{path} cannot be read as a PyTorch file of plain tensors: {reason[0]}") from None
         if not isinstance(held, dict) or not all(isinstance(x, torch.Tensor) for x in held.values()):
             raise WeightsError(f"{path} does not hold a flat dictionary of tensors")
-        self._held = {name: tensor.detach() for name, tensor in held.items()}  # parameters give no arrays
+        self._held = {name: tensor.detach() for name, tensor in held.items()}  # numpy() needs tensors without gradients
         self._bits = torch.int16
         self.shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
         self.dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in held.items()}
@@ -130,17 +130,18 @@ class _TorchFile:
 
 
 def _prefix(names: list[str], there: Mapping[str, Any]) -> str:
-    """What stands before each of ``names`` in ``there``, if something does."""
+    """The prefix that every one of ``names`` has in ``there``; empty if there is none."""
     ends = (name.removesuffix(names[0]) for name in there if names and name.endswith(names[0]))
     return next((start for start in ends if start and all(f"{start}{name}" in there for name in names)), "")
 
 
 def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, strict: bool = True) -> list[str]:
-    """Raise WeightsError listing every tensor of ``have`` that is missing, unexpected, not of the shape or of a dtype
-    expected, or of another dtype than the same tensor of another layer. Those in ``optional`` may be there.
+    """Check the tensors in ``have`` against ``sources``; those in ``optional`` may be present. Returns the names of the
+    unexpected ones.
 
-    Not ``strict``, what is unexpected is no error where nothing else is wrong, and layers may differ in dtype. Returns
-    the unexpected tensors.
+    Raises WeightsError listing every tensor that is missing, unexpected, or of the wrong shape or dtype, and every one
+    whose dtype differs between layers; also if every name has an extra prefix. If not ``strict``, unexpected tensors
+    alone are no error, layers may differ in dtype, and optional tensors are not checked.
     """
     shapes = have.shapes
     want = {name: shape for source in sources.values() for name, shape in source.expected().items()}
@@ -176,7 +177,7 @@ def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, str
 
 
 def same(have: Tensors, one: str, other: str) -> bool:
-    """Whether two tensors hold the same numbers, in whichever dtypes; a few rows are read at a time."""
+    """Whether two tensors hold the same numbers, even if in different dtypes. Reads a few rows at a time."""
     shape = have.shapes[one]
     if shape != have.shapes[other] or not {have.dtypes[one], have.dtypes[other]} <= set(DTYPES.values()):
         return False

@@ -1,7 +1,7 @@
-"""Hugging Face folders of LLaMA and Qwen: one table between their tensors and our tree.
+"""Hugging Face folders of LLaMA and Qwen models: one table maps their tensors to our parameters.
 
-A projection is stored by Hugging Face as [out, in] and per layer; by us as it is applied, [in, heads, head] or [in,
-out], with all layers stacked. ``TABLE`` is the only place that knows the names; reading and writing both follow it.
+Hugging Face stores a projection per layer, as [out, in]. We store it as it is applied, [in, heads, head], [heads, head,
+out] or [in, out], with all layers stacked. Only ``TABLE`` has the names; reading and writing both use it.
 """
 
 import json
@@ -19,7 +19,7 @@ from comi_jax.weights.writing import SHARD_BYTES
 
 _AS_IS, _FLAT, _FROM_1, _FROM_2 = Layout(), Layout(flat=True), Layout(inputs=1), Layout(inputs=2)
 _LAYER = "model.layers.{layer}."
-FREQUENCIES = ".rotary_emb.inv_freq"  # of rotary embeddings, which old files store and every version computes
+FREQUENCIES = ".rotary_emb.inv_freq"  # rotary frequencies: old files store them, but they are always computed
 TABLE: dict[str, tuple[str, Layout]] = {
     "embed": ("model.embed_tokens.weight", _AS_IS),
     "norm": ("model.norm.weight", _AS_IS),
@@ -42,8 +42,8 @@ TABLE: dict[str, tuple[str, Layout]] = {
 
 
 def sources(specs: Tree, rename: Callable[[str], str] = lambda name: name) -> dict[str, Source]:
-    """The tensors that make up each parameter of a causal LM's ``specs``, or of a part of one; ``rename`` turns Hugging
-    Face's name of a tensor into the file's."""
+    """The tensors that make up each parameter in ``specs``, which describe a causal LM or a part of it. ``rename`` maps
+    Hugging Face's name of a tensor to the name in the file."""
     found = {}
     for path, spec in flatten(specs).items():
         name, layout = TABLE[path]
@@ -54,11 +54,11 @@ def sources(specs: Tree, rename: Callable[[str], str] = lambda name: name) -> di
 
 
 def open_model(folder: str | Path, backbone: Backbone) -> tuple[Tensors, Callable[[str], str]]:
-    """The tensors of the causal LM in ``folder``, checked, and what turns Hugging Face's name of one into the file's.
+    """The tensors of the causal LM in ``folder``, checked, and a function from Hugging Face's names to the file's.
 
-    They are what transformers reads, or WeightsError says why they are not: every tensor that is missing, misshapen or
-    of another kind of numbers, an adapter beside the model, a head that is tied and another one. What nothing computes
-    with is told.
+    They are the tensors that transformers loads. Raises WeightsError listing every tensor that is missing, misshapen or
+    of an unsupported dtype; also for an adapter beside the model, and for a head that differs from the embeddings it is
+    tied to. Logs the ``notes`` as warnings.
     """
     if adapted := hf_config.adapter(Path(folder)):
         raise WeightsError(adapted)
@@ -76,8 +76,8 @@ def open_model(folder: str | Path, backbone: Backbone) -> tuple[Tensors, Callabl
 
 
 def naming(shapes: Container[str], tied: bool) -> Callable[[str], str]:
-    """Names of the files: those of a model saved without its head lack the first word, and of two tied tables one may
-    be there alone, under either name."""
+    """A function from Hugging Face's tensor names to those of the file with ``shapes``. The file has no "model." prefix
+    if the model was saved without its head, and may have only one of two tied tables, under either name."""
     embeddings, head = TABLE["embed"][0], TABLE["head"][0]
     base = embeddings.removeprefix("model.") in shapes
     alone = tied and not base and embeddings not in shapes and head in shapes
@@ -85,7 +85,7 @@ def naming(shapes: Container[str], tied: bool) -> Callable[[str], str]:
 
 
 def check_tied(held: Tensors, head: str, embeddings: str) -> None:
-    """Refuse a head beside the embeddings that it is tied to, unless it repeats them."""
+    """Raise WeightsError if a stored head differs from the embeddings that it is tied to."""
     if head == embeddings or not {head, embeddings} <= set(held.shapes):
         return
     if not files.same(held, head, embeddings):
@@ -97,7 +97,7 @@ def check_tied(held: Tensors, head: str, embeddings: str) -> None:
 
 
 def notes(held: Tensors, whole: Sources, unread: Iterable[str]) -> list[str]:
-    """What a user would otherwise not know of the weights that are read: what is not, of files and of ``held``."""
+    """What a user should know about the weights: files and tensors that are not read, layers that differ in dtype."""
     said, unread = [], [name for name in unread if not name.endswith(FREQUENCIES)]
     if others := hf_folder.beside(held.path.parent)[0]:
         said.append(f"{held.path} is read, as transformers does; not read: {', '.join(others)} beside it")
@@ -115,9 +115,9 @@ def load_parts(
     parts: Mapping[str, Tree],
     place: Placement = as_stored,
 ) -> dict[str, Any]:
-    """Parameters for the spec trees in ``parts``, each from the causal LM in ``folder``, by flat path ("encoder/norm").
+    """Parameters for the spec trees in ``parts``, by flat path ("encoder/norm"), each from the causal LM in ``folder``.
 
-    A part with fewer layers than the LM has gets its first ones. Raises as ``open_model``, and WeightsError listing
+    A part with fewer layers than the LM gets the LM's first layers. Raises as ``open_model``, and WeightsError listing
     every tensor that is not finite.
     """
     held, rename = open_model(folder, backbone)
@@ -126,7 +126,10 @@ def load_parts(
 
 
 def load_backbone(folder: str | Path, backbone: Backbone) -> Tree:
-    """The weights of the causal LM in ``folder``, in the dtypes of its files; raises as ``load_parts`` does."""
+    """The weights of the causal LM in ``folder``, in the dtypes of its files; raises as ``load_parts``.
+
+    It stays for the tests, which use it to compare imported backbones with transformers.
+    """
     specs = lm_specs(backbone, backbone.num_hidden_layers, embed=True, head=True)
     return unflatten(load_parts(folder, backbone, {"lm": specs}))["lm"]
 
@@ -141,10 +144,10 @@ def save_backbone(
     base: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write ``arrays`` (of ``specs``) as safetensors and ``config`` as config.json into ``folder``, which must exist.
+    """Write ``arrays`` (of ``specs``) as safetensors and ``config`` as config.json to ``folder``, which must exist.
 
-    ``dtype`` None keeps each array's own; ``base`` names tensors as the model without a head does. Returns the bytes of
-    the weights.
+    If ``dtype`` is None, each array keeps its own. ``base``: name the tensors as in a model without a head. Returns the
+    bytes of the weights.
     """
     named = sources(specs, (lambda name: name.removeprefix("model.")) if base else (lambda name: name))
     (Path(folder) / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The attributes of a config.json, one by one: those that compute nothing, that are computed here, that must be off.
+"""The known attributes of a config.json: without effect on the computation, implemented, or with a required value.
 
-An attribute that is not in ``ATTRIBUTES`` may change what a model computes, with any value, ``false`` included: it is
-refused by name.
+An attribute that is not in ``ATTRIBUTES`` might change what a model computes, whatever its value, even ``false``.
+Therefore it is refused by name.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ NOTHING, READ, MUST_BE = "computes nothing", "computed here", "must have this va
 
 @dataclass(frozen=True)
 class Attribute:
-    """What is known of an attribute. ``allowed`` are the values of one that must have one of them, in models of the
-    types ``of``; in others it computes nothing."""
+    """One known attribute. If its ``kind`` is MUST_BE, its value must be one of ``allowed`` in models of the types
+    ``of``; in other models it has no effect."""
 
     kind: str
     reason: str

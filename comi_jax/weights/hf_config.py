@@ -1,4 +1,4 @@
-"""config.json of Hugging Face folders, to a Backbone and back."""
+"""The config.json of a Hugging Face folder as a Backbone, and back."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ MAX_CONFIG_BYTES = 2**20
 
 
 def read_config(folder: str | Path, ignore: Collection[str] = ()) -> Backbone:
-    """The Backbone that ``folder``/config.json describes, as if the attributes ``ignore`` were not there. Raises
-    ConfigError with one sentence on whatever it cannot use."""
+    """The Backbone in ``folder``/config.json, without the attributes in ``ignore``. Raises ConfigError if the file is
+    missing or cannot be used."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         what = adapter(Path(folder)) or f"{folder} is not a Hugging Face model folder: it has no config.json"
@@ -41,7 +41,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def without(values: Mapping[str, Any], ignore: Collection[str], where: str) -> dict[str, Any]:
-    """``values`` but the attributes ``ignore``, each of which must be there and not be one that is computed with."""
+    """``values`` without the attributes in ``ignore``. Raises ConfigError if one is absent or is READ."""
     gone = [name for name in ignore if name not in values]
     if gone:
         raise ConfigError(f"{where} has no attribute {_names(gone)}, which --ignore-config names")
@@ -52,7 +52,7 @@ def without(values: Mapping[str, Any], ignore: Collection[str], where: str) -> d
 
 
 def refused(values: Mapping[str, Any]) -> list[str]:
-    """The names of the attributes in ``values`` that are not known, or that ask for what is not implemented."""
+    """The names of the attributes in ``values`` that are unknown or ask for something that is not implemented."""
     kind, known = values.get("model_type"), ATTRIBUTES
     found = [name for name, value in values.items() if name in known and not known[name].allows(value, kind)]
     found += sorted(set(values) - set(known))
@@ -63,12 +63,12 @@ def refused(values: Mapping[str, Any]) -> list[str]:
 
 
 def ignorable(values: Mapping[str, Any]) -> list[str]:
-    """Those of the ``refused`` attributes that ``without`` takes away."""
+    """The ``refused`` attributes that ``without`` can remove."""
     return [name for name in refused(values) if name not in ATTRIBUTES or ATTRIBUTES[name].kind != READ]
 
 
 def refusal(values: Mapping[str, Any], where: str) -> str:
-    """What is to be said of the ``refused`` attributes of ``values``; empty: there are none."""
+    """The error message for the ``refused`` attributes of ``values``; empty if there are none."""
     asked = ", ".join(f"{_name(name)}={shown(values[name])}" for name in refused(values))
     if not asked:
         return ""
@@ -78,8 +78,8 @@ def refusal(values: Mapping[str, Any], where: str) -> str:
 
 
 def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
-    """``values`` of a config.json as a Backbone; attributes that are not known, or that ask for what is not
-    implemented, are refused by name."""
+    """The ``values`` of a config.json as a Backbone. Raises ConfigError for missing or invalid values, and for
+    ``refused`` attributes, naming each."""
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"{where}: model_type is {shown(model_type)}; implemented are {', '.join(MODEL_TYPES)}")
@@ -94,7 +94,7 @@ def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
     if values.get("head_dim") is None and (heads < 1 or width % heads):
         raise ConfigError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
 
-    def given(name: str, default: Any) -> Any:  # null means the same as nothing
+    def given(name: str, default: Any) -> Any:  # null counts as absent
         return default if values.get(name) is None else values[name]
 
     found = {name: values[name] for name in required} | {
@@ -116,7 +116,7 @@ def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
 
 
 def _name(key: str) -> str:
-    """A key as it is, if that is short and can be printed."""
+    """``key`` unchanged if it is a short identifier, else as ``shown``."""
     return key if key.isidentifier() and len(key) <= 80 else shown(key)
 
 
@@ -125,7 +125,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
-    """Base and scaling of the rotary embeddings, from either dialect, their numbers not yet checked."""
+    """Base and scaling of the rotary embeddings, from rope_parameters or rope_scaling; numbers are not checked yet."""
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     if rope and scaling and rope != scaling:
         raise ConfigError(
@@ -151,10 +151,10 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | 
 
 
 def config_values(backbone: Backbone, *, head: bool = True, **more: Any) -> dict[str, Any]:
-    """config.json of ``backbone`` in the dialect that every version of transformers reads, the inverse of
-    ``backbone_of``; ``head`` says whether the folder has a language model's output head. ``more`` is added as it is."""
+    """The config.json of ``backbone``, in the form that every version of transformers reads; the inverse of
+    ``backbone_of``. ``head``: whether the model has a language-model head. ``more`` is added unchanged."""
     values = dataclasses.asdict(backbone)
-    for name in ("qkv_bias", "qk_norm"):  # said by the model type
+    for name in ("qkv_bias", "qk_norm"):  # implied by the model type
         del values[name]
     if values["rope_scaling"] is not None:
         values["rope_scaling"] = {"rope_type": "llama3", **values["rope_scaling"]}
@@ -164,7 +164,7 @@ def config_values(backbone: Backbone, *, head: bool = True, **more: Any) -> dict
 
 
 def adapter(folder: Path) -> str:
-    """What is to be said of an adapter in ``folder``; empty: there is none."""
+    """The error message for a PEFT adapter in ``folder``; empty if there is none."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         return ""
@@ -182,14 +182,14 @@ def adapter(folder: Path) -> str:
 
 
 def is_base(folder: str | Path) -> bool:
-    """Whether ``folder``'s config.json names a model without a language model's head."""
+    """Whether config.json in ``folder`` names a model without a language-model head."""
     names = read_object(Path(folder) / "config.json").get("architectures")
     names = names if isinstance(names, list) else []
     return bool(names) and not any("ForCausalLM" in str(name) for name in names)
 
 
 def stop_tokens(folder: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids that ``folder`` names, in generation_config.json or else in config.json."""
+    """The end-of-sequence ids in generation_config.json, or else config.json. Raises ConfigError if neither has any."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         ids = read_object(path).get("eos_token_id") if path.is_file() else None

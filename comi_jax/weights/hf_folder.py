@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder are the model: those that transformers' from_pretrained takes, or a refusal."""
+"""The weight files of a Hugging Face folder: the ones that from_pretrained of transformers loads."""
 
 import functools
 import json
@@ -9,8 +9,8 @@ from comi_jax.devices import distributed
 from comi_jax.weights.hf_config import adapter, read_object
 from comi_jax.weights.layout import WeightsError, some
 
-# In transformers' order: a whole file before an index, safetensors before PyTorch's files. A config.json that names its
-# weights goes before all of them.
+# In transformers' order: a single file before an index, safetensors before PyTorch files. A file that config.json names
+# takes precedence over all of them.
 ENTRIES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -22,13 +22,13 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 @functools.cache
 def tell(words: str) -> None:
-    """Log ``words`` as a warning, once, by the first process alone."""
+    """Log ``words`` as a warning: only once, and only on the first process."""
     if distributed.is_first():
         logging.getLogger("comi_jax").warning(words)
 
 
 def entry_point(folder: Path) -> Path:
-    """The file or the index that the weights of ``folder`` are read from. Raises WeightsError where there is none."""
+    """The weight file or index that ``folder`` is loaded from. Raises WeightsError if there is none."""
     named = _named(folder)
     if named is not None:
         return named
@@ -42,7 +42,7 @@ def entry_point(folder: Path) -> Path:
 
 
 def _named(folder: Path) -> Path | None:
-    """What config.json says under ``transformers_weights``."""
+    """The file that config.json names as ``transformers_weights``, or None. Raises WeightsError if it is unusable."""
     path = folder / "config.json"
     name = read_object(path).get("transformers_weights") if path.is_file() else None
     if name is None:
@@ -57,8 +57,8 @@ def _named(folder: Path) -> Path | None:
 
 
 def shards(index: Path) -> list[str]:
-    """The files that ``index`` names, all of whose tensors belong to the model: which of them each is in, the files
-    say. Raises WeightsError for what is no index and for files that are not there."""
+    """The files that ``index`` names. All their tensors belong to the model; the index's map of tensors to files is not
+    used. Raises WeightsError if it is not a valid index or names files that are missing or in other folders."""
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         plain = all(isinstance(name, str) and Path(name).name == name for name in listed)
@@ -73,7 +73,7 @@ def shards(index: Path) -> list[str]:
 
 
 def beside(folder: Path) -> tuple[list[str], list[str]]:
-    """The files of weights in ``folder`` that are not read: those that could be taken for the model, and all others."""
+    """The weight files in ``folder`` that are not read: those that could be mistaken for the model, and the others."""
     entry = entry_point(folder)
     read = {entry.name, *(shards(entry) if entry.suffix == ".json" else ())}
     others = [name for name in ENTRIES if (folder / name).is_file() and name not in read]

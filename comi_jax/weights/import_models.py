@@ -1,4 +1,4 @@
-"""Language models and the release's checkpoints made COMI checkpoints."""
+"""Import of language models and of the official release's checkpoints as COMI checkpoints."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ from comi_jax.weights.writing import Writable
 
 
 def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: str = "") -> Run:
-    """Write a fresh COMI around the language model in ``backbone`` into ``output``; ``config`` gives the layer counts,
-    switches and adapters, ``dtype`` that of activations (empty: float32 for float32 weights, else bfloat16). Raises
-    ConfigError, WeightsError or CheckpointError."""
+    """Write a fresh COMI model, made from the language model in ``backbone``, to ``output``. ``config`` gives the layer
+    counts, switches and adapters. ``dtype`` is the dtype of activations (empty: float32 if the weights are float32,
+    else bfloat16). Raises ConfigError, WeightsError or CheckpointError."""
     check_new(output)
     shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
     tokenizer = fit_tokenizer(tokenizer, shape)
@@ -45,8 +45,8 @@ def import_official(
     lora_alpha: float | None = None,
     dtype: str = "",
 ) -> Run:
-    """Write the official COMI state dict in ``checkpoint`` into ``output``. Layer counts, rank and targets of LoRA come
-    from its tensors, rates and switches from ``config``, the scalars from the file. Raises as ``import_hf``."""
+    """Import the official COMI state dict in ``checkpoint`` to ``output``. Its tensors give the layer counts, the LoRA
+    rank and targets and the scalars; ``config`` gives rates and switches. Raises as ``import_hf``."""
     check_new(output)
     shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
     tokenizer = fit_tokenizer(tokenizer, shape)
@@ -63,7 +63,8 @@ def import_official(
 
 
 def _unused(held: files.Tensors, arch: Architecture, flat: Mapping[str, Any]) -> list[Writable]:
-    """The tensors of an official file that nothing reads, where the way back would not make them up the same."""
+    """The unused tensors of an official file that an export could not recreate. Raises WeightsError if an unused tensor
+    is not finite."""
     kept, bad = [], []
     for name in official.unused(arch):
         if name not in held.shapes:
@@ -85,7 +86,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 def _run_of(
     config: Config, arch: Architecture, params: Mapping[str, Any], backbone: str | Path, tokenizer: Any, dtype: str
 ) -> Run:
-    """The description of an imported model."""
+    """The run description of an imported model."""
     dtype = dtype or ("float32" if params["decoder/embed"].dtype == jnp.float32 else "bfloat16")
     model = dataclasses.replace(config.model, path=str(backbone), dtype=dtype)
     config = dataclasses.replace(config, model=model, compression=arch.compression, lora=arch.lora)

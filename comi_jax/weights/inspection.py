@@ -1,4 +1,4 @@
-"""What a folder or file of weights is: its architecture, parameters by part, dtypes, and what is missing."""
+"""What a folder or file of weights contains: architecture, parameters by part, dtypes, and what is missing."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ class Part:
 
     @classmethod
     def all(cls, name: str, parts: "Sequence[Part]") -> "Part":
-        """``parts`` as one."""
+        """The total of ``parts``."""
         dtypes = tuple(sorted({dtype for part in parts for dtype in part.dtypes}))
         arrays, parameters = sum(part.arrays for part in parts), sum(part.parameters for part in parts)
         return cls(name, arrays, parameters, sum(part.bytes for part in parts), dtypes)
@@ -44,18 +44,18 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` found."""
+    """The result of ``inspect``."""
 
     kind: str
     architecture: str
     parts: tuple[Part, ...]
-    missing: tuple[str, ...]  # what the kind needs and is not there
+    missing: tuple[str, ...]  # what this kind needs but does not have
     notes: tuple[str, ...] = ()
-    weights: str = ""  # the file that they are read from, or the index
+    weights: str = ""  # the file or index that the weights are read from
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Say what ``path`` is. Raises WeightsError, ConfigError or CheckpointError for what cannot be read."""
+    """Identify and describe ``path``. Raises WeightsError, ConfigError or CheckpointError if it cannot be read."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -77,7 +77,7 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def describe(backbone: Backbone) -> str:
-    """``backbone`` in a line."""
+    """A one-line description of ``backbone``."""
     queries, keys = backbone.num_attention_heads, backbone.num_key_value_heads
     tied = ", tied embeddings" if backbone.tie_word_embeddings else ""
     return (
@@ -182,7 +182,7 @@ def _official(path: Path) -> Inspection:
 
 
 def _incomplete_layers(shapes: Mapping[str, Shape]) -> list[str]:
-    """What a layer of a part lacks that another layer of the same part has, and the parts' tensors outside layers."""
+    """Tensors that a layer lacks but another layer of its part has, and missing tensors outside the layers."""
     found: dict[str, dict[str, set[str]]] = {}
     for name in shapes:
         if match := re.match(r"(.*model\.layers\.)(\d+)\.(.*)", name):

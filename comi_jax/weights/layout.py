@@ -1,7 +1,7 @@
-"""How a parameter of ours lies in a file of weights.
+"""How weight files store our parameters.
 
-One of our parameters is a stack over layers and stored as it is applied; a file has one tensor a layer, projections as
-[out, in]. A Source says which tensors of a file make up a parameter.
+A parameter of ours is stacked over layers and stored as it is applied; a file has one tensor per layer, with
+projections as [out, in]. A Source lists the tensors of a file that make up one parameter.
 """
 
 import math
@@ -13,35 +13,35 @@ import numpy as np
 
 from comi_jax.errors import UserError
 
-TRANSPOSED = 64  # rows of a tensor that are transposed at a time
+TRANSPOSED = 64  # rows of a tensor to transpose at a time
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
 
 class WeightsError(UserError):
-    """Weights that do not fit the model or cannot be read; the message lists every one of them."""
+    """Weights that do not fit the model or cannot be read; the message lists every problem."""
 
 
 def some(things: Sequence[Any]) -> str:
-    """``things`` for a message: the first ten."""
+    """The first ten of ``things``, and how many more there are, as text for a message."""
     return f"{', '.join(map(str, things[:10]))}{f' and {len(things) - 10} more' if len(things) > 10 else ''}"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer of a parameter lies in a file: as it is, flat, or as a matrix [out, in] of which our first
-    ``inputs`` axes are the input."""
+    """How a file stores one layer of a parameter: unchanged, flat, or as a matrix [out, in], where our first ``inputs``
+    axes are the input."""
 
     inputs: int = 0
     flat: bool = False
 
     def copy(self, tensor: np.ndarray, into: np.ndarray) -> None:
-        """Write ``tensor``, or some rows of it, into a block of ours, which need not be contiguous."""
+        """Copy ``tensor``, or some of its rows, to ``into``, a block of our parameter that need not be contiguous."""
         if not self.inputs:
             into[...] = tensor.reshape(into.shape)
             return
-        width = math.prod(into.shape[self.inputs + 1 :])  # rows to a step along our axis
-        for first in range(0, into.shape[self.inputs], max(1, TRANSPOSED // width)):  # a few rows stay in the caches
+        width = math.prod(into.shape[self.inputs + 1 :])  # rows per index along our axis
+        for first in range(0, into.shape[self.inputs], max(1, TRANSPOSED // width)):  # a few rows fit in the caches
             part = into[(slice(None),) * self.inputs + (slice(first, first + max(1, TRANSPOSED // width)),)]
             rows = tensor[first * width : first * width + part.shape[self.inputs] * width]
             part[...] = rows.T.reshape(part.shape)
@@ -52,18 +52,18 @@ class Layout:
         return array.reshape(-1) if self.flat else array
 
     def shape(self, ours: Shape) -> Shape:
-        """The shape of the tensor in the file."""
+        """The shape in the file of one layer, or a block of it, whose shape is ``ours``."""
         if self.inputs:
             return math.prod(ours[self.inputs :]), math.prod(ours[: self.inputs])
         return (math.prod(ours),) if self.flat else ours
 
     @property
     def row_axis(self) -> int:
-        """The axis of ours that goes along the rows of the tensor."""
+        """Our axis that corresponds to the rows of the tensor."""
         return self.inputs
 
     def block(self, bounds: Sequence[tuple[int, int]], ours: Shape) -> Index:
-        """The block of the tensor that holds our block ``bounds``, of a parameter of shape ``ours``."""
+        """The block of the tensor that corresponds to block ``bounds`` of our parameter of shape ``ours``."""
         if self.inputs:
             groups = (range(self.inputs, len(ours)), range(self.inputs))
         else:
@@ -72,7 +72,7 @@ class Layout:
 
     @staticmethod
     def _merged(bounds: Sequence[tuple[int, int]], ours: Shape, axes: range) -> slice:
-        """Axes that are merged into one can be split along the first of them alone."""
+        """The slice along the axis into which ``axes`` are merged. Raises ValueError if any but the first is split."""
         if any(bounds[axis] != (0, ours[axis]) for axis in axes[1:]):
             raise ValueError(f"a parameter of shape {ours} split as {bounds} is not a block of its tensor")
         rest = math.prod(ours[axis] for axis in axes[1:])
@@ -80,13 +80,13 @@ class Layout:
 
     @staticmethod
     def rows(block: Index, first: int, count: int) -> Index:
-        """``count`` rows of a block, from its ``first`` on."""
+        """``count`` rows of ``block``, from row ``first`` on."""
         return (slice(block[0].start + first, block[0].start + first + count), *block[1:]) if block else ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter of ``shape`` stands in a file: one tensor, or one a layer, of the same layout."""
+    """The tensors of a file that make up a parameter of ``shape``: one, or one per layer, all with the same layout."""
 
     names: tuple[str, ...]
     shape: Shape
@@ -98,7 +98,7 @@ class Source:
         return self.shape[1:] if self.stacked else self.shape
 
     def expected(self) -> dict[str, Shape]:
-        """The tensors it needs, with their shapes."""
+        """The required tensors and their shapes."""
         return dict.fromkeys(self.names, self.layout.shape(self.layer))
 
 

@@ -1,7 +1,7 @@
-"""From files to devices: streamed one layer at a time into (sharded) arrays.
+"""From files to devices: weights are streamed into (sharded) arrays.
 
-Reading fills a buffer on the device layer by layer, so that nothing but the result and one tensor is ever held, and
-every process reads only the blocks that its own devices keep.
+A shard is assembled in host memory from pieces of tensors, then moved to its device. Besides the loaded arrays, memory
+holds only one shard and the pieces being read. Each process reads only the blocks that its own devices hold.
 """
 
 import math
@@ -18,16 +18,16 @@ from comi_jax.params import Placement, as_stored
 from comi_jax.weights.files import Tensors
 from comi_jax.weights.layout import Index, Shape, Source, Sources, WeightsError
 
-PIECE_BYTES = 64_000_000  # of a tensor that is read at a time
-THREADS = min(4, os.cpu_count() or 1)  # that read and transpose
+PIECE_BYTES = 64_000_000  # of a tensor, read at a time
+THREADS = min(4, os.cpu_count() or 1)  # for reading and transposing
 
 
 def load(tensors: Tensors, sources: Sources, place: Placement = as_stored) -> dict[str, jax.Array]:
-    """The parameters of ``sources``, by flat path, from ``tensors`` that ``check`` has accepted.
+    """The parameters in ``sources``, by flat path, from ``tensors`` that ``check`` has accepted.
 
-    ``place(path)`` gives the dtype of the array (None: the file's, float32 where its layers differ) and its sharding
-    (None: the first device). Raises WeightsError listing every tensor with infinities or NaN, as it is or in the dtype
-    it is cast to.
+    ``place(path)`` gives the dtype of the array (None: the file's, or float32 if its layers differ) and its sharding
+    (None: the first device). Raises WeightsError listing every tensor with infinities or NaN, before or after the cast
+    to that dtype.
     """
     arrays, bad = {}, []
     for path, source in sources.items():
@@ -40,9 +40,9 @@ def load(tensors: Tensors, sources: Sources, place: Placement = as_stored) -> di
 
 
 def _load_one(tensors: Tensors, source: Source, dtype: Any, sharding: Sharding | None) -> tuple[jax.Array, list[str]]:
-    """A parameter, and which of its tensors are not finite (on the devices of this process)."""
+    """A parameter, and the names of its tensors that are not finite (in the shards of this process)."""
     kinds = {tensors.dtypes[name] for name in source.names}
-    dtype = jnp.dtype(dtype or (kinds.pop() if len(kinds) == 1 else "float32"))  # it holds the others' numbers exactly
+    dtype = jnp.dtype(dtype or (kinds.pop() if len(kinds) == 1 else "float32"))  # float32 is exact for all others
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shards: dict[str, list[jax.Array]] = {}
     bad: set[str] = set()
@@ -53,7 +53,7 @@ def _load_one(tensors: Tensors, source: Source, dtype: Any, sharding: Sharding |
             shards[str(index)].append(jax.device_put(shards[str(index)][0], device))
         else:
             shard, found = _read_shard(tensors, source, dtype, index)
-            # On CPU the array takes the memory as it is; elsewhere it is freed before the next shard is read.
+            # On CPU the array takes over the buffer; elsewhere the buffer is freed before the next shard is read.
             shards[str(index)] = [jax.block_until_ready(jax.device_put(shard, device))]
             bad |= found
     held = [shard for replicas in shards.values() for shard in replicas]
@@ -61,15 +61,15 @@ def _load_one(tensors: Tensors, source: Source, dtype: Any, sharding: Sharding |
 
 
 def _read_shard(tensors: Tensors, source: Source, dtype: Any, index: Index) -> tuple[np.ndarray, set[str]]:
-    """The block ``index`` of a parameter, and the names of its tensors that are not finite. Each tensor is read in
-    pieces of rows, several at a time."""
+    """The block ``index`` of a parameter, and the names of its tensors that are not finite. Threads read the tensors in
+    pieces of some rows each."""
     bounds = [piece.indices(size)[:2] for piece, size in zip(index, source.shape, strict=True)]
     shard = _aligned(tuple(stop - start for start, stop in bounds), dtype)
     own_layers = range(*bounds[0]) if source.stacked else range(1)
     own = bounds[1:] if source.stacked else bounds
     layout, local = source.layout, tuple(stop - start for start, stop in own)
     block, axis = layout.block(own, source.layer), layout.row_axis
-    unit = layout.shape(local)[0] // local[axis] if local else 1  # rows of the tensor to a step along that axis
+    unit = layout.shape(local)[0] // local[axis] if local else 1  # rows of the tensor per index along that axis
     row_bytes = math.prod(layout.shape(local)[1:]) * dtype.itemsize
     step = max(1, PIECE_BYTES // (row_bytes * unit))
     pieces = [(i, name, first) for i, name in enumerate(source.names[layer] for layer in own_layers)
@@ -92,7 +92,7 @@ def _read_shard(tensors: Tensors, source: Source, dtype: Any, index: Index) -> t
 
 
 def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
-    """An empty array that JAX takes over without a copy on CPU: it begins at a multiple of 64 bytes."""
+    """An empty array that JAX takes over without a copy on CPU, because it is aligned to 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     first = -raw.ctypes.data % 64
@@ -100,7 +100,7 @@ def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no number is infinite or NaN; of short floats the exponent bits say it, without a detour over float32."""
+    """Whether no number is infinite or NaN. For 16-bit floats it tests the exponent bits, without a cast to float32."""
     ones = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(array.dtype.name)
     if ones is None:
         return bool(np.isfinite(array).all())

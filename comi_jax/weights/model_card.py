@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: what it is, and what was measured of these very weights, and how."""
+"""The model card of an exported checkpoint: what it is, what was measured with exactly these weights, and how."""
 
 import json
 import re
@@ -17,8 +17,8 @@ COLUMNS = ("system", "step", "data", "n", "rate", *METRICS, "ratio", "decoding")
 
 
 def results_of(checkpoint: str | Path, step: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What was measured of the weights of ``step``, by what it is, the run's closing table first; and what beside
-    ``checkpoint`` was measured of others, or nobody knows of which, as sentences."""
+    """The results of the weights of ``step``, by title, the run's closing table first; and a sentence about each result
+    in ``checkpoint`` that is left out because it is of other or unknown weights."""
     folder, weights = Folder(checkpoint), weights_of(checkpoint, step)
     rows: dict[str, dict[str, Any]] = {}
     left_out = []
@@ -33,7 +33,7 @@ def results_of(checkpoint: str | Path, step: int) -> tuple[dict[str, dict[str, A
             title = _title(row, "COMI")
             known = [row[name] for name in COMPARED if name in row] if title in rows else None
             if known and known == [rows[title][name] for name in COMPARED if name in rows[title]]:
-                continue  # measured twice in the same way: the closing table's
+                continue  # the same measurement is in the closing table
             rows[title if title not in rows else f"{title}, evaluated later"] = row
         else:
             left_out.append(f"A later evaluation is not of these weights ({_of(row)}).")
@@ -56,7 +56,7 @@ def _table(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _title(row: Mapping[str, Any], name: str) -> str:
-    """What was measured, never more than that."""
+    """The title of a result; it says if the contexts were withheld or only the first records were evaluated."""
     title = "closed book: the contexts withheld" if row.get("closed_book") else name
     whole = row.get("of", row["n"])
     return title if row["n"] == whole else f"{title}, the first {row['n']:,} of {whole:,} only"
@@ -69,7 +69,7 @@ def _of(row: Mapping[str, Any]) -> str:
 
 
 def card(run: Run, arch: Architecture, step: int, weights: str, results: Mapping[str, Any], left_out: list[str]) -> str:
-    """README.md of a model exported after ``step``."""
+    """The README.md of a model exported after ``step``."""
     backbone, compression = run.backbone, arch.compression
     lines = [
         "---",
@@ -111,7 +111,7 @@ def card(run: Run, arch: Architecture, step: int, weights: str, results: Mapping
 
 
 def _cells(title: str, row: Mapping[str, Any]) -> list[str]:
-    # Names of files without their folders, which are nobody's business.
+    # File names without their folders, which are private.
     data = ", ".join(re.sub(r"[^:@]*/(?=[^/@])", "", word) for word in row.get("data", [])) or "-"
     cells = [
         title, str(row.get("step", "-")), f"{data} ({row.get('records', '-')[:16]})", f"{row['n']:,}",

@@ -1,12 +1,12 @@
-"""The official release's flat state dict, read into our tree and written again.
+"""The official release's flat state dict: reading into our tree, and writing.
 
     encoder.model.*                 the encoder            memory_fusion_layer.model.*   the LSA
     decoder.model.*, decoder.lm_head.weight                decoder.base_model.model.*    the decoder under PEFT's LoRA
     alpha_select beta_select alpha_merge beta_merge        the coarse and the fine scalars
 
-The release also stores tensors that nothing computes with: the encoder's and the LSA's vocabulary heads, the LSA's
-embedding table and the semantic_alignment_layer (used only between models of different width). Reading, they may be
-there; its own strict loading wants them all, so writing, they always are: as they were read, or ``filled``.
+The release also stores tensors that no computation uses: the vocabulary heads of encoder and LSA, the LSA's embedding
+table and the semantic_alignment_layer (used only between models of different width). When reading, they are optional.
+When writing, all are written, as they were read or ``filled``, because the release loads with strict=True.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def sources(arch: Architecture) -> dict[str, Source]:
 
 
 def adapter_sources(arch: Architecture, name: str) -> dict[str, Source]:
-    """The tensors of the adapters of ``arch``, by flat path, under a ``name`` with {layer}, {target} and {part}."""
+    """The adapter tensors of ``arch``, by flat path; ``name`` is a template with {layer}, {target} and {part}."""
     found = {}
     for path, spec in flatten({"lora": architecture.specs(arch).get("lora", {})}).items():
         _, target, side = path.split("/")
@@ -66,7 +66,7 @@ def adapter_sources(arch: Architecture, name: str) -> dict[str, Source]:
 
 
 def unused(arch: Architecture) -> dict[str, Shape]:
-    """Names and shapes of the tensors in an official file that nothing computes with."""
+    """The names and shapes of the tensors in an official file that no computation uses."""
     table, width = (arch.backbone.vocab_size, arch.backbone.hidden_size), arch.backbone.hidden_size
     decoder = PEFT if arch.lora.rank else PREFIX["decoder"]
     tied = {decoder + "lm_head.weight": table} if arch.backbone.tie_word_embeddings else {}
@@ -80,8 +80,9 @@ def unused(arch: Architecture) -> dict[str, Shape]:
 
 
 def filled(name: str, arch: Architecture, arrays: Mapping[str, Any]) -> np.ndarray:
-    """What an unused tensor holds when nothing else is known: the tables of the language model that encoder and LSA
-    were cut from, which the frozen decoder still has; for the alignment layer, the identity."""
+    """The default for the unused tensor ``name``. A head or embedding table is copied from the decoder, where it is
+    frozen and thus still the language model's. If tied, the encoder's head is copied from its embeddings. The alignment
+    layer is the identity."""
     dtype = arrays["decoder/embed"].dtype
     if name == "semantic_alignment_layer.weight":
         return np.eye(arch.backbone.hidden_size, dtype=dtype)
@@ -96,7 +97,7 @@ def filled(name: str, arch: Architecture, arrays: Mapping[str, Any]) -> np.ndarr
 
 
 class OfficialTensors(Tensors):
-    """An official file under its present names: older ones say icae. for encoder."""
+    """An official file with the current tensor names; older files have the prefix icae. instead of encoder."""
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -118,11 +119,11 @@ def load(
     lora_alpha: float | None = None,
     place: Placement = as_stored,
 ) -> tuple[dict[str, Any], Architecture]:
-    """An official checkpoint as parameters and the architecture they belong to.
+    """The parameters and the architecture of an official checkpoint.
 
-    Layer counts, the rank and the targets of LoRA are read off the tensors; what no tensor holds (``backbone``, the
-    switches, rates and segment size in ``compression``, ``lora_alpha``) is given. Raises WeightsError listing every
-    missing, unexpected, misshapen or non-finite tensor.
+    The tensors give the layer counts and the LoRA rank and targets; the caller gives the rest: ``backbone``,
+    ``lora_alpha``, and the switches, rates and segment size in ``compression``. Raises WeightsError listing every
+    missing, unexpected, misshapen or non-finite tensor, and ConfigError if ``lora_alpha`` is needed and missing.
     """
     tensors = OfficialTensors(path)
     arch = read_architecture(tensors.shapes, backbone, compression, lora_alpha, str(path))
@@ -142,7 +143,7 @@ def read_architecture(
     lora_alpha: float | None,
     where: str,
 ) -> Architecture:
-    """The layer counts and adapters that the tensors show, in ``compression`` and a Lora."""
+    """The architecture with the layer counts and adapters found in the tensors, and the rest of ``compression``."""
 
     def layers(prefix: str) -> int:
         found = [re.match(re.escape(prefix) + r"model\.layers\.(\d+)\.", name) for name in shapes]
@@ -176,11 +177,11 @@ def read_architecture(
 def writables(
     params: Mapping[str, Any], arch: Architecture, kept: Tensors | None = None, dtype: Any = None
 ) -> Iterator[Writable]:
-    """Every tensor of the official state dict of ``params``, so that the release loads it with strict=True. ``kept``
-    has unused tensors of the file that the model came from; the others are ``filled``."""
+    """All tensors of the official state dict of ``params``, so that the release loads it with strict=True. ``kept`` has
+    the unused tensors of the imported file; the other unused tensors are ``filled``."""
     arrays = flatten(params)
     names = sources(arch)
-    for path, array in arrays.items():  # COMI's own scalars in whatever they have: the decoding depends on each digit
+    for path, array in arrays.items():  # COMI's scalars keep their dtype: decoding depends on every digit
         yield from writing.writables(names, {path: array}, None if path.startswith("mig/") else dtype)
     for name, shape in unused(arch).items():
         file = kept if kept is not None and name in kept.shapes else None
@@ -193,5 +194,5 @@ def writables(
 
 
 def tensors(params: Mapping[str, Any], arch: Architecture) -> dict[str, np.ndarray]:
-    """``params``, whole or in part (gradients of what is trained, say), under their official names and layouts."""
+    """``params``, all or some of them (or gradients), with their official names and layouts."""
     return {one.name: one.make() for one in writing.writables(sources(arch), flatten(params))}

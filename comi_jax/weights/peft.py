@@ -1,4 +1,4 @@
-"""Adapters in the folder format of PEFT, which transformers and serving engines load on top of the decoder.
+"""Adapters in PEFT's folder format, which transformers and serving engines load on top of the decoder.
 
 y = x Wᵀ + (lora_alpha / r) x Aᵀ Bᵀ      lora_A.weight [r, in], lora_B.weight [out, r]
 """
@@ -12,12 +12,12 @@ from comi_jax.model.architecture import Architecture
 from comi_jax.weights import writing
 from comi_jax.weights.official import adapter_sources
 
-PREFIX = "base_model.model."  # of every name in an adapter of a causal language model
+PREFIX = "base_model.model."  # of every tensor name in an adapter of a causal LM
 
 
 def save_adapter(folder: Path, arch: Architecture, arrays: Mapping[str, Any], dtype: Any = None) -> int:
-    """Write the adapters of ``arrays`` (flat paths, "lora/q/a") into the new ``folder``; ``dtype`` None keeps each
-    array's own. Returns the bytes of the tensors."""
+    """Write the adapters in ``arrays`` (flat paths, "lora/q/a") to the new ``folder``. If ``dtype`` is None, each array
+    keeps its own. Returns the bytes of the tensors."""
     folder.mkdir(parents=True)
     sources = adapter_sources(arch, PREFIX + "model.layers.{layer}.self_attn.{target}_proj.lora_{part}.weight")
     held = {path: array for path, array in arrays.items() if path in sources}

@@ -23,17 +23,17 @@ from comi_jax.weights.tokenizer import fit_tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class StartingModel:
-    """The model in ``folder``, opened for a run with ``config``; its tokenizer and weights are read when asked for."""
+    """The model in ``folder``, opened for a run with ``config``; tokenizer and weights are read only when needed."""
 
     folder: Path
     config: Config
     backbone: Backbone
-    before: Run | None  # the run that made it; None: it is a language model
+    before: Run | None  # the run of a COMI checkpoint; None for a language model
 
     @classmethod
     def open(cls, config: Config) -> "StartingModel":
-        """The model that ``config`` names. Raises ConfigError, saying what to download, if there is none, and
-        CheckpointError if it is a COMI checkpoint that cannot be read."""
+        """The model that ``config`` names. Raises ConfigError saying what to download if there is none, and
+        CheckpointError for a COMI checkpoint that cannot be read."""
         folder = _folder(config)
         before = read_run(folder) if is_run(folder) else None
         backbone = before.backbone if before else hf_config.read_config(folder, config.model.ignore_config)
@@ -41,26 +41,27 @@ class StartingModel:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that the config names, or else the model's own, fitted to the model (``fit_tokenizer``)."""
+        """The tokenizer that the config names, or else the model's own; ``fit_tokenizer`` fits it to the model."""
         own = Folder(self.folder).tokenizer if self.before else self.folder
         return fit_tokenizer(load_tokenizer(self.config.model.tokenizer or own), self.backbone)
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the tokenizer's end of sequence, and what the model names beside it."""
+        """The token ids that end an answer: the tokenizer's end-of-sequence token and, unless the config names another
+        tokenizer, the model's own stop tokens."""
         own = {self.tokenizer.eos_token_id}
         if self.config.model.tokenizer:
             return tuple(own)
         return tuple(sorted(own | set(self.before.stop if self.before else hf_config.stop_tokens(self.folder))))
 
     def check(self) -> None:
-        """Refuse, before any data is read, a language model whose weights are not what its config says, and a COMI
-        checkpoint whose parts or scalars are not those that this run's config asks for."""
+        """Check the model before any data is read. Raises WeightsError if the weights of a language model do not match
+        its config, and ConfigError if a COMI checkpoint has other parts or scalars than this run's config."""
         if not self.before:
             hf.open_model(self.folder, self.backbone)
             return
         names = ["compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets"]
-        names += [f"compression.{name}" for name in SCALARS]  # the checkpoint's are the ones that are used
+        names += [f"compression.{name}" for name in SCALARS]  # the run uses the checkpoint's values
         there, here = (flatten(to_dict(c)) for c in (self.before.config, self.config))
         other = [name for name in names if there[name.replace(".", "/")] != here[name.replace(".", "/")]]
         if not self.before.config.lora.rank and not self.config.lora.rank:
@@ -72,8 +73,8 @@ class StartingModel:
             raise ConfigError(f"the COMI checkpoint in {self.folder} has other parts than this run; pass {words}")
 
     def load(self, run: Run, mesh: jax.sharding.Mesh) -> dict[str, Array]:
-        """The weights that ``run`` begins with, by flat path and on the devices of ``mesh``: the checkpoint's, or fresh
-        ones around the language model's, with adapters, if any, at random."""
+        """The initial weights of ``run``, by flat path, on the devices of ``mesh``: those of the COMI checkpoint, or
+        those of the language model with fresh scalars and, if any, randomly initialised adapters."""
         arch = run.architecture
         shardings = sharding.parameters(architecture.specs(arch), mesh)
 
@@ -88,7 +89,7 @@ class StartingModel:
 
 
 def tokenizer_of(config: Config) -> Any:
-    """The tokenizer of a run with ``config``, for whoever needs no model."""
+    """The tokenizer of a run with ``config``, for callers that need no model."""
     return load_tokenizer(config.model.tokenizer) if config.model.tokenizer else StartingModel.open(config).tokenizer
 
 

@@ -13,21 +13,22 @@ from comi_jax.weights.layout import some
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in ``folder``; never one that brings code of its own, never from the network."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there, which nobody misses
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, of use to those who read text
+    """The tokenizer in ``folder``; it runs no code from there and uses no network. Raises ConfigError if there is no
+    usable one, or if it has no end-of-sequence token."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else transformers warns that torch is missing
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, needed only for text
 
-    # Beside a Qwen2 config, AutoTokenizer puts Qwen2's own splitting of words in the place of tokenizer.json's.
+    # Beside a Qwen2 config, AutoTokenizer replaces the pre-tokenizer of tokenizer.json with Qwen2's own.
     as_written = (Path(folder) / "tokenizer.json").is_file()
     reader = PreTrainedTokenizerFast if as_written else AutoTokenizer
     try:
-        if not as_written and (Path(folder) / "tokenizer.model").is_file():  # which transformers 5 splits otherwise
+        if not as_written and (Path(folder) / "tokenizer.model").is_file():  # transformers 5 splits text differently
             tokenizer = tokenizer_model.load(Path(folder))
         else:
             tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except UserError:
         raise
-    except Exception as error:  # of a damaged tokenizer.json, the tokenizers library raises no other
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged tokenizer.json
         raise ConfigError(f"{folder} holds no tokenizer that transformers can load: {error}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token, which every answer ends with")
@@ -35,8 +36,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def fit_tokenizer(tokenizer: Any, backbone: Backbone) -> Any:
-    """``tokenizer`` without the special tokens that ``backbone`` has no embeddings of, a padding token most often: they
-    are told and left out, so that no text becomes one. ConfigError if it has other tokens of that kind."""
+    """``tokenizer`` without the special tokens, usually a padding token, that have no embedding in ``backbone``, so no
+    text is encoded as one; a warning lists them. Raises ConfigError if any other token has no embedding."""
     beyond = {token for token, number in tokenizer.get_vocab().items() if number >= backbone.vocab_size}
     if not beyond:
         return tokenizer
@@ -56,7 +57,7 @@ def fit_tokenizer(tokenizer: Any, backbone: Backbone) -> Any:
 
 
 def _without(tokenizer: Any, tokens: set[str]) -> Any:
-    """``tokenizer`` as it is read from its files after ``tokens`` were taken out of them."""
+    """``tokenizer``, saved, with ``tokens`` removed from its files, and loaded again."""
     from transformers import PreTrainedTokenizerFast
 
     def kept(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""tokenizer.model of LLaMA-2, a sentencepiece model, read without sentencepiece, to the same ids.
+"""LLaMA-2's tokenizer.model, a sentencepiece model, read without sentencepiece; the token ids are the same.
 
-Its pieces have scores, not merges: of all neighbours that are a piece together, those of the highest score merge first,
-from the left. The same is a list of merges: every split of every piece into two pieces, by the score of the whole.
+It has scored pieces instead of merges. Of all adjacent pairs that form a piece, the one with the highest score merges
+first, the leftmost on a tie. An equivalent list of merges: every split of a piece into two pieces, sorted by its score.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 
 from comi_jax.config import ConfigError
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of pieces
-BPE = 2  # of model_type
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types
+BPE = 2  # a value of model_type
 SPACE = "\u2581"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WAY_ON = (
@@ -25,8 +25,8 @@ WAY_ON = (
 
 
 def load(folder: Path) -> Any:
-    """The tokenizer of ``folder``/tokenizer.model and the files beside it. Raises ConfigError for a model of another
-    kind than LLaMA-2's, saying how to come by a tokenizer.json."""
+    """The tokenizer in ``folder``/tokenizer.model and the files beside it. Raises ConfigError for a model that is not
+    like LLaMA-2's, saying how to get a tokenizer.json."""
     from transformers import PreTrainedTokenizerFast
 
     path = folder / "tokenizer.model"
@@ -47,7 +47,7 @@ def load(folder: Path) -> Any:
 
 
 def tokenizer_of(path: Path) -> tuple[tuple[str, str, str], Any]:
-    """The unknown, first and last tokens of the sentencepiece model in ``path``, and its tokenizer (of tokenizers)."""
+    """The unk, bos and eos tokens of the sentencepiece model in ``path``, and its tokenizers.Tokenizer."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
     pieces, kinds, scores, tokens = read(path)
@@ -69,7 +69,7 @@ def tokenizer_of(path: Path) -> tuple[tuple[str, str, str], Any]:
 
 
 def merges_of(pieces: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces, in the order in which sentencepiece merges."""
+    """All splits of a piece into two pieces, in the order in which sentencepiece merges them."""
     ids = {piece: number for number, piece in enumerate(pieces) if kinds[number] == NORMAL}
     found = []
     for whole in sorted(ids, key=lambda piece: -scores[ids[piece]]):
@@ -80,8 +80,8 @@ def merges_of(pieces: list[str], kinds: list[int], scores: list[float]) -> list[
 
 
 def read(path: Path) -> tuple[list[str], list[int], list[float], tuple[str, str, str]]:
-    """Pieces, their types and scores, and the unknown, first and last of them, of the sentencepiece model in ``path``.
-    Raises ConfigError for what is none, or none of LLaMA-2's kind."""
+    """The pieces, their types and scores, and the unk, bos and eos tokens of the sentencepiece model in ``path``.
+    Raises ConfigError if the file is not a sentencepiece model like LLaMA-2's."""
     try:
         parts = list(fields(path.read_bytes()))
         each = [dict(fields(value)) for number, value in parts if number == 1]
@@ -92,7 +92,7 @@ def read(path: Path) -> tuple[list[str], list[int], list[float], tuple[str, str,
         kinds = [piece.get(3, NORMAL) for piece in each]
         scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in each]
         numbers = [trainer.get(number, default) for number, default in ((40, 0), (41, 1), (42, 2))]
-        # -1 is a large number here
+        # -1, no such token, is read as a large number
         unknown, first, last = (pieces[number] if number < len(pieces) else "" for number in numbers)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
         raise ConfigError(f"{path} is no sentencepiece model ({error!r:.80}); {WAY_ON}") from None
@@ -111,7 +111,7 @@ def read(path: Path) -> tuple[list[str], list[int], list[float], tuple[str, str,
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message, by number: whole numbers, and bytes of everything else."""
+    """The fields of a protobuf message as (number, value): an int for a varint, bytes for all other types."""
     at = 0
     while at < len(message):
         key, at = varint(message, at)
@@ -128,7 +128,7 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at ``at``, seven bits a byte, and where it ends."""
+    """The varint at offset ``at`` (seven bits per byte), and the offset after it."""
     value = 0
     for shift in range(0, 70, 7):
         value |= (message[at] & 127) << shift

@@ -1,4 +1,4 @@
-"""From devices to files: safetensors, in shards with an index, a tensor at a time."""
+"""From devices to files: safetensors, in shards with an index, written one tensor at a time."""
 
 import functools
 import json
@@ -14,12 +14,12 @@ import numpy as np
 from comi_jax.weights.files import DTYPES
 from comi_jax.weights.layout import Layout, Shape, Sources
 
-SHARD_BYTES = 5_000_000_000  # of a written file, as the hub has it
+SHARD_BYTES = 5_000_000_000  # per file at most, as on the Hugging Face hub
 
 
 @dataclass(frozen=True)
 class Writable:
-    """A tensor to be: ``make`` fetches it when its turn comes."""
+    """A tensor to be written; ``make`` fetches it when it is needed."""
 
     name: str
     shape: Shape
@@ -32,7 +32,7 @@ class Writable:
 
 
 def writables(sources: Sources, arrays: Mapping[str, Any], dtype: Any = None) -> Iterator[Writable]:
-    """The tensors of ``arrays``, by flat path, in a file's names and layouts, in ``dtype`` (None: their own)."""
+    """``arrays``, by flat path, as tensors with the names and layouts in ``sources``, in ``dtype`` (None: as is)."""
     for path, array in arrays.items():
         source = sources[path]
         kept = jnp.dtype(dtype or array.dtype)
@@ -47,8 +47,8 @@ def _fetch(array: Any, layer: int | None, layout: Layout, dtype: Any) -> np.ndar
 
 
 def save(folder: str | Path, tensors: Iterable[Writable], shard_bytes: int = SHARD_BYTES) -> int:
-    """Write ``tensors`` into ``folder`` as model.safetensors, or in shards of at most ``shard_bytes`` with an index, as
-    the hub has it. Returns the bytes of the tensors."""
+    """Write ``tensors`` to ``folder`` as model.safetensors, or as shards with an index, as on the Hugging Face hub. A
+    shard has at most ``shard_bytes``, unless a single tensor has more. Returns the bytes of the tensors."""
     shards: list[list[Writable]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
@@ -68,8 +68,8 @@ def save(folder: str | Path, tensors: Iterable[Writable], shard_bytes: int = SHA
 
 
 def save_file(path: Path, tensors: Sequence[Writable]) -> None:
-    """Write one safetensors file, a tensor at a time (safetensors' own writer wants all of them in memory). It appears
-    under its name once it is whole."""
+    """Write one safetensors file, one tensor at a time (safetensors' own writer needs all of them in memory). The file
+    gets its name only when it is complete."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
