@@ -371,8 +371,8 @@ def test_a_models_config_with_wrong_numbers_names_them(change, named):
     [
         (Config, "lora", {"alpha": 10**400}, "config.lora.alpha is a whole number beyond 64 bits"),
         (Config, "train", {"steps": 10**4000}, "config.train.steps is a whole number beyond 64 bits"),
-        (Config, "train", {"output": "\udc80"}, "config.train.output is '.udc80'; a NUL"),
-        (Config, "data", {"train": ["a\0b"]}, "config.data.train is 'a.x00b'; a NUL"),
+        (Config, "train", {"output": "\udc80"}, "config.train.output is '.udc80'; text must not hold NUL"),
+        (Config, "data", {"train": ["a\0b"]}, "config.data.train is 'a.x00b'; text must not hold NUL"),
         (Config, "data", {"x" * 5000: 1}, "config.data has unknown entries"),
         (Backbone, None, {"vocab_size": 3}, "config lacks model_type, hidden_size"),
     ],

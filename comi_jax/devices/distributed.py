@@ -200,6 +200,7 @@ class Watch(threading.Thread):
             self._end(self._no_answer(), AGAIN)
 
     def _leave(self, message: str, status: int) -> None:
+        self._closed.set()  # the reason is known: the clock must not give another one meanwhile
         if self._peers.index == 0:  # it hosts the store, which the peers still have to read
             time.sleep(min(NEWS, self._timeout))
         self._end(message, status)
