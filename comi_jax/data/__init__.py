@@ -1,1 +1,1 @@
-"""Records in, batches out: everything between a file of examples and the model."""
+"""Records in, batches out: everything between a data file and the model."""

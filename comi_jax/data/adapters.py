@@ -1,9 +1,9 @@
-"""Which schema an example has: told from the set of its fields, named, or given field by field.
+"""The schema of an example: recognised by its fields, chosen by name, or given field by field.
 
-    context:passage,question:q,answer:gold        (data.fields) the fields of a set of one's own
+    context:passage,question:q,answer:gold        (data.fields) the fields of a custom data set
 
-One field never decides. An example whose fields fit several schemas is refused with their names, one that fits none
-with its fields.
+A single field never decides. An example that fits several schemas is refused, and the message names them; for an
+example that fits none, it names the fields.
 """
 
 import re
@@ -34,14 +34,14 @@ SCHEMAS: dict[str, Adapt] = {
 
 
 def _documents(value: object) -> bool:
-    """Documents as objects or lists, or as JSON in a text, apart from plain text."""
+    """Whether ``value`` holds structured documents: an object, a list of anything but texts, or their JSON."""
     if isinstance(value, str):
         return bool(re.match(r'\s*(\[\s*\[|\{\s*")', value))
     return isinstance(value, dict) or (isinstance(value, list) and not _plain(value))
 
 
 def _plain(value: object) -> bool:
-    """A text or a list of texts."""
+    """Whether ``value`` is plain text or a list of strings."""
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str) for item in value)
     return isinstance(value, str) and not _documents(value)
@@ -53,8 +53,8 @@ def _spans(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Shape:
-    """The fields by which an example of a schema is known: those it has, what is in them where that tells it from
-    others, and those it has not."""
+    """How to recognise an example of a schema: fields that must be present (``has``) or absent (``lacks``), and checks
+    of values (``kinds``) for schemas with the same field names."""
 
     schema: str
     has: tuple[str, ...]
@@ -94,7 +94,7 @@ SHAPES = (
 
 
 def adapt(fields: Mapping[str, Any]) -> Record | Sequence[Record | Refused]:
-    """What an example of any of the schemas is, told from its fields; raises Refused."""
+    """The record or records of an example, whose schema is recognised by its fields; raises Refused."""
     by_name = [shape for shape in SHAPES if shape.names_fit(fields)]
     found = [shape for shape in by_name if shape.kinds_fit(fields)] or by_name
     found = [shape for shape in found if not any(set(shape.has) < set(other.has) for other in found)]
@@ -119,19 +119,19 @@ def adapt(fields: Mapping[str, Any]) -> Record | Sequence[Record | Refused]:
     )
 
 
-# --- the fields of one's own ------------------------------------------------------------------------------------------
+# --- custom fields ----------------------------------------------------------------------------------------------------
 
-# How sets call the parts of an example, the likeliest names first.
+# Patterns for the field names that data sets give to each part of an example, the likeliest first.
 _LIKE = {
     "answer": "^a$ answ gold target label output response completion reference highlight summary",
     "question": "^q$ quest query prompt instruction input",
     "context": "context passage article document story text content paragraph report source body input",
 }
-_NAME = re.compile(r"[\w .-]+").fullmatch  # of a field that can be written in a setting as it is
+_NAME = re.compile(r"[\w .-]+").fullmatch  # a field name that needs no escaping in a setting
 
 
 def example_of(fields: Mapping[str, Any]) -> str:
-    """``data.fields`` as it could be for an example with such fields."""
+    """A suggested ``data.fields`` setting for an example with these fields."""
     chosen = _likely(fields)
     left = [name for name in filter(_NAME, fields) if name not in chosen.values()]
     for part in ("context", "answer"):
@@ -145,13 +145,13 @@ def example_of(fields: Mapping[str, Any]) -> str:
 
 
 def _place(name: str, value: object) -> str:
-    """Where the text of a field is: in the field itself, or in the first field of the object there that has any."""
+    """The path to the text of a field: its name or, for an object, the path to the first inner field with text."""
     inside = [inner for inner in value if _plain(value[inner])] if isinstance(value, dict) else []
     return f"{name}.{inside[0]}" if inside and _NAME(inside[0]) else name
 
 
 def _likely(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The parts of an example and the fields that are called like them."""
+    """The likeliest field for each part of an example, judged by name."""
     chosen: dict[str, str] = {}
     for part, words in _LIKE.items():
         names = [name for name in filter(_NAME, fields) if name not in chosen.values()]
@@ -163,8 +163,8 @@ def _likely(fields: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Fields:
-    """Where the parts of an example are, from ``data.fields``; "answers.text" is the field text of the object answers.
-    Without a question the prompt is that of MultiNews."""
+    """The fields that hold the parts of an example, from ``data.fields``; "answers.text" is the field text of the
+    object answers. Without a question, the prompt is the one used for MultiNews."""
 
     words: tuple[str, ...]
 
@@ -189,7 +189,7 @@ class Fields:
         return Record(texts(where["context"], found["context"]), question, texts(where["answer"], found["answer"]))
 
     def adapt(self, fields: Mapping[str, Any]) -> Record | Sequence[Record | Refused]:
-        """As ``read`` where all the fields are there; else as the fields tell."""
+        """As ``read`` if all fields of data.fields are present; otherwise the schema is recognised by the fields."""
         there = [place in fields or place.split(".")[0] in fields for place in self.places.values()]
         if all(there):
             return self.read(fields)

@@ -1,9 +1,9 @@
 """From records to batches: tokenise once, then a Grain pipeline whose order is a pure function of seed and step.
 
-    records -> encoded -> Example (of a run: in a file, see ``tokens``) -> Plan: which examples make batch i -> Batches
+    records -> encoded -> Examples (a run stores them, see runs/examples.py) -> Plan: the examples of batch i -> Batches
 
-Context, query and answer are tokenised raw and apart: no chat template, no separators, no BOS. The target is the first
-answer and the end-of-sequence token.
+Context, query and answer are tokenised raw and separately: no chat template, no separators, no BOS. The target is the
+first answer and the end-of-sequence token.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ from comi_jax.model.batch import Batch
 
 @dataclass(frozen=True)
 class Shapes:
-    """The few static shapes that batches are padded to, one compilation each: a bucket for the contexts, with
-    ``narrow`` or the longest widths for queries and answers."""
+    """The few static shapes that batches are padded to, each compiled once: a bucket for the contexts; the ``narrow``
+    or the largest widths for queries and answers."""
 
-    buckets: tuple[int, ...]  # rising; the last holds the longest context
+    buckets: tuple[int, ...]  # ascending; the last one fits the longest context
     query: int
     answer: int
-    narrow: tuple[int, int] | None = None  # query and answer width for the many rows that are short in both
+    narrow: tuple[int, int] | None = None  # (query, answer) widths for the many rows in which both are short
 
     @classmethod
     def of(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
-        """Buckets from ``data`` or, if it has none, powers of two and their halves, and whole segments beyond; queries
-        and answers are padded to the longest of ``examples``."""
+        """Buckets from ``data``, by default 32, 48, 64, 96, ... below the segment size, extended to the longest context
+        (beyond one segment by whole segments); queries and answers are padded to the longest of ``examples``."""
         longest, segment = max(1, max(len(example.context) for example in examples)), compression.segment_size
         steps = data.buckets or [base * 2**k for k in range(40) for base in (32, 48) if base * 2**k < segment]
         largest = max(steps, default=0)
@@ -50,8 +50,8 @@ class Shapes:
 
     @classmethod
     def fit(cls, examples: Sequence[Example], data: Data, compression: Compression) -> "Shapes":
-        """Shapes for training on ``examples``: the buckets of ``data``, or else at most data.max_buckets that leave the
-        least padding, and narrow rows where those save 2 % of the tokens or more."""
+        """Shapes for training on ``examples``: the buckets of ``data``, by default up to data.max_buckets buckets with
+        the least padding; narrow rows if they save more than 2 % of the tokens."""
         shapes = cls.of(examples, data, compression)
         lengths = np.array([len(e.context) for e in examples])
         widths = np.array([(len(e.query), max(len(e.answer), 1)) for e in examples])
@@ -64,7 +64,7 @@ class Shapes:
         return shapes
 
     def size(self, examples: Sequence[Example]) -> tuple[int, int, int]:
-        """The widths of contexts, queries and answers in a batch of ``examples``."""
+        """The padded lengths of contexts, queries and answers in a batch of ``examples``."""
         context, query, answer = (max(len(getattr(e, n)) for e in examples) for n in ("context", "query", "answer"))
         widths, bucket = (self.query, self.answer), next(b for b in self.buckets if b >= context)
         if self.narrow is not None and query <= self.narrow[0] and answer <= self.narrow[1]:
@@ -80,9 +80,9 @@ def collate(
     size: tuple[int, int, int] | None = None,
     own: range | None = None,
 ) -> Batch:
-    """Right-padded numpy arrays of ``examples``. Every ``share`` examples in a row have one context, which the batch
-    holds once. ``size`` is that of ``examples`` unless given. Contexts that are not in ``own`` (None: all are) and
-    their queries and answers get their lengths alone."""
+    """``examples`` as right-padded NumPy arrays. Every ``share`` consecutive examples have the same context, which the
+    batch holds once. ``size`` defaults to ``shapes.size(examples)``. ``own`` selects contexts (None: all); for the
+    others, and their queries and answers, only the lengths are filled in."""
     owners = examples[::share]
     own = range(len(owners)) if own is None else own
     rows = range(own.start * share, own.stop * share)
@@ -103,8 +103,8 @@ def _pad(ids: Sequence[np.ndarray], width: int, rows: range) -> tuple[np.ndarray
 
 
 def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Example, ...]]:
-    """Neighbours with the same context in groups of ``share``; a group that is not full repeats its last example,
-    without an answer, so that nothing is learnt from the repetition."""
+    """Tuples of ``share`` consecutive examples with the same context. Shorter ones are filled up with copies of their
+    last example, which have no answer, so that nothing is learnt from them."""
     groups: list[list[Example]] = []
     for example in examples:
         if groups and len(groups[-1]) < share and np.array_equal(groups[-1][0].context, example.context):
@@ -117,15 +117,15 @@ def share_contexts(examples: Sequence[Example], share: int) -> list[tuple[Exampl
 
 @dataclass(frozen=True)
 class Plan:
-    """The batches of training: which examples each holds and how large it is, known before any is made.
+    """The batches of training, planned ahead: the examples and the sizes of each.
 
-    A batch comes in ``micro_batches`` parts, examples of like size together, each of which has a shape of its own.
-    Which examples make a batch does not depend on ``micro_batches``."""
+    A batch is split into ``micro_batches`` micro-batches of examples of similar size, each with its own shape. The
+    examples of a batch do not depend on ``micro_batches``."""
 
-    groups: list[tuple[Example, ...]]  # examples about one context
+    groups: list[tuple[Example, ...]]  # each: the examples that share a context
     shapes: Shapes
     order: Order
-    share: int  # examples in a group
+    share: int  # examples per context
     micro_batches: int
 
     @classmethod
@@ -140,24 +140,24 @@ class Plan:
     ) -> "Plan":
         groups = share_contexts(examples, share)
         lengths, *widths = np.array([shapes.size(group) for group in groups]).T
-        # Narrow rows rise and the others fall: where they meet, the longest of both share a batch.
+        # Narrow rows by ascending length, then the others by descending: a batch of both kinds has the longest of each.
         narrow = np.all(np.stack(widths, axis=1) == (shapes.narrow or (0, 0)), axis=1)
         order = Order(np.where(narrow, lengths, 2 * max(lengths) - lengths), batch_size // share, seed)
         return cls(groups, shapes, order, share, micro_batches)
 
     @property
     def contexts_at_once(self) -> int:
-        """How many contexts a micro-batch has."""
+        """Contexts per micro-batch."""
         return self.order.batch // self.micro_batches
 
     def examples(self, number: int) -> list[list[Example]]:
-        """The examples of the micro-batches of batch ``number``, which the order has sorted by size."""
+        """The examples of each micro-batch of batch ``number``, sorted by size."""
         return [
             [e for i in part for e in self.groups[i]] for part in self.order[number].reshape(self.micro_batches, -1)
         ]
 
     def batch(self, number: int, rates: Sequence[int] | np.ndarray, own: range | None = None) -> tuple[Batch, ...]:
-        """The micro-batches of batch ``number``, its examples at ``rates``; ``own`` of each as in ``collate``."""
+        """The micro-batches of batch ``number``; ``rates`` has a rate per example, ``own`` is as in ``collate``."""
         made = []
         for part, drawn in zip(self.examples(number), np.reshape(rates, (self.micro_batches, -1)), strict=True):
             examples = [dataclasses.replace(e, rate=int(rate)) for e, rate in zip(part, drawn, strict=True)]
@@ -165,8 +165,8 @@ class Plan:
         return tuple(made)
 
     def forecast(self) -> tuple[float, dict[tuple[int, int, int], int]]:
-        """Share of padding over the first epoch, and how many micro-batches have each size: every one is compiled
-        once."""
+        """The fraction of padding in the first epoch, and the number of micro-batches of each size; every size is
+        compiled once."""
         real, padded, sizes = 0, 0, Counter()
         for examples in (part for number in range(max(self.order.first(1), 1)) for part in self.examples(number)):
             context, query, answer = self.shapes.size(examples)
@@ -185,12 +185,12 @@ def training_batches(
     own: range | None = None,
     put: Callable[[tuple[Batch, ...]], Any] | None = None,
 ) -> grain.DatasetIterator:
-    """The batches of ``plan``, endless, each a tuple of micro-batches and each example with a rate drawn from
-    ``rates``.
+    """An endless iterator over the batches of ``plan``: tuples of micro-batches, in which each example has a rate drawn
+    from ``rates``.
 
-    Batch i depends on (seed, i) alone; the iterator's get_state and set_state move it to any step. A process whose
-    devices need a part of every micro-batch's contexts names it as ``own``: no other tokens are read. With ``put``,
-    which places a batch on devices, elements are (batch, put(batch)), and two are placed ahead of the one in use;
+    Batch i depends only on (seed, i); the iterator's get_state and set_state move it to any step. ``own`` selects the
+    contexts of each micro-batch that this process's devices need; the tokens of others are not read. ``put`` places a
+    batch on devices: elements are then (batch, put(batch)), and two batches are placed ahead of the one in use.
     ``close`` the iterator when done with it.
     """
 

@@ -1,4 +1,4 @@
-"""From records to token ids: context, query and answer tokenised raw and apart, their text as letters alone."""
+"""From records to token ids: context, query and answer are tokenised raw, separately and without control tokens."""
 
 import copy
 import functools
@@ -14,31 +14,31 @@ from comi_jax.config import Backbone, Compression, Data, max_groups, shown
 from comi_jax.data.records import BYTE_ORDER_MARK, Record
 from comi_jax.errors import UserError
 
-FORMAT = 2  # to be raised when other examples are made of the same records
-CHUNK = 256  # records tokenised in one call: the tokenizer works on them in parallel
+FORMAT = 2  # increment when the same records give different examples
+CHUNK = 256  # records per tokenizer call, which processes them in parallel
 PARTS = ("context", "question", "answer")
 
 
 class LengthError(UserError):
-    """Records longer than the settings allow; the message says how many, which first, and which settings decide."""
+    """Records longer than the settings allow; the message gives their number, the first one and the settings."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one record, int32. Without a target (for answering), ``answer`` is empty."""
+    """Token ids of one record, int32. Without a target (when only answering), ``answer`` is empty."""
 
     context: np.ndarray
     query: np.ndarray
     answer: np.ndarray
     _: KW_ONLY
     rate: int = 0
-    truncated: bool = False  # a part was cut to fit
-    cut: str = ""  # which of PARTS that was, e.g. "context and question"; not kept in the files of a run
+    truncated: bool = False  # whether a part was truncated
+    cut: str = ""  # the truncated PARTS, e.g. "context and question"; not stored with a run
 
 
 @dataclass
 class LengthReport:
-    """How many examples there are, how many tokens they have, and how many were cut to fit."""
+    """The numbers of examples, of their context tokens and of truncated parts."""
 
     examples: int = 0
     context_tokens: int = 0
@@ -54,7 +54,7 @@ class LengthReport:
 def encode(
     records: Sequence[Record], tokenizer: Any, data: Data, *, targets: bool = True
 ) -> tuple[list[Example], LengthReport]:
-    """All of ``encoded``, and what it reports."""
+    """All examples of ``encoded``, and its report."""
     report = LengthReport()
     return list(itertools.chain.from_iterable(encoded(records, tokenizer, data, report, targets=targets))), report
 
@@ -62,14 +62,15 @@ def encode(
 def encoded(
     records: Iterable[Record], tokenizer: Any, data: Data, report: LengthReport, *, targets: bool = True
 ) -> Iterator[list[Example]]:
-    """``records`` tokenised, CHUNK at a time; with ``targets`` their first answers too. Adds to ``report``.
+    """``records`` tokenised, CHUNK at a time; with ``targets`` also their first answers. Adds to ``report``.
 
-    What is longer than data.max_context, max_query or max_answer tokens is cut (the context at its end, the question
-    at its beginning, since its end asks, the answer before its end-of-sequence token) and counted if data.on_long is
-    "truncate"; else LengthError is raised, when all records were seen.
+    Parts longer than data.max_context, max_query or max_answer tokens are truncated and counted if data.on_long is
+    "truncate": the context at its end, the question at its beginning (its end does the asking), the answer before its
+    end-of-sequence token. Otherwise LengthError is raised after all records are read. A context or query without
+    tokens raises it at once.
     """
     long: list[tuple[int, list[int]]] = []
-    limits, spare = (data.max_context, data.max_query, data.max_answer), (0, 0, int(targets))  # room for the last token
+    limits, spare = (data.max_context, data.max_query, data.max_answer), (0, 0, int(targets))  # room for its EOS token
     records = iter(records)
     while chunk := list(itertools.islice(records, CHUNK)):
         contexts = token_ids(tokenizer, [record.context_text() for record in chunk])
@@ -108,8 +109,8 @@ def encoded(
 def check_positions(
     examples: Sequence[Example], backbone: Backbone, settings: Compression, min_rate: int, new_tokens: int | None = None
 ) -> None:
-    """Refuse rows of the encoder (segment, query) or of the decoder (memory, query, answer or ``new_tokens``) that are
-    longer than the language model's positions. Each example counts alone: padding stands behind what is real."""
+    """Raise LengthError if a row of the encoder (segment, query) or decoder (memory, query, answer or ``new_tokens``)
+    is longer than the model's position limit. Padding follows the real tokens and does not count."""
     limit = backbone.max_position_embeddings
     for number, example in enumerate(examples, start=1):
         segments = settings.segments(len(example.context))
@@ -134,24 +135,24 @@ _MARKUP = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
 
 class TextError(UserError):
-    """A text that a tokenizer cannot read as letters."""
+    """A text that a tokenizer cannot encode without control tokens."""
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, raw: nothing is added, nothing cut, and every letter is a letter.
+    """The tokens of each text, raw: nothing is added, nothing is truncated, and no control token is recognised.
 
-    A text is data, never an instruction: ``<|im_end|>`` in it becomes the tokens of these ten letters, and so does
-    every other control token (``control_tokens``). Words that were added to a vocabulary stay words. A byte order mark
-    at the beginning of a text is left out.
+    A text is data, never an instruction: ``<|im_end|>`` becomes the tokens of its ten characters, and so does every
+    other control token (``control_tokens``). Ordinary words that were added to a vocabulary keep their tokens. A byte
+    order mark at the start of a text is removed.
 
-    Raises TextError where a tokenizer has no other token for the letters of a control token.
+    Raises TextError if the tokenizer has no other tokens for the characters of a control token.
     """
     control = control_tokens(tokenizer)
     texts = [text.removeprefix(BYTE_ORDER_MARK) for text in texts]
     rows = _read(tokenizer, control, texts)
-    never = set(control.values()) - {tokenizer.unk_token_id}  # which stands for unknown letters too
+    never = set(control.values()) - {tokenizer.unk_token_id}  # which also stands for unknown characters
     for number, row in enumerate(rows):
-        if not never.isdisjoint(row):  # a vocabulary of whole words that has the control token among them
+        if not never.isdisjoint(row):  # a word-level vocabulary that contains the control token as a word
             rows[number] = list(itertools.chain(*_read(tokenizer, control, _taken_apart(texts[number], control))))
             if found := never.intersection(rows[number]):
                 raise TextError(
@@ -162,8 +163,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """The tokens that text must never become, with their ids: those that ``tokenizer`` calls special, and those in
-    angle or square brackets, which many chat models have without calling them so (``<think>``)."""
+    """The tokens that text must never become, with their ids: the special tokens of ``tokenizer``, and added tokens in
+    angle or square brackets, which many chat models do not mark as special (``<think>``)."""
     added = tokenizer.added_tokens_decoder.items()
     control = {token.content: i for i, token in added if token.special or _MARKUP.fullmatch(token.content.strip())}
     return control | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -181,8 +182,8 @@ def _read(tokenizer: Any, control: dict[str, int], texts: list[str]) -> list[lis
 
 @functools.lru_cache(maxsize=2)
 def _without(tokenizer: Any, names: tuple[str, ...], size: int) -> Any:
-    """A copy of the backend of ``tokenizer``, which has ``size`` tokens, that finds neither special tokens in a text
-    nor those of ``names``: split_special_tokens concerns the special ones alone."""
+    """A copy of the backend of ``tokenizer`` that recognises neither special tokens nor ``names`` in a text;
+    split_special_tokens covers special tokens only. ``size``, the number of tokens, is only a key of the cache."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.add_special_tokens(list(names))
     backend.encode_special_tokens = True
@@ -192,6 +193,6 @@ def _without(tokenizer: Any, names: tuple[str, ...], size: int) -> Any:
 
 
 def _taken_apart(text: str, control: Iterable[str]) -> list[str]:
-    """``text`` in pieces, none of which holds one of ``control``: each is cut behind its first letter."""
+    """``text`` in pieces that contain none of ``control``: each of these is split after its first character."""
     inside = (f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in control if len(name) > 1)
     return re.split("|".join(inside), text)

@@ -1,4 +1,4 @@
-"""Short names for records: the same whichever files, compression or schema they came in, and whatever reads them."""
+"""Fingerprints of records, independent of the files, compression, schema and reader."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from comi_jax.data.records import Record
 
 
 class Fingerprint:
-    """The fingerprint of records in their order."""
+    """The fingerprint of records in order, computed incrementally."""
 
     def __init__(self):
         self._hash = hashlib.sha256()
 
     def add(self, record: Record) -> None:
-        parts = [*record.context, "", record.prompt, *record.answers]  # no document is empty
+        parts = [*record.context, "", record.prompt, *record.answers]  # documents are never empty, so "" ends them
         self._hash.update(json.dumps([len(part) for part in parts]).encode() + "".join(parts).encode())
 
     def __str__(self) -> str:
@@ -22,7 +22,7 @@ class Fingerprint:
 
 
 def fingerprint_of(records: Iterable[Record]) -> str:
-    """The fingerprint of ``records`` in their order."""
+    """The fingerprint of ``records`` in order."""
     whole = Fingerprint()
     for record in records:
         whole.add(record)
@@ -30,5 +30,5 @@ def fingerprint_of(records: Iterable[Record]) -> str:
 
 
 def question_key(record: Record) -> str:
-    """The fingerprint of what ``record`` asks about which context, whatever its answers."""
+    """The fingerprint of the context and question of ``record``, without its answers."""
     return fingerprint_of([Record(record.context, record.prompt, ())])

@@ -1,4 +1,4 @@
-"""The training mixture, made once: examples in files, and a report of what they are."""
+"""The training mixture, prepared once: files of examples, and a report on them."""
 
 import contextlib
 import fcntl
@@ -24,7 +24,7 @@ from comi_jax.data.records import Record, Skipped
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
 
-NAMED = 5  # of each reason to drop an example, so many are named by file and line
+NAMED = 5  # dropped examples that the report names by file and line, per reason
 PARTS = ("context", "query", "answer")
 PERCENTILES = (1, 50, 90, 99, 100)
 SETTINGS = (
@@ -41,13 +41,14 @@ SETTINGS = (
 
 @dataclass
 class SourceReport:
-    """What became of one word of data.train or data.eval. ``dropped``: reason -> [how many, the first of them]."""
+    """The statistics of one entry of data.train or data.eval. ``dropped``: reason -> [count, the first examples]."""
 
     source: str
     written: int = 0
-    in_context: int = 0  # examples with an answer that stands in the context, apart from case and spacing
-    longer: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))  # than data.max_*: cut in training
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # of each part, at PERCENTILES
+    in_context: int = 0  # examples with an answer that occurs in the context, ignoring case and spacing
+    # Examples with a part longer than data.max_*, which training truncates.
+    longer: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # lengths per part, at PERCENTILES
     dropped: dict[str, list[Any]] = field(default_factory=dict)
 
     def drop(self, reason: str, example: str, count: int = 1) -> None:
@@ -58,14 +59,14 @@ class SourceReport:
 
 
 class Mixture:
-    """Writes the examples of one split, source after source, and keeps the numbers."""
+    """Writes the examples of one split, source by source, and collects their statistics."""
 
     def __init__(self, config: Config, tokenizer: Any, split: str, held_out: dict[str, str]):
         self.data, self.seed, self.split, self.held_out = config.data, config.train.seed, split, held_out
         self.tokenizer, self.seen, self.fingerprint = tokenizer, {}, Fingerprint()
 
     def write(self, file: Any, number: int, source: sources.Source) -> SourceReport:
-        """The examples of ``source``, the ``number``-th of its split, into ``file``."""
+        """Write the examples of ``source``, at index ``number`` in its split, to ``file``."""
         report = SourceReport(source.word)
         copies = self._choose(report, number, source)
         skipped: list[Skipped] | None = [] if self.data.skip_bad_records else None
@@ -87,7 +88,7 @@ class Mixture:
         return report
 
     def _choose(self, report: SourceReport, number: int, source: sources.Source) -> Counter:
-        """How often each of the examples of ``source`` is taken, by their place among them."""
+        """The number of copies to take of each example of ``source``, by its index."""
         skipped: list[Skipped] = []
         good = []
         for index, (path, line, record) in enumerate(
@@ -112,7 +113,7 @@ class Mixture:
         return Counter(good[i] for i in taken)
 
     def _count(self, report: SourceReport, chunk: list[tuple[str, Record]]) -> np.ndarray:
-        """Token counts [n, 3] of examples, their answers with the end-of-sequence token."""
+        """Token counts [n, 3] of context, query and answer (with end-of-sequence token). Adds to ``report``."""
         texts = [(r.context_text(), r.prompt, r.answers[0]) for _, r in chunk]
         columns = [encode.token_ids(self.tokenizer, list(column)) for column in zip(*texts, strict=True)]
         lengths = np.array([[len(ids) for ids in column] for column in columns]).T + (0, 0, 1)
@@ -138,9 +139,10 @@ def _plain(text: str) -> str:
 
 
 def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> dict[str, Any]:
-    """Write the mixture of ``config`` into ``output`` and return its report; if that is there already, only return it.
+    """Write the mixture of ``config`` to ``output`` and return its report; if ``output`` has it, only return that.
 
-    Raises ConfigError for a folder with anything else in it, and what reading the sources raises; then nothing is left.
+    Raises ConfigError if the folder contains anything else, and the errors of reading the sources; on an error nothing
+    is written.
     """
     words = {"eval": config.data.eval, "train": config.data.train}
     if not config.data.train or any("synthetic" in names for names in words.values()):
@@ -158,7 +160,7 @@ def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> d
     held_out: dict[str, str] = {}
     splits = {}
     with _replacing(output) as folder:
-        for split, own in parsed.items():  # the held-out examples first
+        for split, own in parsed.items():  # eval first: its questions are kept out of train
             mixture = Mixture(config, tokenizer, split, held_out)
             with open(folder / f"{split}.jsonl.gz", "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
                 rows = []
@@ -177,7 +179,7 @@ def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> d
 
 
 def _sizes(parsed: dict[str, list[sources.Source]]) -> dict[str, int]:
-    """The bytes of every file, by which a changed one is told at once."""
+    """The size of every file in bytes, a fast check for changed files."""
     paths = [
         path
         for split, own in parsed.items()
@@ -206,8 +208,8 @@ def _there_already(output: Path, settings: dict[str, Any]) -> dict[str, Any] | N
 
 @contextlib.contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its name when all is written, and is removed when that fails. What a killed
-    process left there is used again; two processes at once are refused."""
+    """A temporary folder beside ``output``, renamed to ``output`` when complete and removed on failure. The folder of a
+    killed process is emptied and reused; a second process at the same time is refused."""
     partial = output.parent / f".{output.name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -229,7 +231,7 @@ def _replacing(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _alone_in(partial: Path, output: Path) -> Iterator[None]:
-    """The lock of the folder ``partial``, which the system releases when the process is gone."""
+    """A lock on the folder ``partial``, which the system releases when the process ends."""
     handle = os.open(partial, os.O_RDONLY)
     try:
         try:

@@ -1,4 +1,4 @@
-"""What a data file is, told from its first bytes: unpacked where that can be done, or else what to do with it."""
+"""The format of a data file, recognised by its first bytes: decompressed, or refused with advice on what to do."""
 
 import bz2
 import gzip
@@ -12,7 +12,7 @@ _CHUNK = 2**18
 
 
 class Unreadable(ValueError):
-    """What a file is, if no data is read from such, and what to do; or why not from ``line`` on."""
+    """An unsupported file: what it is and what to do; or why it cannot be read from ``line`` on."""
 
     def __init__(self, reason: str, line: int | None = None):
         super().__init__(reason)
@@ -20,10 +20,10 @@ class Unreadable(ValueError):
 
 
 def unpacked(raw: io.BufferedReader) -> io.BufferedIOBase:
-    """``raw`` as the bytes of a text in UTF-8 without a byte order mark, streamed and decompressed: gzip, bzip2, xz and
-    Zstandard are told by their content.
+    """``raw`` as a decompressed stream of UTF-8 bytes without a byte order mark; gzip, bzip2, xz and Zstandard are
+    recognised by content.
 
-    Damage shows while it is read, as OSError, EOFError, zlib.error or lzma.LZMAError; trailing garbage is damage too.
+    Reading a damaged file, or one with trailing garbage, raises OSError, EOFError, zlib.error or lzma.LZMAError.
     Raises Unreadable.
     """
     head, stream = _head(raw), raw
@@ -44,8 +44,8 @@ def is_parquet(raw: io.BufferedReader) -> bool:
 
 
 class _Streams(io.RawIOBase):
-    """The concatenated streams of a compressed file, by a decompressor for each. Python's own files of bzip2 and xz end
-    in silence where a later stream is damaged."""
+    """The concatenated streams of a compressed file, each read by its own decompressor. Python's bzip2 and xz files end
+    silently at a damaged later stream."""
 
     def __init__(self, raw: io.BufferedIOBase, new: Callable[[], Any]):
         self._raw, self._new, self._now, self._rest = raw, new, new(), b""
@@ -86,7 +86,7 @@ def _zstd(raw: io.BufferedIOBase) -> io.BufferedIOBase:
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _CHUNK)
 
 
-# By what a file begins with.
+# The first bytes of each format.
 _PARQUET = re.compile(rb"PAR[1]")
 _BYTE_ORDER_MARK = re.compile(rb"\xef\xbb\xbf")
 _PACKED = {
@@ -96,7 +96,7 @@ _PACKED = {
     re.compile(rb"\x28\xb5\x2f\xfd"): _zstd,
 }
 
-# What begins so is none of ours: what it is, and what to do.
+# The first bytes of unsupported formats, with the name of each and what to do.
 _UNPACK = "unpack it and name the files in it"
 _UTF8 = "-t UTF-8 FILE > NEW"
 _FOREIGN = {

@@ -1,7 +1,7 @@
-"""The published schemas of sets of questions, each read into Records: documents apart, question, reference answers.
+"""The schemas of published data sets, each read into Records: separate documents, question, reference answers.
 
-A document that has a title begins as in the prompts of lost-in-the-middle: ``Document [3](Title: Marie Curie) ...``.
-What is missing, empty, of another type or no valid text is refused with its place, as in our own format.
+Documents with titles begin as in the prompts of lost-in-the-middle: ``Document [3](Title: Marie Curie) ...``. A value
+that is missing, empty, of the wrong type or invalid text is refused with its location, as in our own format.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +15,8 @@ ARTICLES_END = "|||||"
 
 
 def hotpotqa(fields: Mapping[str, Any]) -> Record:
-    """HotpotQA and 2WikiMultihopQA. The context is a list of [title, [sentence, ...]] (the original files), the same as
-    JSON in a text (2WikiMultihopQA as parquet), or {"title": [...], "sentences": [[...], ...]} (Hugging Face)."""
+    """HotpotQA and 2WikiMultihopQA. The context is a list of [title, [sentence, ...]] (original files), the same list
+    as a JSON string (2WikiMultihopQA in Parquet), or {"title": [...], "sentences": [[...], ...]} (Hugging Face)."""
     question, answer = _get(fields, "question"), _get(fields, "answer")
     context = _get(fields, "context")
     if isinstance(context, str):
@@ -41,7 +41,7 @@ def hotpotqa(fields: Mapping[str, Any]) -> Record:
 
 
 def natural_questions(fields: Mapping[str, Any]) -> Record:
-    """NaturalQuestions as lost-in-the-middle publishes it: ``ctxs`` with title and text, one of them gold; answers."""
+    """NaturalQuestions as published by lost-in-the-middle: ``ctxs`` with title and text, one of them gold; answers."""
     documents = []
     for number, entry in enumerate(_list('field "ctxs"', _get(fields, "ctxs")), 1):
         where = f'field "ctxs", document {number},'
@@ -54,7 +54,7 @@ def natural_questions(fields: Mapping[str, Any]) -> Record:
 
 
 def narrativeqa(fields: Mapping[str, Any]) -> Record:
-    """NarrativeQA: the whole story, or its summary where the example carries no story; two answers."""
+    """NarrativeQA: the whole story, or its summary if the example has no story; two answers."""
     document = _object('field "document"', _get(fields, "document"))
     return _story(fields, document.get("text") or _summary(document))
 
@@ -65,7 +65,7 @@ def narrativeqa_summary(fields: Mapping[str, Any]) -> Record:
 
 
 def multinews(fields: Mapping[str, Any]) -> Record:
-    """MultiNews: articles with ``|||||`` between them; the answer is their summary, the prompt always the same."""
+    """MultiNews: articles separated by ``|||||``; the answer is their summary, the prompt is always the same."""
     articles = text('field "document"', _get(fields, "document")).replace("NEWLINE_CHAR", "\n").split(ARTICLES_END)
     articles = [article.strip() for article in articles]
     return _record([a for a in articles if a], SUMMARIZE, (text('field "summary"', _get(fields, "summary")).strip(),))
@@ -86,7 +86,7 @@ def musique(fields: Mapping[str, Any]) -> Record:
 
 
 def triviaqa(fields: Mapping[str, Any]) -> Record:
-    """TriviaQA: the Wikipedia pages, then the search results, all that hold text; the answer's value, then its
+    """TriviaQA: the Wikipedia pages, then the search results, if they have text; the answer's value, then its
     aliases."""
     documents = []
     for name, inner in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
@@ -115,8 +115,8 @@ def longbench(fields: Mapping[str, Any]) -> Record:
 
 
 def quality(fields: Mapping[str, Any]) -> Record | list[Record | Refused]:
-    """QuALITY: a line an article with its questions, as published (gold_label counts from 1), or a line a question
-    (``answer`` counts from 0). The options stand below the question; the answer is the text of the right one."""
+    """QuALITY: one line per article with its questions, as published (gold_label counts from 1), or one line per
+    question (``answer`` counts from 0). The options follow the question; the answer is the text of the correct one."""
     article = (text('field "article"', _get(fields, "article")),)
     if "questions" not in fields:
         return _chosen(article, fields, "answer", 0)
@@ -134,8 +134,8 @@ def _chosen(article: tuple[str, ...], fields: Mapping[str, Any], name: str, firs
 
 
 def squad(fields: Mapping[str, Any]) -> Record | list[Record | Refused]:
-    """SQuAD: a question a line (Hugging Face), or as published: an article with its ``paragraphs``, or the whole file,
-    its articles under ``data``. Questions without an answer are refused, each on its own."""
+    """SQuAD: one question per line (Hugging Face), or as published: an article with its ``paragraphs``, or the whole
+    file with its articles under ``data``. Each question without an answer is refused separately."""
     if "data" in fields:
         articles = _list('field "data"', fields["data"])
         return [record for article in articles for record in _article(_object('field "data", an item,', article))]
@@ -164,8 +164,9 @@ def _spans(paragraph: Mapping[str, Any], fields: Mapping[str, Any]) -> Record:
 
 
 def flat(fields: Mapping[str, Any]) -> Record:
-    """A text or a list of texts in ``context`` or ``document``, a question, and ``answer`` or ``answers``: what many
-    sets become when they are republished, NarrativeQA among them. Other fields, a summary too, are left alone."""
+    """A text or a list of texts in ``context`` or ``document``, a question, and ``answer`` or ``answers``: the form in
+    which many data sets are republished, such as NarrativeQA. Multiple choice is refused; other fields are ignored,
+    even a summary."""
     if choices := [name for name in fields if name in ("options", "choices") or name.startswith("choice_")]:
         raise Refused(
             f"field {quote(choices[0])} says that the question is one of multiple choice; expected free answers"
@@ -228,7 +229,7 @@ def _list(where: str, value: object) -> list[Any]:
 
 
 def _any_text(where: str, value: object) -> str:
-    """Valid text that may be empty or nothing at all."""
+    """Valid text, or "" for null and blank text."""
     return "" if value in (None, "") or (isinstance(value, str) and value.isspace()) else text(where, value)
 
 
@@ -237,13 +238,13 @@ def _question(fields: Mapping[str, Any]) -> str:
 
 
 def _aliased(name: str, answer: object, others: str, aliases: object) -> tuple[str, ...]:
-    """The answer and its aliases, each once."""
+    """The answer and its aliases, without duplicates."""
     aliases = texts(f'field "{others}"', aliases) if aliases else ()
     return tuple(dict.fromkeys((text(f'field "{name}"', answer), *aliases)))
 
 
 def _each(entries: list[Any], name: str, read: Callable[[Mapping[str, Any]], Record]) -> list[Record | Refused]:
-    """The record of each entry, or why it has none."""
+    """The record of each entry, or the reason why it is refused."""
     found: list[Record | Refused] = []
     for number, entry in enumerate(entries, 1):
         try:

@@ -1,8 +1,8 @@
-"""Files in, records out: every line or row is either read exactly or refused with its file, its number and the reason.
+"""Files in, records out: every line or row is either read exactly or refused with file, number and reason.
 
 One record per line: `{"input": str | [str], "prompt": str, "answer": str | [str]}` = context document(s), question,
 reference answer(s) in order of preference. Files are JSON Lines or CSV in UTF-8, plain or compressed, or Parquet.
-Lenient readers lose data here: a missing answer becomes None, then the text "None", and is trained on.
+Lenient readers corrupt data: a missing answer becomes None, then the text "None", and is trained on.
 """
 
 import contextlib
@@ -20,36 +20,36 @@ from comi_jax.data import packing, tables
 from comi_jax.data.values import Refused, decode, describe, field_names, text, texts
 from comi_jax.errors import UserError
 
-# JSON can take 24 times its length once parsed ("[{},{},..."): 16 MiB, a dozen novels, stay well under 1 GB.
+# Parsed JSON can take 24 times the memory of its text ("[{},{},..."): 16 MiB, a dozen novels, stay well under 1 GB.
 MAX_LINE_BYTES = 16 * 2**20
-MAX_SKIPPED = 100_000  # bad lines that one reading lists; a file with more is no data file
+MAX_SKIPPED = 100_000  # bad lines listed per call; a file with more is not a data file
 
-BYTE_ORDER_MARK = "\ufeff"  # at the beginning of a file or a text: how it was written, no letter of it
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a file or text: a mark of the encoding, not content
 FIELDS = ("input", "prompt", "answer")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example: context documents (boundaries kept), question, reference answers (the first is the target;
-    none where a question is only to be answered)."""
+    """One example: context documents (kept separate), question, reference answers (the first is the target; none when
+    only answering)."""
 
     context: tuple[str, ...]
     prompt: str
     answers: tuple[str, ...]
 
     def context_text(self) -> str:
-        """The context as one text: a single document as it is, several joined by a newline."""
+        """The context as one text; several documents are joined by newlines."""
         return "\n".join(document.removeprefix(BYTE_ORDER_MARK) for document in self.context)
 
 
 class DataError(UserError):
-    """A data file, or one line of it (counted from 1), that cannot be read; the message begins with where.
+    """A data file, or one line of it (counted from 1), that cannot be read; the message begins with the location.
 
-    The parts are kept as `path`, `line` (None when the whole file is meant), `reason` and `unit`, "line" or "row".
+    Attributes: `path`, `line` (None for the whole file), `reason`, and `unit`, "line" or "row".
     """
 
     def __init__(self, path: str | Path, line: int | None, reason: str, unit: str = "line") -> None:
-        # All parts go to ValueError so that the error survives pickling, as it must to leave a data worker process.
+        # All arguments go to the base class, so that the error can be pickled when it leaves a data worker process.
         super().__init__(path, line, reason, unit)
         self.path, self.line, self.reason, self.unit = str(path), line, reason, unit
 
@@ -60,7 +60,7 @@ class DataError(UserError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A line that was left out, and why."""
+    """A skipped line, and why it was skipped."""
 
     path: str
     line: int
@@ -73,7 +73,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What `read_records` did: the files in order, the records kept from each, every line skipped."""
+    """The report of `read_records`: the files in order, the number of records kept from each, every skipped line."""
 
     paths: tuple[str, ...]
     kept: tuple[int, ...]
@@ -84,12 +84,12 @@ class ReadReport:
         return "\n".join(lines + [f"skipped {line}" for line in self.skipped])
 
 
-# Of one schema: a line or row to its record, or to its records, each of which may be refused. Raises Refused.
+# Reads one schema: from a line or row to a record, or to several, each of which may be refused. Raises Refused.
 Adapt = Callable[[dict[str, object]], Record | Sequence[Record | Refused]]
 
 
 def adapted(row: dict[str, object] | Refused | None, adapt: Adapt) -> Sequence[Record | Refused]:
-    """What `adapt` makes of a row; of a blank one nothing, and of a refused one why it was."""
+    """The records that `adapt` makes of a row; none for a blank row (None), the reason for a refused one."""
     if row is None or isinstance(row, Refused):
         return [] if row is None else [row]
     try:
@@ -102,13 +102,13 @@ def adapted(row: dict[str, object] | Refused | None, adapt: Adapt) -> Sequence[R
 def read_records(
     paths: str | Path | Sequence[str | Path], *, skip_bad: bool = False
 ) -> tuple[list[Record], ReadReport]:
-    """All records of one file or of several, in order, and a report of what was kept and skipped.
+    """All records of one or more files, in order, and a report of what was kept and skipped.
 
     Args:
-        paths: files; their compression is told by their content, not by their names.
-        skip_bad: leave bad lines out and list them in the report, instead of raising at the first one. What is wrong
-            with a whole file (missing, unreadable, broken gzip stream, no good record in it) raises all the same: an
-            unknown number of records is lost, and a broken gzip stream cannot vouch for the lines before it either.
+        paths: files; compression is recognised by content, not by name.
+        skip_bad: skip bad lines and list them in the report, instead of raising at the first one. Errors of a whole
+            file (missing, unreadable, damaged compressed stream, no good record) are still raised: an unknown number
+            of records is lost, and in a damaged stream the lines read so far may be wrong too.
 
     Raises:
         DataError: as `iter_records`.
@@ -128,17 +128,17 @@ def read_records(
 
 
 def iter_records(path: str | Path, *, skipped: list[Skipped] | None = None) -> Iterator[Record]:
-    """The records of one file, streamed: no more than one line, of at most MAX_LINE_BYTES, is held at a time.
+    """The records of one file, streamed: one line of at most MAX_LINE_BYTES (of Parquet, a batch of rows) is in memory.
 
     Blank lines are ignored, as are fields other than the three. The file is opened at the first `next`.
 
     Args:
         path: a file.
-        skipped: when given, bad lines are appended to it instead of raised.
+        skipped: if given, bad lines are appended to it instead of raised.
 
     Raises:
-        DataError: a line that is not exactly a record, or a file that is missing, a directory, unreadable, a damaged
-            gzip stream (raised where it stops, or at its end when the checksum fails), without any good record, or
+        DataError: a line that is not exactly a record; a file that is missing, a directory, unreadable, a damaged
+            compressed stream (raised where it stops, or at its end if the checksum fails), without a good record, or
             with more than MAX_SKIPPED bad lines.
     """
     for _, record in numbered_records(path, record_of, skipped=skipped):
@@ -148,8 +148,8 @@ def iter_records(path: str | Path, *, skipped: list[Skipped] | None = None) -> I
 def numbered_records(
     path: str | Path, adapt: Adapt, *, skipped: list[Skipped] | None = None
 ) -> Iterator[tuple[int, Record]]:
-    """As `iter_records`, each record after the number of its line or row, for any schema: `adapt` makes an object a
-    record or several, or raises Refused."""
+    """As `iter_records`, for any schema: (line or row number, record) pairs. `adapt` turns an object into one or more
+    records, or raises Refused."""
     kept = refused = 0
     reading = _Reading(path)
     with contextlib.closing(iter(reading)) as rows:
@@ -173,7 +173,7 @@ def numbered_records(
 
 
 def record_of(fields: dict[str, object]) -> Record:
-    """The record that the fields of our own schema make; raises Refused with what was found and what was expected."""
+    """The record of an object in our own schema; raises Refused with what was found and what was expected."""
     for name in FIELDS:
         if name not in fields:
             raise Refused(f'field "{name}" is missing; found {field_names(fields)}')
@@ -182,17 +182,17 @@ def record_of(fields: dict[str, object]) -> Record:
 
 
 class _Reading:
-    """The rows of a file, each as its object, None for a blank line, or why it is refused; (number, row) in order."""
+    """(number, row) for each row of a file, in order: row is an object, None if blank, or Refused with the reason."""
 
     unit = "line"
 
     def __init__(self, path: str | Path):
-        self.path, self.number, self._whole = path, 0, True  # _whole: the line `number` has come to its end
+        self.path, self.number, self._whole = path, 0, True  # _whole: line `number` is complete
 
     def __iter__(self) -> Generator[tuple[int, dict[str, object] | Refused | None]]:
         path = self.path
         try:
-            # A pipe or a device could be read but once, for ever or not at all; a directory says so itself when opened.
+            # A pipe or device may be readable once, endlessly or not at all. Opening a directory raises an error.
             if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
                 raise DataError(path, None, "is not a regular file; name a JSON Lines file")
             raw: io.BufferedReader = io.BufferedReader(io.FileIO(path), 2**20)
@@ -209,7 +209,7 @@ class _Reading:
         except packing.Unreadable as why:
             raise DataError(path, why.line, str(why), self.unit) from None
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as damage:
-            # A number of an error is the system's; a compressed stream's have none.
+            # Only errors of the operating system have an errno; errors of compressed streams do not.
             if not self.number and isinstance(damage, OSError) and damage.errno:
                 raise DataError(path, None, f"cannot be read ({damage.strerror})") from None
             what = " ".join(str(damage).split())
@@ -228,7 +228,7 @@ class _Reading:
             yield from self._json_lines(packing.unpacked(raw))
 
     def _json_lines(self, stream: io.BufferedIOBase) -> Iterator[tuple[int, dict[str, object] | Refused | None]]:
-        """Of a line above the limit, the first MAX_LINE_BYTES + 1 bytes are looked at."""
+        """Of a line above the limit, only the first MAX_LINE_BYTES + 1 bytes are examined."""
         number = 0
         while piece := stream.readline(MAX_LINE_BYTES + 1):
             if self._whole:
@@ -241,7 +241,7 @@ class _Reading:
 
 
 def _fields(line: bytes) -> dict[str, object] | None:
-    """The object on a line, None for a blank line."""
+    """The object on a line, or None for a blank line."""
     if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
         raise Refused(f"the line is longer than {MAX_LINE_BYTES} bytes; expected one record per line{_hint(line)}")
     if line.isspace():
@@ -257,7 +257,7 @@ def _fields(line: bytes) -> dict[str, object] | None:
 
 
 def _hint(line: bytes) -> str:
-    """What to do about a line that is no object, where it shows."""
+    """Advice for a line that is not an object, if the cause is recognised."""
     bare = line.strip()
     if bare[:1] == b"[":  # HotpotQA and 2WikiMultihopQA
         return "; for a file that is one list: jq -c '.[]' FILE > FILE.jsonl"

@@ -1,9 +1,9 @@
-"""Where examples come from: the words of data.train and data.eval, a weighted mixture of files and hub datasets.
+"""The sources of examples: the entries of data.train and data.eval, a weighted mixture of files and hub data sets.
 
-A word is [SCHEMA:]PLACE[@WEIGHT]. PLACE is a file of ``records``, a glob over such files, a folder that
-``python -m comi_jax.prepare`` made, or hf://OWNER/NAME[/CONFIG][#SPLIT], a dataset of the Hugging Face hub. SCHEMA is a
-name in ``adapters.SCHEMAS``; without it data.fields or each example's fields tell. WEIGHT says how often an epoch has
-the source's examples: 2 twice, 0.5 a half of them, chosen by the seed; 1 if not given.
+An entry is [SCHEMA:]PLACE[@WEIGHT]. PLACE is a file that ``records`` reads, a glob of such files, a folder made by
+``python -m comi_jax.prepare``, or hf://OWNER/NAME[/CONFIG][#SPLIT], a data set on the Hugging Face hub. SCHEMA is a
+name in ``adapters.SCHEMAS``; by default, data.fields or each example's fields decide. WEIGHT is the number of times
+that an epoch has the source's examples: 2 is twice, 0.5 a random half chosen by the seed; the default is 1.
 """
 
 import glob
@@ -23,17 +23,17 @@ from comi_jax.data.fingerprint import Fingerprint
 from comi_jax.data.records import Adapt, DataError, Record, Skipped, adapted, numbered_records
 
 HUB = "hf://"
-MOST = 100  # copies of an example in an epoch
-REPORT = "report.json"  # what comi_jax.prepare leaves beside the records of a folder
+MOST = 100  # maximum copies of an example in an epoch
+REPORT = "report.json"  # written by comi_jax.prepare beside the records in a folder
 
 
 @dataclass(frozen=True)
 class Source:
-    """One word, read: a place, how to read it, and how often."""
+    """A parsed entry: a place, its schema and its weight."""
 
     word: str
     place: str
-    schema: str = ""  # told from the fields
+    schema: str = ""  # empty: recognised by the fields
     weight: float = 1.0
     fields: tuple[str, ...] = ()  # data.fields
 
@@ -45,7 +45,7 @@ class Source:
 
 
 def parse_all(words: Sequence[str], fields: Sequence[str] = ()) -> list[Source]:
-    """The sources that ``words`` name, with data.fields. Raises ConfigError, also for a path that a comma has cut."""
+    """The sources that ``words`` name, with data.fields. Raises ConfigError, also for an unescaped comma in a path."""
     parsed = [parse(word, fields) for word in words]
     for first in range(len(words)):
         if not _exists(parsed[first]):
@@ -62,8 +62,8 @@ def _exists(source: Source) -> bool:
 
 
 def parse(word: str, fields: Sequence[str] = ()) -> Source:
-    """The source that ``word`` names, in it ~ as the home folder; a path in which a colon or an @ would be misread is
-    written with ./ before it and @1 behind it. Raises ConfigError."""
+    """The source that ``word`` names; ~ is the home folder. A path whose colon or @ would be misread is written with
+    ./ before it and @1 after it. Raises ConfigError."""
     place, weight = word, 1.0
     if found := re.search(r"@(\d{1,9}(?:\.\d{1,9})?)$", word):
         place, weight = word[: found.start()], float(found[1])
@@ -82,7 +82,8 @@ def parse(word: str, fields: Sequence[str] = ()) -> Source:
 
 
 def files(source: Source, split: str) -> tuple[str, ...]:
-    """The files of a source that is not on the hub; of a prepared folder that of ``split``, "train" or "eval"."""
+    """The files of a local source; for a prepared folder, the file of ``split``, "train" or "eval". Raises DataError if
+    a pattern matches no file."""
     if os.path.isfile(os.path.join(source.place, REPORT)):
         return (os.path.join(source.place, f"{split}.jsonl.gz"),)
     if os.path.exists(source.place) or not glob.has_magic(source.place):
@@ -96,15 +97,15 @@ def files(source: Source, split: str) -> tuple[str, ...]:
 
 
 def _matching(folder: str, part: str) -> list[str]:
-    """The paths in ``folder`` that ``part`` of a path means: the one of that name if it is there, or else a pattern."""
+    """The paths in ``folder`` that match ``part``: the path with exactly that name if it exists, otherwise by glob."""
     path = os.path.join(folder, part)
     return [path] if os.path.lexists(path) else glob.glob(os.path.join(glob.escape(folder), part), recursive=True)
 
 
 def examples(source: Source, split: str, skipped: list[Skipped] | None = None) -> Iterator[tuple[str, int, Record]]:
-    """(file or dataset, line or row from 1, record) of each example of ``source``, in order and streamed.
+    """(file or data set, line or row from 1, record) of each example of ``source``, streamed in order.
 
-    With ``skipped``, bad lines and rows are appended to it instead of raised. Raises DataError.
+    If ``skipped`` is given, bad lines and rows are appended to it instead of raised. Raises DataError.
     """
     if source.place.startswith(HUB):
         yield from _hub_examples(source, split, skipped)
@@ -137,11 +138,11 @@ _HUB_SPLITS = {"train": "train", "eval": "validation"}
 
 
 def _load_dataset(name: str, config: str, split: str, place: str) -> Any:
-    import datasets  # slow to import, and of use to hub datasets alone
+    import datasets  # slow to import, and only needed for hub data sets
 
     try:
         return datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the errors of datasets, of the hub's client and of two HTTP libraries share no class
+    except Exception as error:  # datasets, the hub client and two HTTP libraries share no error class
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise DataError(
             place,
@@ -152,14 +153,14 @@ def _load_dataset(name: str, config: str, split: str, place: str) -> Any:
 
 
 def to_line(record: Record) -> str:
-    """A record as a line of our own format; the inverse of reading it."""
+    """A record as a line in our own format; the inverse of reading it."""
     fields = {"input": list(record.context), "prompt": record.prompt, "answer": list(record.answers)}
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def draw(count: int, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Which of ``count`` examples to take for a weight of ``share``: rising indices, each floor(share) times and a
-    random selection of them once more."""
+    """The indices of the examples to take from ``count`` for a weight of ``share``: all of them floor(share) times,
+    then a random fraction of them once more, each time in ascending order."""
     copies, rest = divmod(share, 1.0)
     chosen = np.sort(rng.permutation(count)[: round(rest * count)])
     return np.concatenate([np.tile(np.arange(count), int(copies)), chosen])
@@ -167,8 +168,8 @@ def draw(count: int, share: float, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """What ``read`` did: for each word how many examples it has and how many were taken, every line left out, and the
-    fingerprint of all that was taken."""
+    """The report of ``read``: the numbers of examples found and taken for each entry, every skipped line, and the
+    fingerprint of the records taken."""
 
     words: tuple[str, ...]
     found: tuple[int, ...]
@@ -186,17 +187,17 @@ class MixtureReport:
 
 
 class Mixture:
-    """The records of the sources that ``words`` name, one after another, as a stream; when it has ended, ``report``
-    says what was there. A pure function of the files, words and seed.
+    """The records of the sources that ``words`` name, streamed one source after the other; ``report`` is set at the
+    end. A pure function of the files, words and seed.
 
     Args:
-        split: "train" or "eval": which file of a prepared folder, and which split of a hub dataset that names none.
+        split: "train" or "eval": selects the file of a prepared folder and the default split of a hub data set.
         fields: data.fields.
         skip_bad: as in ``read_records``.
 
     Iterating raises:
-        DataError: as ``read_records``; a prepared folder whose records are not those it was written with.
-        ConfigError: a word that names no source.
+        DataError: as ``read_records``; a prepared folder whose records have changed.
+        ConfigError: an entry that names no source; no example at all.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class Mixture:
         for number, source in enumerate(parsed):
             own = (record for _, _, record in examples(source, self._split, skipped if self._skip_bad else None))
             own = _counted(_checked(source, self._split, own), found)
-            if source.weight != 1:  # all of them must be known before some are drawn
+            if source.weight != 1:  # drawing needs the number of records, so all are read first
                 held = list(own)
                 own = (held[i] for i in draw(len(held), source.weight, np.random.default_rng([self._seed, number])))
             for record in _counted(own, taken):
@@ -230,12 +231,12 @@ def read(
     """All records of a ``Mixture``, and its report."""
     mixture = Mixture(words, split, fields=fields, seed=seed, skip_bad=skip_bad)
     records = list(mixture)
-    assert mixture.report is not None  # it is there once all have been read
+    assert mixture.report is not None  # set once all records have been read
     return records, mixture.report
 
 
 def _counted(records: Iterable[Record], counts: list[int]) -> Iterator[Record]:
-    """``records``; how many there were is appended to ``counts``."""
+    """``records``; at their end, their number is appended to ``counts``."""
     count = 0
     for record in records:
         count += 1
@@ -244,7 +245,7 @@ def _counted(records: Iterable[Record], counts: list[int]) -> Iterator[Record]:
 
 
 def _checked(source: Source, split: str, records: Iterable[Record]) -> Iterator[Record]:
-    """``records``; DataError at their end if they are not those that a prepared folder was written with."""
+    """``records``; raises DataError at their end if those of a prepared folder have changed since it was written."""
     path = os.path.join(source.place, REPORT)
     if source.place.startswith(HUB) or not os.path.isfile(path):
         yield from records

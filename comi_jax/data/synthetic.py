@@ -1,8 +1,8 @@
-"""Question answering in plain English made from a seed: facts about people, near-duplicates, unseen people to test on.
+"""Question answering in plain English, generated from a seed: similar facts about people, unseen people in evaluation.
 
-A context is `facts` sentences over a small grid of people x relations, so that a fact has several others about the same
-person and several others about the same relation; people share first or last names. A person belongs to one split
-for good, and a context speaks of people of one split only:
+A context states `facts` facts from a small grid of people x relations, so that several others are about the same
+person and several about the same relation; people share first or last names. Each person belongs to one split
+permanently, and a context has people of one split only:
 
     split = "eval" if crc32(name) % 8 == 0 else "train"
 """
@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from comi_jax.data.records import Record
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-EVAL_SHARE = 8  # one person in EVAL_SHARE is kept for evaluation
-VALUES = 20  # of every relation
+EVAL_SHARE = 8  # one person in EVAL_SHARE is reserved for evaluation
+VALUES = 20  # per relation
 
 FIRST = (
     "Mara Anna Boris Carla David Elena Felix Greta Hugo Irene Jonas Karen Laura Martin Nadia Oscar Paula Rosa Simon "
@@ -34,7 +34,7 @@ OPENINGS = ("We know that", "It seems that", "I heard that", "Everyone says that
 
 
 class Relation(NamedTuple):
-    """What can be said about a person: values, clauses that state one, questions that ask for it."""
+    """One kind of fact about a person: its values, clauses that state a value, questions that ask for it."""
 
     values: tuple[str, ...]
     facts: tuple[str, ...]
@@ -98,7 +98,7 @@ RELATIONS = {
 
 
 class Example(NamedTuple):
-    """One context and, for each fact in order, a (question, answer) and the (person, relation, value) behind it."""
+    """One context and, for each fact in order, its (question, answer) and (person, relation, value)."""
 
     context: str
     pairs: tuple[tuple[str, str], ...]
@@ -106,7 +106,7 @@ class Example(NamedTuple):
 
 
 def split_of(person: str) -> str:
-    """The split a person belongs to, "train" or "eval"; a fixed function of the name."""
+    """The split of a person, "train" or "eval"; a fixed function of the name."""
     return "eval" if zlib.crc32(person.encode()) % EVAL_SHARE == 0 else "train"
 
 
@@ -121,7 +121,7 @@ def _namesakes(split: str, person: tuple[str, str], place: int) -> tuple[tuple[s
 
 
 def _cast(rng: np.random.Generator, split: str, count: int) -> list[str]:
-    """`count` people of a split; each after the first shares, about three times in four, a name with an earlier one."""
+    """`count` people of a split; after the first, about 3 in 4 share a first or last name with an earlier one."""
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
         pool = _people(split)
@@ -150,12 +150,12 @@ def examples(
 ) -> Iterator[Example]:
     """An endless stream of contexts, a pure function of its arguments.
 
-    Each context states `facts` of the `people` x `relations` pairs, in random order; within a relation all values
-    differ, so each question has one right answer, and a guess from the relation alone is right once in VALUES times. A
-    fact is written as a short note ("town Mara Quell Lisbon.") with probability `notes`, and so is a question.
+    Each context states `facts` of the `people` x `relations` pairs, in random order. Within a relation all values
+    differ, so each question has one correct answer, and a guess from the relation alone is correct one time in VALUES.
+    Facts and questions are written as short notes ("town Mara Quell Lisbon.") with probability `notes`.
 
     Raises:
-        ValueError: an unknown split, or more facts than people x relations can carry.
+        ValueError: an unknown split, `people` or `relations` out of range, or more facts than people x relations.
     """
     _check(split, facts, people, relations)
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
@@ -180,10 +180,10 @@ def examples(
 
 
 def records(split: str, count: int, seed: int, *, questions: int | None = None, **difficulty: int) -> list[Record]:
-    """`count` records of a split; up to `questions` consecutive ones, in random order of the facts, share a context.
+    """`count` records of a split; up to `questions` consecutive ones, with the facts in random order, share a context.
 
-    `questions` None is 16 for training, where a context is encoded once for all of them, and 4 for evaluation, where
-    many contexts tell more. `difficulty`: facts, people, relations, as in `examples`, which documents the errors.
+    `questions` defaults to 16 for training, where a context is encoded once for all of them, and to 4 for evaluation,
+    where more contexts measure better. `difficulty`: facts, people, relations; see `examples`, also for the errors.
     """
     questions = (16 if split == "train" else 4) if questions is None else questions
     if count < 1 or questions < 1:
@@ -200,7 +200,7 @@ def records(split: str, count: int, seed: int, *, questions: int | None = None, 
 
 
 def corpus(seed: int, count: int, **difficulty: Any) -> list[str]:
-    """`count` texts of the training split: a context, then its facts asked and answered, EOS after the answer."""
+    """`count` texts of the training split: a context, then a question, its answer and EOS for each fact."""
     return [
         example.context + "".join(f" {question} {answer}{EOS}" for question, answer in example.pairs)
         for example in islice(examples("train", seed, **difficulty), count)
@@ -208,12 +208,12 @@ def corpus(seed: int, count: int, **difficulty: Any) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """A byte-level BPE of `vocab_size` entries with end-of-sequence and padding tokens; any text can be encoded.
+    """A byte-level BPE of `vocab_size` entries including end-of-sequence and padding tokens; it can encode any text.
 
-    Every text is read as if a space stood before it, so that a word is the same token at the start of an answer as
-    within a sentence: context, question and answer are tokenised separately.
+    A space is prepended to every text, so that a word is the same token at the start of an answer as within a
+    sentence: context, question and answer are tokenised separately.
     """
-    from transformers import PreTrainedTokenizerFast  # slow to import, of use to pretraining alone
+    from transformers import PreTrainedTokenizerFast  # slow to import, and only needed for pretraining
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

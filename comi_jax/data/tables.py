@@ -1,4 +1,4 @@
-"""Rows of Parquet and CSV files as the objects that lines of JSON are: read exactly, nothing guessed from a cell."""
+"""Rows of Parquet and CSV files as objects, like lines of JSON: read exactly, without guessing types from cells."""
 
 import csv
 import io
@@ -12,27 +12,27 @@ from comi_jax.data.values import Refused, decode, quote
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
-_BATCH = 64  # rows of Parquet that are held at a time
-# How a program that writes lists into CSV begins them; the text of a document does not begin so.
+_BATCH = 64  # rows of Parquet in memory at a time
+# The first characters of a list or object that a program wrote to CSV; document text does not begin like this.
 _LISTS = ("['", '["', "{'", '{"', "array([")
 
 Row = tuple[int, dict[str, Any] | Refused]
 
 
 def delimiter(path: str | Path) -> str:
-    """What separates the cells of the file ``path``, by its name; empty if it is no CSV file."""
+    """The delimiter of the file ``path``, by its name; empty if it is not a CSV or TSV file."""
     stem, ending = os.path.splitext(str(path).lower())
     return _DELIMITERS.get(os.path.splitext(stem)[1] if ending in _PACKED else ending, "")
 
 
 def csv_rows(stream: io.BufferedIOBase, separator: str, largest: int) -> Iterator[Row]:
-    """(line, fields) of each row below the names of the columns. Every cell is text as it stands: "1984", "NA" and
-    "null" are no number and nothing missing; a JSON list or object is read as such.
+    """(line, fields) of each row below the header. Every cell is text as it is written: "1984" is not a number, "NA"
+    and "null" are not missing values; only a JSON list or object is parsed.
 
     Args:
-        largest: bytes of a cell, at most.
+        largest: maximum size of a cell in bytes.
 
-    Raises Unreadable, as what follows cannot be trusted.
+    Raises Unreadable for duplicate column names and at broken CSV or UTF-8, since the rows after it cannot be trusted.
     """
     csv.field_size_limit(max(csv.field_size_limit(), largest))
     letters = io.TextIOWrapper(stream, "utf-8", newline="")  # pyright: ignore[reportArgumentType] (it has all it needs)
@@ -46,7 +46,7 @@ def csv_rows(stream: io.BufferedIOBase, separator: str, largest: int) -> Iterato
             except Refused as why:
                 yield number, why
     finally:
-        letters.detach()  # who opened the stream closes it
+        letters.detach()  # the caller closes the stream
 
 
 def _fields(names: list[str], cells: list[str]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _fields(names: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 def _read(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, cells) of each row that is not blank."""
+    """(number of its first line, cells) of each non-blank row."""
     while True:
         number = reader.line_num + 1
         try:
@@ -86,8 +86,8 @@ def _cell(name: str, cell: str) -> Any:
 
 
 def parquet_rows(raw: io.BufferedReader) -> Iterator[Row]:
-    """(row from 1, fields) of each row. Raises OSError for a damaged file, Unreadable for the names of its columns."""
-    import pyarrow  # slow to import, and of use to Parquet alone
+    """(row from 1, fields) of each row. Raises OSError for a damaged file, Unreadable for duplicate column names."""
+    import pyarrow  # slow to import, and only needed for Parquet
     from pyarrow import parquet
 
     number = 0

@@ -1,18 +1,18 @@
-"""Values of a data file, each taken exactly or refused in words: JSON, texts, lists of texts."""
+"""Values of a data file, each read exactly or refused with a reason: JSON, texts, lists of texts."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping
 
-_SHOWN = 40  # characters of a rejected value, and 10 field names, are enough to find the place
+_SHOWN = 40  # characters shown of a refused value; with 10 field names, enough to find it
 
 
 class Refused(ValueError):
-    """Why one line or row is not a record; the reader adds file and number."""
+    """The reason why a line or row is not a record; the reader adds file and number."""
 
 
 def decode(line: bytes) -> object:
-    """The JSON value on a line, by the letter of RFC 8259 and with no key given twice."""
+    """The JSON value on a line, strictly by RFC 8259 and without duplicate keys; raises Refused."""
     try:
         return json.loads(line.decode("utf-8").rstrip("\n"), object_pairs_hook=_object, parse_constant=_constant)
     except Refused:
@@ -23,7 +23,7 @@ def decode(line: bytes) -> object:
         raise Refused(f"broken JSON at character {err.pos + 1} ({err.msg}); expected one object per line") from None
     except RecursionError:
         raise Refused("the JSON is nested too deeply; expected an object of texts and lists of texts") from None
-    except ValueError:  # Python's limit on the digits of an integer is the one other thing that json raises
+    except ValueError:  # json's only other error is Python's limit on the digits of an integer
         raise Refused("a number has too many digits; expected texts and lists of texts") from None
 
 
@@ -50,7 +50,7 @@ def texts(where: str, value: object) -> tuple[str, ...]:
 
 
 def text(where: str, value: object, expected: str = "text") -> str:
-    """`value`, if it is text that says something; raises Refused."""
+    """`value`, if it is valid text and not blank; raises Refused."""
     if not isinstance(value, str):
         raise Refused(f"{where} is {describe(value)}; expected {expected}")
     if not value or value.isspace():
@@ -66,7 +66,7 @@ def text(where: str, value: object, expected: str = "text") -> str:
 
 
 def describe(value: object) -> str:
-    """A value in words, short whatever its size."""
+    """A short description of a value of any size."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -77,15 +77,15 @@ def describe(value: object) -> str:
         return f"text ({quote(value)})"
     if isinstance(value, dict | list):
         return f"an object of {len(value)} fields" if isinstance(value, dict) else f"a list of {len(value)} items"
-    return f"a value of type {type(value).__name__}"  # of a column of Parquet
+    return f"a value of type {type(value).__name__}"  # from a Parquet column
 
 
 def field_names(fields: Mapping[str, object]) -> str:
-    """The first names of an object's fields, for a message."""
+    """The first field names of an object, for a message."""
     found = ", ".join(quote(key) for key in list(fields)[:10]) + (", ..." if len(fields) > 10 else "")
     return found or "no field at all"
 
 
 def quote(text: str) -> str:
-    """Quoted and escaped to ASCII, so that no content of a file can garble a log."""
+    """``text`` shortened, quoted and escaped to ASCII, so that the content of a file cannot garble a log."""
     return json.dumps(text[:_SHOWN]) + ("..." if len(text) > _SHOWN else "")
