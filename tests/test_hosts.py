@@ -81,7 +81,7 @@ def test_a_cut_network(hosts, tmp_path, victim, heals):
     assert re.search(r"process 1 of 2 \(n2, pid [0-9]+\) has not been heard for 8 s", said[0]), said[0]
     assert re.search(r"process 0 of 2 \(n1, pid [0-9]+\)", said[1]), said[1]
     again = Run(hosts, tmp_path / "run", 5002, "train.steps=100000")
-    again.until("going on from step")
+    again.until("resuming from step")
     again.until("/100000  loss")
     again.stop(1)
     assert again.ends(60)[0] == [85, 85], again.said()

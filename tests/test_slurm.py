@@ -137,7 +137,7 @@ def test_before_the_time_is_up_it_queues_itself_again_and_goes_on_to_the_end(clu
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
     assert job.ends() == ("COMPLETED", "0"), job.said()
     assert "the time is nearly up" in job.said() and job.said().count("compression ratio") == 1
-    assert not reached or f"going on from step {reached[-1]} of" in job.said()
+    assert not reached or f"resuming from step {reached[-1]} of" in job.said()
 
 
 def test_a_job_of_higher_priority_takes_its_nodes_and_it_goes_on_afterwards(cluster, tmp_path):
@@ -146,7 +146,7 @@ def test_a_job_of_higher_priority_takes_its_nodes_and_it_goes_on_afterwards(clus
     urgent = Job(cluster, cluster.batch("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2"))
     job.until("the job is queued again", seconds=60)
     assert urgent.ends()[0] == "COMPLETED"
-    job.until("going on from step")
+    job.until("resuming from step")
     assert job.about("Restarts") == "1" and job.finish() == ("FAILED", "85"), job.said()
 
 
@@ -158,7 +158,7 @@ def test_a_task_that_is_killed(cluster, tmp_path, task, named):
     os.kill(job.processes()[task], signal.SIGKILL)
     job.until("starting again (1 of 10)", seconds=120)
     assert named in job.said(), job.said()
-    job.until("going on from step")
+    job.until("resuming from step")
     assert job.finish() == ("FAILED", "85"), job.said()
 
 
@@ -188,7 +188,7 @@ def test_a_cable_that_is_cut_and_heals(cluster, tmp_path):
     finally:
         cluster.cable("n2", "up")
     job.until("starting again (1 of 10)", seconds=120)
-    job.until("going on from step")
+    job.until("resuming from step")
     assert job.finish() == ("FAILED", "85"), job.said()
 
 
@@ -202,7 +202,7 @@ def test_a_node_that_is_lost(cluster, tmp_path):
         until(lambda: job.about("JobState") == "PENDING", 200, job.said)
     finally:
         cluster.cable("n2", "up")
-    job.until("going on from step", seconds=300)
+    job.until("resuming from step", seconds=300)
     assert job.finish() == ("FAILED", "85"), job.said()
 
 
