@@ -180,12 +180,15 @@ REFUSED = {
     "no option": (READ["quality on the hub"][0] | {"answer": 2}, 'field "answer" is a number (2); expected'),
     "choices": (
         {"context": "a", "question": "q", "choice_A": "b", "answer": "A"},
-        'field "choice_A" says that the question is one of multiple choice',
+        'field "choice_A" marks a multiple-choice question',
     ),
-    "two contexts": (FLAT | {"context": "a"}, 'fields "context" and "document" are both there; say by data.fields'),
+    "two contexts": (
+        FLAT | {"context": "a"},
+        'fields "context" and "document" are both present; choose one with data.fields',
+    ),
     "two schemas": (
         READ["ours"][0] | {"context": "c", "question": "d", "answers": ["e"]},
-        "fit the schemas comi and longbench and flat; say which is meant: comi:FILE or longbench:FILE or flat:FILE",
+        "fit the schemas comi and longbench and flat; name one: comi:FILE or longbench:FILE or flat:FILE",
     ),
     "null flat": ({"context": None, "question": "q", "answer": "a"}, "fit the schemas hotpotqa and flat"),
     "a question too many": (
@@ -194,7 +197,7 @@ REFUSED = {
     ),
     "another name for answers": (
         without(FLAT, "answers") | {"gold": "a goat"},
-        "flat, or say which is which: data.fields=context:document,question:question,answer:gold",
+        "flat, or map the fields: data.fields=context:document,question:question,answer:gold",
     ),
     "unknown": ({"text": "a", "label": 1}, 'found "text", "label"; expected input, prompt, answer or the'),
     "nothing": ({}, "found no field at all; expected"),
@@ -287,7 +290,7 @@ def test_fields_of_ones_own_are_read_where_data_fields_says_they_are():
 def test_a_refusal_shows_a_mapping_that_works(fields, record):
     with pytest.raises(Refused) as raised:
         adapters.adapt(fields)
-    shown = str(raised.value).partition("or say which is which: ")[2].strip("'")
+    shown = str(raised.value).partition("or map the fields: ")[2].strip("'")
     setting = overrides.override(Config(), [shown]).data.fields
     assert adapters.Fields(setting).adapt(fields) == record
 

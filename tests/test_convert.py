@@ -108,7 +108,7 @@ def test_what_is_ignored_of_a_config_stands_in_the_checkpoints(tmp_path):
     change_config(lm, dual_chunk_attention_config={"chunk_size": 8}, attention_dropout=0.1)
     said = refusal("import-hf", f"--backbone={lm}", f"--output={tmp_path / 'comi'}", "--encoder-layers=2")
     assert "--ignore-config=attention_dropout,dual_chunk_attention_config" in said and not (tmp_path / "comi").exists()
-    assert "asks for what is not implemented: attention_dropout=0.1" in "".join(inspection.inspect(lm).notes)
+    assert "asks for something that is not implemented: attention_dropout=0.1" in "".join(inspection.inspect(lm).notes)
     names = ("attention_dropout", "dual_chunk_attention_config")
     ours = import_hf(lm, tmp_path / "comi", *(f"--ignore-config={name}" for name in names))
     assert json.loads((ours / "config.json").read_text())["config"]["model"]["ignore_config"] == list(names)
@@ -395,7 +395,7 @@ def test_the_card_has_what_evaluation_measured_of_these_weights(tmp_path):
     assert both.count("| COMI |") == 1 and "| closed book: the contexts withheld |" in both
     both = card(row | {"rate": 4}, {"COMI": row})
     assert "| COMI | 0 | nq:dev\\|1.jsonl (abc) | 4 | 8 |" in both and "| COMI, evaluated later | 0 |" in both
-    assert "closing table of the run is not of these" in card(row, {"COMI": row | {"weights": "f" * 64}})
+    assert "closing table was measured with other weights" in card(row, {"COMI": row | {"weights": "f" * 64}})
     said = json.loads((tmp_path / "out" / "comi.json").read_text())
     assert said["rates"] == [2, 4] and said["segment_size"] == 16 and said["switches"]["lsa"] is True
     assert said["scalars"] == dict.fromkeys(SCALARS, 1.0) and said["tokens"]["stop"] == [2]

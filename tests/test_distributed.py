@@ -52,7 +52,7 @@ def watched(index, **said):
 
 def test_who_is_gone_is_said_by_name():
     words, status = watched(0)
-    assert re.match(r"process 1 of 2 \(node7, pid 99\) has not been heard for 0 s", words)
+    assert re.match(r"process 1 of 2 \(node7, pid 99\) has sent no heartbeat for 0 s", words)
     assert status == distributed.AGAIN
 
 
@@ -63,7 +63,7 @@ def test_the_others_end_with_the_status_of_one_that_says_why():
 
 def test_one_that_has_said_why_it_ends_is_not_ended_by_what_the_others_say():
     words, status = watched(0, left_0="1 data.train is not set", left_1="1 data.train is not set")
-    assert "has not been heard" in words and status == distributed.AGAIN
+    assert "has sent no heartbeat" in words and status == distributed.AGAIN
 
 
 class Deaf(Store):
@@ -111,7 +111,7 @@ def test_a_call_that_does_not_come_back_is_not_waited_for():
     while not ended and time.monotonic() < end:
         time.sleep(0.01)
     (words, status) = ended[0]
-    assert words.startswith("process 0 of 2 (node3, pid 7), where all meet, does not answer")
+    assert words.startswith("the coordinator, process 0 of 2 (node3, pid 7), does not answer")
     assert status == distributed.AGAIN
     watch._closed.set()
     watch.join(10)
@@ -121,7 +121,7 @@ def test_without_the_coordinator_a_process_ends():
     ended = []
     distributed.Watch(distributed.Peers(Deaf(False), 1, 2, 0.1), 0.2, lambda *words: ended.append(words)).run()
     (words, status), *_ = ended
-    assert re.match(r"process 0 of 2 \(.*\), where all meet, does not answer", words) and status == distributed.AGAIN
+    assert re.match(r"the coordinator, process 0 of 2 \(.*\), does not answer", words) and status == distributed.AGAIN
 
 
 @pytest.mark.parametrize("reason, status", [("RESOURCE_EXHAUSTED: Out of memory", 1), ("INTERNAL: lost", 75)])
@@ -181,7 +181,9 @@ def test_when_one_is_gone_the_others_say_so_and_end(tmp_path, by):
     rest = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert time.monotonic() - gone < 3 * heartbeat + 20, rest  # the launcher reaps a stopped one last
-    assert f"process 1 of 2 ({distributed.socket.gethostname()}, pid {pids[1]}) has not been heard" in rest, text + rest
+    assert f"process 1 of 2 ({distributed.socket.gethostname()}, pid {pids[1]}) has sent no heartbeat" in rest, (
+        text + rest
+    )
 
 
 def said_until(process, words):

@@ -70,7 +70,7 @@ def test_what_is_cut_short_or_followed_by_garbage_is_refused(kind, tmp_path):
 @pytest.mark.parametrize("kind", PACKED)
 def test_what_is_packed_twice_is_told(kind, tmp_path):
     said = refusal(tmp_path, gzip.compress(PACKED[kind](LINES)))
-    assert said == ": is compressed a second time; unpack it once"
+    assert said == ": is compressed twice; decompress it once"
 
 
 def archive(kind):
@@ -114,12 +114,12 @@ HINTS = {
     "several lines": (b'{\n "input": "c"\n}', "; for an object over several lines: jq -c . FILE > FILE.jsonl"),
     "a list": (b"[\n{}\n]", "; for a file that is one list: jq -c '.[]' FILE > FILE.jsonl"),
     "Python": (b"{'input': 'c'}", "; it was printed by Python: write it with json.dumps"),
-    "commas": (b'{"input": "c"},\n{}', "; the comma behind the object must go"),
+    "commas": (b'{"input": "c"},\n{}', "; remove the comma after the object"),
     "carriage returns": (
         LINES.replace(b"\n", b"\r"),
         r"; its lines end in a carriage return alone: tr '\\r' '\\n' < FILE",
     ),
-    "prose": (b"Once upon a time, far away.\n", "; plain text holds no questions: write an object a line, with input,"),
+    "prose": (b"Once upon a time, far away.\n", "; plain text has no questions: write one object per line with input,"),
     "CSV": (b"input,prompt,answer\na,b,c\n", "; the name of a CSV file must end in .csv"),
     "SQuAD": (b'{"version": "1.1", "data": [}', "; for a file of SQuAD: jq -c '.data[]' FILE > FILE.jsonl"),
 }

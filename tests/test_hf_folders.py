@@ -282,11 +282,11 @@ def pointer_to_a_large_file(path):
 REFUSED = [
     (index_without_its_shards, "names files that are not there: model-00001-of-00002.safetensors"),
     (index_without_its_shards_beside_bin, "names files that are not there: model-00001-of-00002.safetensors"),
-    (config_that_names_nothing, "names the weights 'new.safetensors', which are not there"),
-    (config_that_names_a_file_elsewhere, "'../elsewhere.safetensors', which is no file of its own folder"),
+    (config_that_names_nothing, "names the weights 'new.safetensors', which do not exist"),
+    (config_that_names_a_file_elsewhere, "'../elsewhere.safetensors', which is not a file in its own folder"),
     (variant_alone, "has none of model.safetensors, .* it holds model.fp16.safetensors"),
     (no_weights, "has none of model.safetensors, "),
-    (pointer_to_a_large_file, "is the pointer of Git LFS to a file"),
+    (pointer_to_a_large_file, "is a Git LFS pointer, not the file"),
 ]
 
 
@@ -327,7 +327,7 @@ AMBIGUOUS = [
     (tied_with_a_head_of_its_own, "transformers 5 computes with that head, transformers 4 with the embeddings"),
     (untied_without_a_head, "missing lm_head.weight"),
     (layer_that_is_missing, "missing model.layers.2.input_layernorm.weight"),
-    (tensor_in_two_shards, "transformers takes the one of model-00002-of-00002.safetensors, not of model-00001"),
+    (tensor_in_two_shards, "transformers uses the one in model-00002-of-00002.safetensors, not in model-00001"),
     (whole_numbers_for_weights, "model.norm.weight is int64"),
 ]
 

@@ -210,7 +210,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
 def test_a_key_twice_among_many_is_found_at_once(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b',"99999":0}')
-    with pytest.raises(DataError, match='line 1: field "99999" is given 2 times'):
+    with pytest.raises(DataError, match='line 1: field "99999" occurs 2 times'):
         read_records(path)
 
 
@@ -220,7 +220,7 @@ def test_more_bad_lines_than_any_report_holds_are_the_end(tmp_path, monkeypatch)
     path.write_bytes(b"\n".join([GOOD, b"?", b"?", b"?"]))
     assert len(read_records(path, skip_bad=True)[1].skipped) == 3
     path.write_bytes(b"\n".join([GOOD, b"?", b"?", b"?", GOOD, b"?", GOOD]))
-    with pytest.raises(DataError, match="line 6: more than 3 lines are not records, this one because: broken JSON"):
+    with pytest.raises(DataError, match="line 6: more than 3 lines are not records; this one: broken JSON"):
         read_records(path, skip_bad=True)
 
 

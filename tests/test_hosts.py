@@ -78,7 +78,7 @@ def test_a_cut_network(hosts, tmp_path, victim, heals):
         hosts.cable(victim, "up")
     said = run.said()
     assert statuses == [AGAIN, AGAIN], said
-    assert re.search(r"process 1 of 2 \(n2, pid [0-9]+\) has not been heard for 8 s", said[0]), said[0]
+    assert re.search(r"process 1 of 2 \(n2, pid [0-9]+\) has sent no heartbeat for 8 s", said[0]), said[0]
     assert re.search(r"process 0 of 2 \(n1, pid [0-9]+\)", said[1]), said[1]
     again = Run(hosts, tmp_path / "run", 5002, "train.steps=100000")
     again.until("resuming from step")

@@ -120,7 +120,9 @@ def test_the_second_time_it_is_there_already_and_other_settings_are_refused(run,
     printed, error = run(f"data.train={data}")
     assert error is None and "has this mixture already" in printed and report(tmp_path)["fingerprint"] in printed
     _, error = run(f"data.train={data}", "train.seed=1", "data.max_query=9")
-    assert "mixture of other settings (max_query 512 -> 9; seed 0 -> 1); remove it or choose another --output" in error
+    assert (
+        "mixture with other settings (max_query 512 -> 9; seed 0 -> 1); remove it or choose another --output" in error
+    )
     write(data, [ask(i) for i in range(6)])
     _, error = run(f"data.train={data}")
     assert "other settings (bytes/" in error
@@ -139,7 +141,7 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out" / "mine.txt", ["x"])
     _, error = run(f"data.train={data}")
-    assert "is there and is no mixture of comi_jax.prepare; choose another --output" in error
+    assert "exists and is not a mixture of comi_jax.prepare; choose another --output" in error
     assert os.listdir(tmp_path / "out") == ["mine.txt"]
     (tmp_path / "out" / "mine.txt").unlink()
     assert run(f"data.train={data}")[1] is None  # an empty one may be there
@@ -155,8 +157,8 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
             ["data.train={a}", "data.max_context=9", "data.on_long=refuse"],
             "a.jsonl, line 1: 10, 7 and 3 tokens of context",
         ),
-        (["data.train={a}", "data.eval={a}"], "no example is left of data.train="),
-        (["data.train={a}@0.1"], "no example is left of data.train="),
+        (["data.train={a}", "data.eval={a}"], "no example is left after filtering data.train="),
+        (["data.train={a}@0.1"], "no example is left after filtering data.train="),
     ],
 )
 def test_what_cannot_be_prepared_is_one_sentence_and_leaves_nothing(run, tmp_path, words, message):
@@ -215,14 +217,17 @@ def test_a_folder_that_was_changed_is_not_trained_on(run, tmp_path):
         sources.read([str(out)], "eval")
     with gzip.open(out / "train.jsonl.gz", "wt") as file:
         file.write(json.dumps(ask(1)) + "\n")
-    with pytest.raises(DataError, match="report.json: says .* of train.jsonl.gz, which now is .*; prepare it again"):
+    with pytest.raises(
+        DataError,
+        match="report.json: records fingerprint .* for train.jsonl.gz, but the file has .*; prepare the folder again",
+    ):
         sources.read([str(out)], "train")
     (out / "train.jsonl.gz").unlink()
     with pytest.raises(DataError, match="train.jsonl.gz: does not exist"):
         sources.read([str(out)], "train")
     write(out / "eval.jsonl.gz", [ask(1)])
-    with pytest.raises(DataError, match="report.json: is no report of comi_jax.prepare with a split 'eval'"):
+    with pytest.raises(DataError, match="report.json: is not a report of comi_jax.prepare with the split 'eval'"):
         sources.read([str(out)], "eval")
     (out / "report.json").write_text("{")
-    with pytest.raises(ConfigError, match="is no mixture"):
+    with pytest.raises(ConfigError, match="is not a mixture"):
         _there_already(out, {})

@@ -83,8 +83,8 @@ REFUSED = {
     "empty document": (line_with(input=["c", " ", "d"]), 'field "input", item 2 of 3, is blank (white space only)'),
     "lone surrogate": (line_with(input="ab\ud83d"), 'field "input" has the lone surrogate \\ud83d at character 3'),
     "NUL": (line_with(answer=["a\0"]), 'field "answer", item 1 of 1, has a NUL character at character 2'),
-    "same key twice": (GOOD[:-1] + b', "prompt": ""}', 'field "prompt" is given 2 times in one object; expected it'),
-    "same key within": (line_with()[:-1] + b', "m": {"k": 1, "k": 2}}', 'field "k" is given 2 times'),
+    "same key twice": (GOOD[:-1] + b', "prompt": ""}', 'field "prompt" occurs 2 times in one object; expected'),
+    "same key within": (line_with()[:-1] + b', "m": {"k": 1, "k": 2}}', 'field "k" occurs 2 times'),
     "NaN": (line_with(score=float("nan")), "NaN is not JSON"),
     "infinity": (line_with(answer=float("-inf")), "-Infinity is not JSON"),
     "digits": (b'{"input": ' + b"9" * 5000 + b"}", "a number has too many digits"),
@@ -206,7 +206,7 @@ def test_files_that_cannot_be_records_are_named(tmp_path, write):
         (write(b"", b" ", name="blank.jsonl"), "blank.jsonl: has no records"),
         (
             write(b"x", b"", b"y", name="bad.jsonl"),
-            f"bad.jsonl: no line is a record; the first of 2 refused: {tmp_path}/bad.jsonl, line 1: ",
+            f"bad.jsonl: no line is a record; 2 were refused, the first: {tmp_path}/bad.jsonl, line 1: ",
         ),
     ]
     (tmp_path / "empty.jsonl").touch()

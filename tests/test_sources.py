@@ -48,11 +48,11 @@ def test_a_word_is_a_schema_a_place_and_a_weight(word, expected):
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("hotpot:a.jsonl", "no schema that is known; known are comi, hotpotqa, 2wikimqa, narrativeqa, .*, nq"),
+        ("hotpot:a.jsonl", "unknown schema; known schemas: comi, hotpotqa, 2wikimqa, narrativeqa, .*, nq"),
         ("a.jsonl@0", "'a.jsonl@0' has weight 0; it must be above 0 and at most 100"),
         ("a.jsonl@101", "has weight 101; it must be above 0"),
-        ("nq:", "'nq:' names no place"),
-        ("nq:@2", "'nq:@2' names no place"),
+        ("nq:", "'nq:' has no file, folder or data set"),
+        ("nq:@2", "'nq:@2' has no file, folder or data set"),
     ],
 )
 def test_a_word_that_names_nothing_is_refused(word, message):
@@ -180,7 +180,7 @@ def test_relative_paths_and_home_are_found(tmp_path, monkeypatch):
 def test_a_comma_in_a_path_is_written_with_a_backslash(tmp_path):
     path = write(tmp_path / "a,b.jsonl", "12")
     setting = f"data.train={path}"
-    with pytest.raises(ConfigError, match=r"a comma separates words; .* a backslash: .*/a\\,b\.jsonl$"):
+    with pytest.raises(ConfigError, match=r"a comma separates entries; .* a backslash: .*/a\\,b\.jsonl$"):
         prompts(overrides.override(Config(), [setting]).data.train)
     words = overrides.override(Config(), [setting.replace(",", "\\,") + f"@1,{path}".replace(",b", "\\,b")]).data.train
     assert words == (f"{path}@1", path) and prompts(words) == list("1212")

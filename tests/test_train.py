@@ -226,7 +226,7 @@ def test_missing_weights_say_what_to_download_and_which_option_names_it(name, pa
     hub = overrides.load(name).model.hub
     assert hub.count("/") == 1
     assert f"download {hub}: hf download {hub} --local-dir=DIR, then pass model.path=DIR" in said
-    assert (f"{path} is not one" if path else "model.path is not set") in said
+    assert (f"{path} is not a model's folder" if path else "model.path is not set") in said
 
 
 def test_unknown_names_are_refused_with_the_nearest():

@@ -186,7 +186,9 @@ def test_a_text_that_has_no_letters_is_refused():
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="§")
     assert token_ids(tokenizer, ["a <unk> b"]) == [[2, 0, 0]]
-    with pytest.raises(TextError, match="the text 'a § a' holds '§', a control token that this tokenizer cannot read"):
+    with pytest.raises(
+        TextError, match="the text 'a § a' holds '§', a control token that this tokenizer cannot encode"
+    ):
         token_ids(tokenizer, ["a", "a § a"])
 
 

@@ -103,7 +103,7 @@ def adapt(fields: Mapping[str, Any]) -> Record | Sequence[Record | Refused]:
         return SCHEMAS[schemas[0]](fields)
     if schemas:
         raise Refused(
-            f"found {field_names(fields)}, which fit the schemas {' and '.join(schemas)}; say which is meant: "
+            f"found {field_names(fields)}, which fit the schemas {' and '.join(schemas)}; name one: "
             f"{' or '.join(f'{schema}:FILE' for schema in schemas)}"
         )
     near = [(shape, set(shape.has) - fields.keys()) for shape in SHAPES]
@@ -112,10 +112,10 @@ def adapt(fields: Mapping[str, Any]) -> Record | Sequence[Record | Refused]:
         schemas = dict.fromkeys(shape.schema for shape, _ in near)
         reason = f'field "{near[0][1]}" is missing; found {field_names(fields)}, as in {", ".join(schemas)}'
         known = {"context", "answer"} <= _likely(fields).keys()
-        raise Refused(f"{reason}, or say which is which: {example_of(fields)}" if known else reason)
+        raise Refused(f"{reason}, or map the fields: {example_of(fields)}" if known else reason)
     raise Refused(
         f"found {field_names(fields)}; expected input, prompt, answer or the fields of a published set "
-        f"({', '.join(name for name in SCHEMAS if name != 'comi')}), or say which is which: {example_of(fields)}"
+        f"({', '.join(name for name in SCHEMAS if name != 'comi')}), or map the fields: {example_of(fields)}"
     )
 
 

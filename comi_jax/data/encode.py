@@ -157,7 +157,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
             if found := never.intersection(rows[number]):
                 raise TextError(
                     f"the text {shown(texts[number])} holds {tokenizer.convert_ids_to_tokens(min(found))!r}, a control "
-                    "token that this tokenizer cannot read as letters; leave the text out, or take another tokenizer"
+                    "token that this tokenizer cannot encode as plain text; remove the text or use another tokenizer"
                 )
     return rows
 

@@ -168,7 +168,7 @@ def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> d
                     console.print(f"{split}: {source.word}", highlight=False)
                     rows.append(mixture.write(file, number, source))
             if not any(row.written for row in rows):
-                raise ConfigError(f"no example is left of data.{split}={','.join(words[split])}")
+                raise ConfigError(f"no example is left after filtering data.{split}={','.join(words[split])}")
             held_out |= mixture.seen
             splits[split] = {"fingerprint": str(mixture.fingerprint), "sources": [asdict(row) for row in rows]}
         made = json.dumps([settings, {split: entry["fingerprint"] for split, entry in splits.items()}])
@@ -197,12 +197,16 @@ def _there_already(output: Path, settings: dict[str, Any]) -> dict[str, Any] | N
         report = json.loads((output / sources.REPORT).read_text(encoding="utf-8"))
         before = flatten(report["settings"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{output} is there and is no mixture of comi_jax.prepare; choose another --output") from None
+        raise ConfigError(
+            f"{output} exists and is not a mixture of comi_jax.prepare; choose another --output"
+        ) from None
     now = flatten(settings)
     other = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if other:
         changes = "; ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in other)
-        raise ConfigError(f"{output} has a mixture of other settings ({changes}); remove it or choose another --output")
+        raise ConfigError(
+            f"{output} has a mixture with other settings ({changes}); remove it or choose another --output"
+        )
     return report
 
 

@@ -33,7 +33,7 @@ def unpacked(raw: io.BufferedReader) -> io.BufferedIOBase:
         head = _head(stream)
         _refuse(head)
         if any(pattern.match(head) for pattern in (_PARQUET, *_PACKED)):
-            raise Unreadable("is compressed a second time; unpack it once")
+            raise Unreadable("is compressed twice; decompress it once")
     if mark := _BYTE_ORDER_MARK.match(head):
         stream.read(len(mark[0]))
     return stream
@@ -64,7 +64,7 @@ class _Streams(io.RawIOBase):
             if self._now.needs_input:
                 data, self._rest = self._rest or self._raw.read(_CHUNK), b""
                 if not data:
-                    raise EOFError("its last stream has no end")
+                    raise EOFError("the last compressed stream is truncated")
             else:
                 data = b""
             if out := self._now.decompress(data, len(buffer)):

@@ -128,7 +128,9 @@ def _chosen(article: tuple[str, ...], fields: Mapping[str, Any], name: str, firs
     options = texts('field "options"', _list('field "options"', _get(fields, "options")))
     right = _get(fields, name)
     if type(right) is not int or not 0 <= right - first < len(options):
-        raise Refused(f'field "{name}" is {describe(right)}; expected a number from {first}: which option is right')
+        raise Refused(
+            f'field "{name}" is {describe(right)}; expected the number of the correct option, counting from {first}'
+        )
     shown = "".join(f"\n({chr(ord('A') + i)}) {option}" for i, option in enumerate(options))
     return Record(article, _question(fields) + shown, (options[right - first],))
 
@@ -168,9 +170,7 @@ def flat(fields: Mapping[str, Any]) -> Record:
     which many data sets are republished, such as NarrativeQA. Multiple choice is refused; other fields are ignored,
     even a summary."""
     if choices := [name for name in fields if name in ("options", "choices") or name.startswith("choice_")]:
-        raise Refused(
-            f"field {quote(choices[0])} says that the question is one of multiple choice; expected free answers"
-        )
+        raise Refused(f"field {quote(choices[0])} marks a multiple-choice question; expected free-form answers")
     context, answer = (_one_of(fields, names) for names in (("context", "document"), ("answer", "answers")))
     return Record(
         texts(f'field "{context}"', fields[context]),
@@ -182,7 +182,7 @@ def flat(fields: Mapping[str, Any]) -> Record:
 def _one_of(fields: Mapping[str, Any], names: tuple[str, str]) -> str:
     found = [name for name in names if name in fields]
     if len(found) == 2:
-        raise Refused(f'fields "{names[0]}" and "{names[1]}" are both there; say by data.fields which is meant')
+        raise Refused(f'fields "{names[0]}" and "{names[1]}" are both present; choose one with data.fields')
     return found[0] if found else _get(fields, names[0])
 
 

@@ -164,10 +164,10 @@ def numbered_records(
                 skipped.append(Skipped(str(path), number, str(record), reading.unit))
                 refused += 1
                 if len(skipped) > MAX_SKIPPED:
-                    reason = f"more than {MAX_SKIPPED:,} lines are not records, this one because: {record}"
+                    reason = f"more than {MAX_SKIPPED:,} lines are not records; this one: {record}"
                     raise DataError(path, number, reason, reading.unit)
     if skipped and refused and not kept:
-        raise DataError(path, None, f"no line is a record; the first of {refused} refused: {skipped[-refused]}")
+        raise DataError(path, None, f"no line is a record; {refused} were refused, the first: {skipped[-refused]}")
     if not kept:
         raise DataError(path, None, "has no records; expected one JSON object per line")
 
@@ -205,7 +205,7 @@ class _Reading:
         except IsADirectoryError:
             raise DataError(path, None, "is a directory; name the JSON Lines files in it") from None
         except PermissionError:
-            raise DataError(path, None, "may not be read (permission denied)") from None
+            raise DataError(path, None, "cannot be read (permission denied)") from None
         except packing.Unreadable as why:
             raise DataError(path, why.line, str(why), self.unit) from None
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as damage:
@@ -268,11 +268,11 @@ def _hint(line: bytes) -> str:
     if bare[:2] == b"{'":
         return "; it was printed by Python: write it with json.dumps"
     if bare[-2:] == b"},":
-        return "; the comma behind the object must go"
+        return "; remove the comma after the object"
     if b"}\r{" in bare:
         return "; its lines end in a carriage return alone: tr '\\r' '\\n' < FILE > FILE.jsonl"
     if re.fullmatch(rb'"?\w+"?([,;\t]"?\w+"?)+', bare):
         return "; the name of a CSV file must end in .csv"
     if bare[:1].isalpha() and b" " in bare:
-        return "; plain text holds no questions: write an object a line, with input, prompt and answer"
+        return "; plain text has no questions: write one object per line with input, prompt and answer"
     return ""

@@ -53,7 +53,7 @@ def parse_all(words: Sequence[str], fields: Sequence[str] = ()) -> list[Source]:
                 if _exists(parse(",".join(words[first:end]))):
                     meant = "\\,".join(words[first:end])
                     meant = meant if meant.isprintable() else ascii(meant)
-                    raise ConfigError(f"a comma separates words; before the one in a path write a backslash: {meant}")
+                    raise ConfigError(f"a comma separates entries; escape a comma in a path with a backslash: {meant}")
     return parsed
 
 
@@ -74,10 +74,10 @@ def parse(word: str, fields: Sequence[str] = ()) -> Source:
         schema, rest = "", place
     elif schema not in adapters.SCHEMAS:
         raise ConfigError(
-            f"the source {shown(word)} begins with no schema that is known; known are {', '.join(adapters.SCHEMAS)}"
+            f"the source {shown(word)} has an unknown schema; known schemas: {', '.join(adapters.SCHEMAS)}"
         )
     if not rest:
-        raise ConfigError(f"the source {shown(word)} names no place")
+        raise ConfigError(f"the source {shown(word)} has no file, folder or data set")
     return Source(word, rest if rest.startswith(HUB) else os.path.expanduser(rest), schema, weight, tuple(fields))
 
 
@@ -131,7 +131,7 @@ def _hub_examples(source: Source, split: str, skipped: list[Skipped] | None) -> 
             else:
                 skipped.append(Skipped(source.place, row, str(record)))
     if not kept:
-        raise DataError(source.place, None, "has no example that can be read")
+        raise DataError(source.place, None, "has no readable example")
 
 
 _HUB_SPLITS = {"train": "train", "eval": "validation"}
@@ -258,7 +258,11 @@ def _checked(source: Source, split: str, records: Iterable[Record]) -> Iterator[
         expected = json.loads(Path(path).read_text(encoding="utf-8"))["splits"][split]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
-            path, None, f"is no report of comi_jax.prepare with a split {split!r}; prepare it again"
+            path, None, f"is not a report of comi_jax.prepare with the split {split!r}; prepare the folder again"
         ) from None
     if str(got) != expected:
-        raise DataError(path, None, f"says {expected} of {split}.jsonl.gz, which now is {got}; prepare it again")
+        raise DataError(
+            path,
+            None,
+            f"records fingerprint {expected} for {split}.jsonl.gz, but the file has {got}; prepare the folder again",
+        )

@@ -67,7 +67,8 @@ def _read(reader: Any) -> Iterator[tuple[int, list[str]]]:
             raise Unreadable(f"invalid UTF-8 (0x{error.object[error.start]:02x}); expected UTF-8", number) from None
         except csv.Error as error:
             raise Unreadable(
-                f"broken CSV ({error}); expected cells in double quotes where they need them", number
+                f"broken CSV ({error}); expected double quotes around cells with delimiters, quotes or line breaks",
+                number,
             ) from None
         if cells:
             yield number, cells

@@ -31,7 +31,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice, times = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise Refused(f"field {quote(twice)} is given {times} times in one object; expected it once")
+        raise Refused(f"field {quote(twice)} occurs {times} times in one object; expected once")
     return fields
 
 

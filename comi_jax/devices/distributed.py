@@ -207,18 +207,18 @@ class Watch(threading.Thread):
 
     def _message(self, process: int) -> str:
         return (
-            f"{self._who(process)} has not been heard for {self._timeout:.0f} s, it is dead, stopped or cut off; this "
-            "process ends too. Start all of them again to go on from the last checkpoint"
+            f"{self._who(process)} has sent no heartbeat for {self._timeout:.0f} s: it is dead, stopped or cut off. "
+            "This process exits too; restart all processes to resume from the last checkpoint"
         )
 
     def _no_answer(self) -> str:
         return (
-            f"{self._who(0)}, where all meet, does not answer; this process ends too. Start all of them again to go on "
-            "from the last checkpoint"
+            f"the coordinator, {self._who(0)}, does not answer. This process exits too; restart all processes to "
+            "resume from the last checkpoint"
         )
 
     def _who(self, process: int) -> str:
-        return f"process {process} of {self._peers.count} ({self._names.get(process, 'it did not say from where')})"
+        return f"process {process} of {self._peers.count} ({self._names.get(process, 'host unknown')})"
 
 
 @contextlib.contextmanager

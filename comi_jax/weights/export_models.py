@@ -126,7 +126,8 @@ def protocol(run: Run, arch: Architecture, scalars: Mapping[str, Any]) -> dict[s
         "tokens": {
             "encoder_input": "[context; question]",
             "decoder_input": "[memory; question]",
-            "special_tokens": "none are added; those in a text are read as letters; no chat template, no separators",
+            "special_tokens": "none are added; those in a text are tokenised as ordinary characters; no chat template, "
+            "no separators",
             "stop": list(run.stop),
         },
         "generation": {"method": "greedy", **dataclasses.asdict(run.config.generation)},

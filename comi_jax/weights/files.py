@@ -43,8 +43,8 @@ class Tensors:
         if twice:
             other = next(name for key, name in held if key == twice[0])
             raise WeightsError(
-                f"{self.path}: several files hold {some(twice)}; transformers takes the one of "
-                f"{self._where[twice[0]]}, not of {other}: remove the file that is not meant"
+                f"{self.path}: several files contain {some(twice)}; transformers uses the one in "
+                f"{self._where[twice[0]]}, not in {other}: remove the wrong file"
             )
         self.shapes: dict[str, Shape] = {key: self._files[name].shapes[key] for key, name in held}
         self.dtypes: dict[str, str] = {key: self._files[name].dtypes[key] for key, name in held}
@@ -60,7 +60,7 @@ class Tensors:
 
 def _open(path: Path) -> "_SafeFile | _TorchFile":
     if _starts_with(path, b"version https://git-lfs"):
-        raise WeightsError(f"{path} is the pointer of Git LFS to a file, not the file: fetch it with git lfs pull")
+        raise WeightsError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull")
     return _TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else _SafeFile(path)
 
 
@@ -83,7 +83,7 @@ class _SafeFile:
                 self.shapes[name] = tuple(view.get_shape())
                 self.dtypes[name] = (DTYPES | OTHER_DTYPES).get(view.get_dtype(), "")
                 if not self.dtypes[name]:
-                    raise WeightsError(f"{path} holds {name} as {view.get_dtype()}, numbers that are not implemented")
+                    raise WeightsError(f"{path} holds {name} as {view.get_dtype()}, a dtype that is not supported")
 
     def read(self, name: str, index: Index) -> np.ndarray:
         with self._mapped() as file:

@@ -47,7 +47,7 @@ def without(values: Mapping[str, Any], ignore: Collection[str], where: str) -> d
         raise ConfigError(f"{where} has no attribute {_names(gone)}, which --ignore-config names")
     used = [name for name in ignore if name in ATTRIBUTES and ATTRIBUTES[name].kind == READ]
     if used:
-        raise ConfigError(f"{where}: {_names(used)} cannot be ignored; it is computed with")
+        raise ConfigError(f"{where}: {_names(used)} cannot be ignored: the model's computation depends on it")
     return {name: value for name, value in values.items() if name not in ignore}
 
 
@@ -73,8 +73,8 @@ def refusal(values: Mapping[str, Any], where: str) -> str:
     if not asked:
         return ""
     names = ignorable(values)
-    way_on = f"; where that changes nothing that the model computes, pass --ignore-config={_names(names)}"
-    return f"{where} asks for what is not implemented: {asked}{way_on if names else ''}"
+    way_on = f"; if it does not affect what the model computes, pass --ignore-config={_names(names)}"
+    return f"{where} asks for something that is not implemented: {asked}{way_on if names else ''}"
 
 
 def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
@@ -88,7 +88,7 @@ def backbone_of(values: Mapping[str, Any], where: str) -> Backbone:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in required if type(values.get(name)) is not int]
     if missing:
-        raise ConfigError(f"{where} lacks whole numbers for {', '.join(missing)}")
+        raise ConfigError(f"{where} has no integer for {', '.join(missing)}")
     theta, scaling = _rope(values, where)
     heads, width = values["num_attention_heads"], values["hidden_size"]
     if values.get("head_dim") is None and (heads < 1 or width % heads):

@@ -48,11 +48,13 @@ def _named(folder: Path) -> Path | None:
     if name is None:
         return None
     if not isinstance(name, str) or Path(name).name != name:
-        raise WeightsError(f"{path} names the weights {name!r:.80}, which is no file of its own folder")
+        raise WeightsError(f"{path} names the weights {name!r:.80}, which is not a file in its own folder")
     if not name.endswith((".safetensors", ".safetensors.index.json")):
         raise WeightsError(f"{path} names the weights {name!r:.80}; safetensors or their index are expected")
     if not (folder / name).is_file():
-        raise WeightsError(f"{path} names the weights {name!r:.80}, which are not there: add them or take the name out")
+        raise WeightsError(
+            f"{path} names the weights {name!r:.80}, which do not exist: add them or remove the attribute"
+        )
     return folder / name
 
 

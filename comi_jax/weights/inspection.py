@@ -177,7 +177,7 @@ def _official(path: Path) -> Inspection:
     missing += [f"{prefix}model.layers.*" for prefix, count in layers.items() if not count]
     missing += _incomplete_layers(shapes)
     parts = _by_part(held, lambda name: name.split(".")[0] if "." in name else "scalars")
-    note = "backbone, rates, segment size and the alpha of LoRA are not stored in such a file: import-official is told"
+    note = "such a file does not store backbone, rates, segment size or LoRA's alpha; pass them to import-official"
     return Inspection("official COMI state dict", words, parts, tuple(missing), (note,))
 
 

@@ -70,7 +70,7 @@ class StartingModel:
             values = (there[name.replace(".", "/")] for name in other)
             texts = (",".join(map(str, value)) if isinstance(value, list) else value for value in values)
             words = " ".join(f"{name}={text}" for name, text in zip(other, texts, strict=True))
-            raise ConfigError(f"the COMI checkpoint in {self.folder} has other parts than this run; pass {words}")
+            raise ConfigError(f"the COMI checkpoint in {self.folder} does not match this run's config; pass {words}")
 
     def load(self, run: Run, mesh: jax.sharding.Mesh) -> dict[str, Array]:
         """The initial weights of ``run``, by flat path, on the devices of ``mesh``: those of the COMI checkpoint, or
@@ -98,7 +98,7 @@ def _folder(config: Config) -> Path:
         return Path(__file__).parent.parent / "tiny_lm"
     if config.model.path and (Path(config.model.path) / "config.json").is_file():
         return Path(config.model.path)
-    what = f"{config.model.path} is not one" if config.model.path else "model.path is not set"
+    what = f"{config.model.path} is not a model's folder" if config.model.path else "model.path is not set"
     name = config.model.hub or "a LLaMA-2, LLaMA-3, Qwen2 or Qwen3 model"
     fetch = f": hf download {name} --local-dir=DIR" if config.model.hub else ""
     raise ConfigError(

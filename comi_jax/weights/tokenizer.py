@@ -46,7 +46,7 @@ def fit_tokenizer(tokenizer: Any, backbone: Backbone) -> Any:
     size = f"the model only {backbone.vocab_size}"
     if missed := sorted(beyond - spare):
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, {size}: there are no embeddings of {some(missed)}; pass the "
+            f"the tokenizer has {len(tokenizer)} tokens, {size}: {some(missed)} has no embedding; pass the "
             "model's own tokenizer"
         )
     hf_folder.tell(

@@ -42,7 +42,9 @@ def load(folder: Path) -> Any:
     added = folder / "added_tokens.json"
     for token, number in (json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}).items():
         if tokenizer.convert_tokens_to_ids(token) != number:
-            raise ConfigError(f"{added} gives {token!r:.80} the id {number}, which is not the next one; {WAY_ON}")
+            raise ConfigError(
+                f"{added} gives {token!r:.80} the id {number}, which does not follow the ids before it; {WAY_ON}"
+            )
     return tokenizer
 
 
@@ -95,7 +97,7 @@ def read(path: Path) -> tuple[list[str], list[int], list[float], tuple[str, str,
         # -1, no such token, is read as a large number
         unknown, first, last = (pieces[number] if number < len(pieces) else "" for number in numbers)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise ConfigError(f"{path} is no sentencepiece model ({error!r:.80}); {WAY_ON}") from None
+        raise ConfigError(f"{path} is not a sentencepiece model ({error!r:.80}); {WAY_ON}") from None
     other = {
         "its model is not of type BPE": trainer.get(3) != BPE,
         "it has no bytes for letters that it does not know": not trainer.get(35),
