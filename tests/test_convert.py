@@ -388,14 +388,14 @@ def test_the_card_has_what_evaluation_measured_of_these_weights(tmp_path):
     assert "| closed book: the contexts withheld | 0 |" in card(closed) and "| COMI |" not in card(closed)
     # What is of other weights, or nobody knows of which, is named and left out.
     other = card(row | {"weights": "f" * 64, "step": 7})
-    assert "No measured results" in other and f"not of these weights (step 7, fingerprint {'f' * 16})" in other
+    assert "No measured results" in other and f"other weights (step 7, fingerprint {'f' * 16})" in other
     assert "an earlier version wrote it" in card({name: value for name, value in row.items() if name != "weights"})
     # The closing table of the same weights comes first; the same measured again is not said twice.
     both = card(row, {"COMI": row, "closed book": closed})
     assert both.count("| COMI |") == 1 and "| closed book: the contexts withheld |" in both
     both = card(row | {"rate": 4}, {"COMI": row})
     assert "| COMI | 0 | nq:dev\\|1.jsonl (abc) | 4 | 8 |" in both and "| COMI, evaluated later | 0 |" in both
-    assert "closing table was measured with other weights" in card(row, {"COMI": row | {"weights": "f" * 64}})
+    assert "closing table is left out: it used other weights" in card(row, {"COMI": row | {"weights": "f" * 64}})
     said = json.loads((tmp_path / "out" / "comi.json").read_text())
     assert said["rates"] == [2, 4] and said["segment_size"] == 16 and said["switches"]["lsa"] is True
     assert said["scalars"] == dict.fromkeys(SCALARS, 1.0) and said["tokens"]["stop"] == [2]
@@ -574,7 +574,7 @@ def test_a_tensor_in_two_files_is_refused(whole, tmp_path):
     first, second = sorted(lm.glob("model-*.safetensors"))[:2]
     name = next(iter(load_file(first)))
     save_file(load_file(second) | {name: load_file(first)[name]}, second)
-    assert f"several files hold {name}" in refusal("inspect", lm)
+    assert f"several files contain {name}" in refusal("inspect", lm)
 
 
 def test_what_an_official_file_says_itself_cannot_be_told(whole, tmp_path):

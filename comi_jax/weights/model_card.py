@@ -27,9 +27,7 @@ def results_of(checkpoint: str | Path, step: int) -> tuple[dict[str, dict[str, A
         if weights and closing.get("COMI", {}).get("weights") == weights:
             rows |= {_title(row, name): row for name, row in closing.items()}
         else:
-            left_out.append(
-                f"The run's closing table was measured with other weights ({_of(closing.get('COMI', {}))})."
-            )
+            left_out.append(f"The run's closing table is left out: {_of(closing.get('COMI', {}))}.")
     for row in _table(Folder(folder.evaluation).results).values():
         if weights and row.get("weights") == weights:
             title = _title(row, "COMI")
@@ -38,7 +36,7 @@ def results_of(checkpoint: str | Path, step: int) -> tuple[dict[str, dict[str, A
                 continue  # the same measurement is in the closing table
             rows[title if title not in rows else f"{title}, evaluated later"] = row
         else:
-            left_out.append(f"A later evaluation used other weights ({_of(row)}).")
+            left_out.append(f"A later evaluation is left out: {_of(row)}.")
     return rows, left_out
 
 
@@ -66,8 +64,8 @@ def _title(row: Mapping[str, Any], name: str) -> str:
 
 def _of(row: Mapping[str, Any]) -> str:
     if "weights" not in row:
-        return "written by an earlier version, which did not record them"
-    return f"step {row.get('step', 'unknown')}, fingerprint {row['weights'][:16] or 'unknown'}"
+        return "an earlier version wrote it without recording the weights"
+    return f"it used other weights (step {row.get('step', 'unknown')}, fingerprint {row['weights'][:16] or 'unknown'})"
 
 
 def card(run: Run, arch: Architecture, step: int, weights: str, results: Mapping[str, Any], left_out: list[str]) -> str:
