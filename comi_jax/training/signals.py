@@ -43,6 +43,7 @@ class Stop:
         self._held = False  # during a round of agreement, in which this process must not advance
         self._guard = threading.Condition()
         self._closed = threading.Event()
+        self._woken = threading.Event()  # by a signal to this process, or by the end
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
@@ -65,6 +66,7 @@ class Stop:
             yield self
         finally:
             self._closed.set()
+            self._woken.set()
             if self._peers:
                 self._inform(self._peers, OUT, "")
             signal.set_wakeup_fd(wakeup)
@@ -121,6 +123,7 @@ class Stop:
                     thread.join(1)
                 self._end(SECOND)
             self._asked = (name, now)
+            self._woken.set()
             self._hear(name)
             if self._saved and not self._peers:
                 self._end(STOPPED)
@@ -166,8 +169,10 @@ class Stop:
             while not (asked := peers.said(ASKED)):
                 if self._asked:
                     peers.say(ASKED, self.requested)
-                elif self._closed.wait(POLL):
-                    return
+                else:
+                    self._woken.wait(POLL)
+                    if self._closed.is_set():
+                        return
             with self._guard:
                 self._hear(next(iter(asked.values())))
             for number in itertools.count():
@@ -187,7 +192,8 @@ class Stop:
                     with self._guard:
                         self._held = False
                         self._guard.notify_all()
-                if self._closed.wait(POLL):
+                # Until they agree, a round follows soon: in the pause the last steps of a run could pass.
+                if self._closed.wait(POLL if self._until < float("inf") else POLL / 10):
                     return
 
     def _places(self, peers: Peers, number: int) -> list[str] | None:
