@@ -97,8 +97,7 @@ class Checkpoints:
             self._missed(progress.step, size, error)
 
     def settle(self) -> bool:
-        """Wait for the save that is under way, and remove what is no longer kept; whether all that was to be saved
-        is."""
+        """Wait for the save in progress and delete checkpoints that are no longer kept. False if the last save failed."""
         if self._writer is not None and self._under_way is not None:
             (step, size), self._under_way = self._under_way, None
             try:

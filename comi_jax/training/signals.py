@@ -193,7 +193,7 @@ class Stop:
                         self._held = False
                         self._guard.notify_all()
                 # Until they agree, a round follows soon: in the pause the last steps of a run could pass.
-                if self._closed.wait(POLL if self._until < float("inf") else POLL / 10):
+                if self._closed.wait(POLL if self._until < float("inf") else POLL / 5):
                     return
 
     def _places(self, peers: Peers, number: int) -> list[str] | None:
