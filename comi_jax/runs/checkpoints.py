@@ -97,7 +97,7 @@ class Checkpoints:
             self._missed(progress.step, size, error)
 
     def settle(self) -> bool:
-        """Wait for the save in progress and delete checkpoints that are no longer kept. False if the last save failed."""
+        """Wait for the save in progress, then delete checkpoints that are no longer kept. False if the save failed."""
         if self._writer is not None and self._under_way is not None:
             (step, size), self._under_way = self._under_way, None
             try:
