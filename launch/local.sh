@@ -7,7 +7,7 @@
 # fix the run, all are restarted from the newest checkpoint, up to COMI_RESTARTS times (3). A run that is stopped by a
 # signal saves first and exits with 85.
 set -u
-count="${1:?how many processes}"
+count="${1:?usage: launch/local.sh PROCESSES -- --config=NAME [path=value ...]}"
 shift
 [ "${1:-}" = "--" ] && shift
 python="${PYTHON:-python}"
@@ -56,5 +56,5 @@ for ((turn = 1; ; turn++)); do
     if ((status == 0 || turn > restarts)) || [ -n "$asked" ] || [ -z "$again" ]; then
         exit "$status"
     fi
-    echo "launch/local.sh: starting all $count processes again ($turn of $restarts)" >&2
+    echo "launch/local.sh: restarting all $count processes ($turn of $restarts)" >&2
 done

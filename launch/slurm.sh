@@ -10,7 +10,7 @@
 #SBATCH --mem=0       # in --gpus-per-node=4 --cpus-per-task=16 --mem=200G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@600 # seconds before the time is up: the run saves, and the job is queued again
+#SBATCH --signal=B:USR1@600 # seconds before the time is up: the run saves, and the job is requeued
 #SBATCH --open-mode=append
 COMMAND=(--config=qwen2 model.path=models/qwen2 data.train=train.jsonl.gz data.eval=dev.jsonl.gz train.output=runs/qwen2)
 RESTARTS="${COMI_RESTARTS:-10}"  # restarts from the newest checkpoint after a process is killed
@@ -27,7 +27,7 @@ STEP=(--kill-on-bad-exit=0 --wait=$((COMI_HEARTBEAT + 30)) ${SLURM_GPUS_ON_NODE:
 
 late=""  # set when the job's time limit is near
 asked="" # set when the job is cancelled
-trap 'late=1; echo "launch/slurm.sh: the time is nearly up" >&2; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'late=1; echo "launch/slurm.sh: the time limit is near" >&2; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 trap 'asked=1' TERM
 
 # Requeue this job if its time limit is near or a job of higher priority has preempted it.
@@ -35,10 +35,10 @@ requeue() {
     [ -z "$asked" ] || return
     [ -n "$late" ] || scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]' || return
     if ((${SLURM_RESTART_COUNT:-0} >= REQUEUES)); then
-        echo "launch/slurm.sh: queued again $REQUEUES times already (COMI_REQUEUES)" >&2
+        echo "launch/slurm.sh: already requeued $REQUEUES times (COMI_REQUEUES)" >&2
         return 1
     fi
-    scontrol requeue "$SLURM_JOB_ID" && echo "launch/slurm.sh: the job is queued again" >&2
+    scontrol requeue "$SLURM_JOB_ID" && echo "launch/slurm.sh: job requeued" >&2
 }
 
 # When a task is killed, the watchdogs of the others end them with status 75. There is no restart after 1 or 2 (an error
@@ -53,5 +53,5 @@ for ((turn = 1; ; turn++)); do
     ((status >= 75)) && requeue && exit "$status" # also 143, from a run that had no signal handler yet
     ((status < 75 || status == 85 || status == 130 || status == 143 || turn > RESTARTS)) && exit "$status"
     [ -z "$asked$late" ] || exit "$status"
-    echo "launch/slurm.sh: srun ended with status $status; starting again ($turn of $RESTARTS)" >&2
+    echo "launch/slurm.sh: srun ended with status $status; restarting ($turn of $RESTARTS)" >&2
 done

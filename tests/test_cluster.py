@@ -38,8 +38,8 @@ def test_three_variables_say_who_a_process_is():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"COMI_PROCESS": ""}, "COMI_COORDINATOR, COMI_PROCESSES is set; .* go together"),
-        ({"COMI_PROCESS": "2"}, "COMI_PROCESS is 2 of COMI_PROCESSES 2"),
+        ({"COMI_PROCESS": ""}, "COMI_COORDINATOR, COMI_PROCESSES is set; set .* together"),
+        ({"COMI_PROCESS": "2"}, "COMI_PROCESS=2 is out of range: it must be below COMI_PROCESSES=2"),
         ({"COMI_PROCESSES": "two"}, "COMI_PROCESSES=two is not a whole number"),
         ({"COMI_COORDINATOR": "host"}, "COMI_COORDINATOR=host is not HOST:PORT"),
         ({"COMI_COORDINATOR": "host:99999"}, "is not HOST:PORT"),
@@ -84,7 +84,7 @@ def test_a_process_takes_all_gpus_it_sees_or_its_share_of_them(changes, visible,
 
 
 def test_gpus_that_cannot_be_shared_out_are_refused():
-    with pytest.raises(ConfigError, match="3 tasks of this node cannot share its 8 GPUs"):
+    with pytest.raises(ConfigError, match="8 GPUs do not divide evenly among the 3 tasks"):
         cluster.own_gpus(STEP | {"SLURM_STEP_TASKS_PER_NODE": "3(x4)"}, 8)
 
 
@@ -132,7 +132,7 @@ def test_tpu_hosts_under_kubernetes():
     assert cluster.find(hosts) == Member("t0.x:8482", 2, 1)
     slices = {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2", "MEGASCALE_COORDINATOR_ADDRESS": "m0:99"}
     assert cluster.find(hosts | slices) == Member("m0:8482", 6, 5)
-    with pytest.raises(ConfigError, match="TPU_WORKER_ID, which one, is not set"):
+    with pytest.raises(ConfigError, match="TPU_WORKER_ID \\(the index of this host\\) is not set"):
         cluster.find({"TPU_WORKER_HOSTNAMES": "t0.x,t1.x"})
 
 
@@ -169,7 +169,7 @@ def test_a_tpu_pod_is_asked_for_its_hosts(metadata):
     said["tpu-env"] = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9'\n"
     assert cluster.find(environment) == Member("10.9.9.9:8482", 6, 4)
     said.pop("agent-worker-number")
-    with pytest.raises(ConfigError, match="neither Slurm nor a TPU's metadata server says who this process is"):
+    with pytest.raises(ConfigError, match="no Slurm variables are set and the TPU metadata server does not answer"):
         cluster.find(environment)
 
 
@@ -187,27 +187,27 @@ def eight(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, count, says",
+    "changes, count, source",
     [
-        ({}, 8, "nvidia-smi -L shows"),
-        ({"CUDA_VISIBLE_DEVICES": "2,3"}, 2, "CUDA_VISIBLE_DEVICES names"),
-        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, 4, "SLURM_GPUS_ON_NODE says"),
+        ({}, 8, "nvidia-smi -L"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, 2, "CUDA_VISIBLE_DEVICES"),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, 4, "SLURM_GPUS_ON_NODE"),
         ({"JAX_PLATFORMS": "cpu", "SLURM_GPUS_ON_NODE": "4"}, 0, ""),
-        ({"JAX_LOCAL_DEVICE_IDS": "1"}, 1, "JAX_LOCAL_DEVICE_IDS names"),
+        ({"JAX_LOCAL_DEVICE_IDS": "1"}, 1, "JAX_LOCAL_DEVICE_IDS"),
     ],
 )
-def test_what_a_machine_shows(eight, changes, count, says):
-    assert machine.accelerators(eight | changes) == (count, says)
+def test_what_a_machine_shows(eight, changes, count, source):
+    assert machine.accelerators(eight | changes) == (count, source)
 
 
 def test_tpu_chips_that_a_machine_shows(monkeypatch):
     monkeypatch.setattr(machine.hardware_utils, "num_available_tpu_chips_and_device_id", lambda: (4, None))
-    assert machine.accelerators({"PATH": ""}) == (4, "the PCI bus shows")
-    assert machine.accelerators({"PATH": "", "TPU_VISIBLE_CHIPS": "0,1"}) == (2, "TPU_VISIBLE_CHIPS names")
+    assert machine.accelerators({"PATH": ""}) == (4, "PCI bus")
+    assert machine.accelerators({"PATH": "", "TPU_VISIBLE_CHIPS": "0,1"}) == (2, "TPU_VISIBLE_CHIPS")
 
 
 def seen(host="n1", devices=8, kind="gpu", shown=8, nodes=1):
-    return Seen(host, devices, kind, shown, "nvidia-smi -L shows", nodes)
+    return Seen(host, devices, kind, shown, "nvidia-smi -L", nodes)
 
 
 def test_all_devices_of_all_hosts_in_use():
@@ -215,9 +215,9 @@ def test_all_devices_of_all_hosts_in_use():
     census.check([seen(devices=2)] * 4)
     census.check([seen(devices=1, kind="cpu", shown=0)])
     census.check([seen(nodes=2), seen("n2", nodes=2)])
-    assert census.sentence([seen(), seen("n2")]) == "2 hosts, 2 processes, 8 gpu devices a process"
-    assert census.sentence([seen(devices=1, kind="cpu")]) == "1 host, 1 process, 1 cpu device a process"
-    assert "4 gpu devices, 8 gpu devices in one process or another" in census.sentence([seen(), seen("n2", 4)])
+    assert census.sentence([seen(), seen("n2")]) == "2 hosts, 2 processes, 8 gpu devices per process"
+    assert census.sentence([seen(devices=1, kind="cpu")]) == "1 host, 1 process, 1 cpu device per process"
+    assert "4 gpu devices, 8 gpu devices per process, not the same in all" in census.sentence([seen(), seen("n2", 4)])
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,11 @@ def test_all_devices_of_all_hosts_in_use():
     [
         (
             [seen(), seen("n2", devices=1)],
-            "1 of n2's devices, of which nvidia-smi -L shows 8; mend that, or pass --allow",
+            "uses 1 of the 8 accelerators of n2 \\(nvidia-smi -L\\); fix this, or pass --allow",
         ),
-        ([seen(devices=2)] * 3, "6 of n1's devices, of which nvidia-smi -L shows 8"),
-        ([seen(devices=1, kind="cpu")], "0 of n1's devices.* JAX is on the CPU: is '.\\[cuda\\]' or"),
-        ([seen(nodes=2)], "Slurm gave 2 nodes, this run is on 1 of them; start it with srun"),
+        ([seen(devices=2)] * 3, "uses 6 of the 8 accelerators of n1 \\(nvidia-smi"),
+        ([seen(devices=1, kind="cpu")], "uses 0 of the 8 accelerators of n1 .* JAX is on the CPU: is '.\\[cuda\\]' or"),
+        ([seen(nodes=2)], "Slurm allocated 2 nodes, but this run has processes on only 1; start it with srun"),
     ],
 )
 def test_devices_that_lie_idle_are_refused(all_seen, message):
@@ -238,9 +238,9 @@ def test_devices_that_lie_idle_are_refused(all_seen, message):
 
 
 def test_the_command_says_what_it_has_and_refuses_less_than_there_is(monkeypatch, capsys):
-    monkeypatch.setattr(machine, "accelerators", lambda environment: (8, "nvidia-smi -L shows"))
-    with pytest.raises(SystemExit, match="this run has 0 of .*'s devices, of which nvidia-smi -L shows 8; JAX is on"):
+    monkeypatch.setattr(machine, "accelerators", lambda environment: (8, "nvidia-smi -L"))
+    with pytest.raises(SystemExit, match="this run uses 0 of the 8 accelerators of .* \\(nvidia-smi -L\\); JAX is on"):
         train.main(["--config=qwen2"])
-    assert "1 host, 1 process, 4 cpu devices a process" in capsys.readouterr().out
+    assert "1 host, 1 process, 4 cpu devices per process" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="data.train is not set"):
         train.main(["--config=qwen2", "--allow-fewer-devices"])

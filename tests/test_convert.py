@@ -100,7 +100,7 @@ def test_a_dtype_may_be_chosen(tmp_path):
     theirs, out = tensors_of(tmp_path / "lm"), tensors_of(tmp_path / "out" / "decoder")
     assert_same(out, {name: tensor.astype(jnp.bfloat16) for name, tensor in theirs.items()})
     said = refusal("export-hf", f"--checkpoint={ours}", f"--output={tmp_path / 'other'}", "--dtype=int8")
-    assert "int8 is none of float32, float16, bfloat16" in said and not (tmp_path / "other").exists()
+    assert "int8 is not one of float32, float16, bfloat16" in said and not (tmp_path / "other").exists()
 
 
 def test_what_is_ignored_of_a_config_stands_in_the_checkpoints(tmp_path):
@@ -542,7 +542,7 @@ def several_dtypes(lm, official_path):
         (other_architecture, "model_type is 'mistral'; implemented are llama, qwen2, qwen3"),
         (other_width, "has shape (61, 32), expected (61, 64)"),
         (not_finite, "decoder.model.layers.2.mlp.up_proj.weight"),
-        (several_dtypes, "several dtypes"),
+        (several_dtypes, "different dtypes in different layers"),
     ],
 )
 def test_broken_weights_are_refused_in_a_sentence(whole, broken, said, tmp_path):

@@ -341,7 +341,7 @@ def test_the_launcher_starts_a_run_again_and_nothing_is_lost(settings, tmp_path,
     first = pids_of(process)
     os.kill(first[victim], by)
     gone = time.monotonic()
-    said += said_until(process, "starting all 2 processes again (1 of 1)")
+    said += said_until(process, "restarting all 2 processes (1 of 1)")
     limit = 2 * (6 + 5) + 10  # the survivor notices, and the launcher kills a stopped one
     assert time.monotonic() - gone < limit, said
     for pid in first:

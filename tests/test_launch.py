@@ -56,7 +56,7 @@ def test_all_are_started_again_when_one_was_killed(launcher, tmp_path):
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 0, said
     assert "process 1 of 2 ended with status 137, killed by signal 9" in said
-    assert said.count("starting all 2 processes again (1 of 3)") == 1
+    assert said.count("restarting all 2 processes (1 of 3)") == 1
     assert turns(tmp_path, 0) == turns(tmp_path, 1) == 2
     assert set((tmp_path / "words").read_text().splitlines()) == {"127.0.0.1:12345 -m comi_jax.train --config=tiny"}
 
@@ -184,7 +184,7 @@ def test_under_slurm_too(slurm, tmp_path, status, expected, count):
     said = process.communicate(timeout=30)[1]
     assert process.returncode == expected, said
     assert turns(tmp_path, 0) == turns(tmp_path, 1) == count
-    assert said.count("starting again") == count - 1
+    assert said.count("restarting") == count - 1
     assert (tmp_path / "options").read_text().split() == ["--kill-on-bad-exit=0", "--wait=31"] * count
     assert "requeue 7" not in asked_of_scontrol(tmp_path)
 
@@ -205,7 +205,7 @@ def test_a_slurm_job_is_not_queued_again_for_ever(slurm, tmp_path):
     until_up(tmp_path)
     process.send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=40)[1]
-    assert process.returncode == 85 and "queued again 2 times already" in said
+    assert process.returncode == 85 and "already requeued 2 times" in said
     assert asked_of_scontrol(tmp_path) == []
 
 

@@ -120,7 +120,7 @@ def test_a_name_that_means_nothing_is_refused(name):
 @pytest.mark.parametrize("name, extra", [("v5e:2x2", r"\[plan\]"), ("h100:8", r"\[cuda\]")])
 def test_a_missing_compiler_is_one_sentence(name, extra, monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"is not here: pip install '.{extra}"):
+    with pytest.raises(ConfigError, match=f"is not installed: pip install '.{extra}"):
         topology.find(name)
 
 

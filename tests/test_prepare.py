@@ -150,8 +150,8 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "data.train and data.eval name what to prepare"),
-        (["data.train=synthetic"], "data.train and data.eval name what to prepare"),
+        ([], "set data.train, and optionally data.eval"),
+        (["data.train=synthetic"], "set data.train, and optionally data.eval"),
         (["data.train=nope.jsonl"], "nope.jsonl: does not exist"),
         (
             ["data.train={a}", "data.max_context=9", "data.on_long=refuse"],

@@ -94,7 +94,7 @@ def test_it_trains_to_the_closing_table_over_two_nodes(cluster, tmp_path):
     job = cluster.submit(tmp_path / "run", "train.steps=4")
     assert job.ends() == ("COMPLETED", "0"), job.said()
     said = job.said()
-    assert "2 hosts, 2 processes, 1 cpu device a process" in said
+    assert "2 hosts, 2 processes, 1 cpu device per process" in said
     assert said.count("compression ratio") == 1 and said.count("step 4/4") == 1
     assert (tmp_path / "run" / "results.json").exists()
 
@@ -104,7 +104,7 @@ def test_scancel_with_a_signal_saves_and_what_waits_for_its_end_does_not_begin(c
     next_one = Job(cluster, cluster.batch(f"--dependency=afterok:{job.number}", f"--wrap=touch {tmp_path / 'begun'}"))
     job.until("step 3/")
     assert job.finish() == ("FAILED", "85"), job.said()
-    assert "stopped by SIGTERM after step" in job.said() and "queued again" not in job.said()
+    assert "stopped by SIGTERM after step" in job.said() and "requeued" not in job.said()
     until(lambda: next_one.about("Reason") == "DependencyNeverSatisfied", 60)
     assert not (tmp_path / "begun").exists()
     cluster.run("scancel", next_one.number)
@@ -116,7 +116,7 @@ def test_plain_scancel_saves_too(cluster, tmp_path):
     cluster.run("scancel", job.number)
     assert job.ends()[0] == "CANCELLED"
     job.until("stopped by SIGTERM after step", seconds=30)
-    assert "queued again" not in job.said()
+    assert "requeued" not in job.said()
 
 
 def wrapper(folder, text):
@@ -131,12 +131,12 @@ def test_before_the_time_is_up_it_queues_itself_again_and_goes_on_to_the_end(clu
     job = cluster.submit(
         tmp_path / "run", FOR_EVER, options=("--time=1", "--signal=B:USR1@20"), **wrapper(tmp_path, "")
     )
-    job.until("the job is queued again")
+    job.until("job requeued")
     reached = re.findall(r"stopped by SIGTERM after step ([0-9]+)", job.said())
     (tmp_path / "words").write_text(f"train.steps={int((reached or [0])[-1]) + 4} --allow-config-change")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
     assert job.ends() == ("COMPLETED", "0"), job.said()
-    assert "the time is nearly up" in job.said() and job.said().count("compression ratio") == 1
+    assert "the time limit is near" in job.said() and job.said().count("compression ratio") == 1
     assert not reached or f"resuming from step {reached[-1]} of" in job.said()
 
 
@@ -144,7 +144,7 @@ def test_a_job_of_higher_priority_takes_its_nodes_and_it_goes_on_afterwards(clus
     job = cluster.submit(tmp_path / "run", FOR_EVER)
     job.until("step 3/")
     urgent = Job(cluster, cluster.batch("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2"))
-    job.until("the job is queued again", seconds=60)
+    job.until("job requeued", seconds=60)
     assert urgent.ends()[0] == "COMPLETED"
     job.until("resuming from step")
     assert job.about("Restarts") == "1" and job.finish() == ("FAILED", "85"), job.said()
@@ -156,7 +156,7 @@ def test_a_task_that_is_killed(cluster, tmp_path, task, named):
     job = cluster.submit(tmp_path / "run", FOR_EVER)
     job.until("step 4/")
     os.kill(job.processes()[task], signal.SIGKILL)
-    job.until("starting again (1 of 10)", seconds=120)
+    job.until("restarting (1 of 10)", seconds=120)
     assert named in job.said(), job.said()
     job.until("resuming from step")
     assert job.finish() == ("FAILED", "85"), job.said()
@@ -168,13 +168,13 @@ def test_a_coordinator_that_cannot_be_reached_is_said_at_once_and_not_tried_agai
     job = cluster.submit(tmp_path / "run", FOR_EVER, **program, **where)
     assert job.ends() == ("FAILED", "1"), job.said()
     assert job.said().count("could not reach process 0 at nowhere.invalid:1234 within 5 s: ") == 2
-    assert "starting again" not in job.said() and "Check failure" not in job.said()
+    assert "restarting" not in job.said() and "Check failure" not in job.said()
 
 
 def test_a_wrong_setting_is_not_tried_again(cluster, tmp_path):
     job = cluster.submit(tmp_path / "run", "train.batch_size=7")
     assert job.ends() == ("FAILED", "1"), job.said()
-    assert "train.batch_size" in job.said() and "starting again" not in job.said()
+    assert "train.batch_size" in job.said() and "restarting" not in job.said()
 
 
 @pytest.mark.hosts
@@ -187,7 +187,7 @@ def test_a_cable_that_is_cut_and_heals(cluster, tmp_path):
         job.until("process 1 of 2 (n2, pid ", seconds=60)
     finally:
         cluster.cable("n2", "up")
-    job.until("starting again (1 of 10)", seconds=120)
+    job.until("restarting (1 of 10)", seconds=120)
     job.until("resuming from step")
     assert job.finish() == ("FAILED", "85"), job.said()
 
@@ -223,4 +223,4 @@ def test_a_task_is_given_all_gpus_of_its_node_and_says_if_it_cannot_use_them(gpu
     assert job.ends() == ("FAILED", "1"), job.said()
     for task in (0, 1):
         assert f"{task} has 2: 0,1" in job.said()
-    assert "this run has 0 of n1's devices, of which SLURM_GPUS_ON_NODE says 2; JAX is on the CPU" in job.said()
+    assert "this run uses 0 of the 2 accelerators of n1 (SLURM_GPUS_ON_NODE); JAX is on the CPU" in job.said()

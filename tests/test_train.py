@@ -183,7 +183,7 @@ def test_the_folder_of_the_language_model_is_not_a_place_for_a_run(world):
     "override, message",
     [
         ("train.batch_size=6", "= 6 contexts do not divide over 1 micro-batches (optimizer.accumulate) on 4 devices"),
-        ("mesh.data=3", "= 3 x 1 x 1 x 1 does not make the 4 devices"),
+        ("mesh.data=3", "= 3 x 1 x 1 x 1 is not the number of devices, 4"),
         ("compression.encoder_layers=3", "encoder_layers is 3; the backbone has 2 layers"),
         ("compression.lsa_layers=3", "lsa_layers is 3; the backbone has 2 layers"),
         ("data.max_context=20", "data.eval: 6 of 6 records are too long, the first is record 1"),

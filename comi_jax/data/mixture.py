@@ -147,7 +147,8 @@ def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> d
     words = {"eval": config.data.eval, "train": config.data.train}
     if not config.data.train or any("synthetic" in names for names in words.values()):
         raise ConfigError(
-            "data.train and data.eval name what to prepare, e.g. data.train=hotpotqa:hotpot.jsonl,nq:nq.jsonl.gz"
+            "set data.train, and optionally data.eval, to the files to prepare; example: "
+            "data.train=hotpotqa:hotpot.jsonl,nq:nq.jsonl.gz"
         )
     parsed = {split: sources.parse_all(names, config.data.fields) for split, names in words.items() if names}
     settings = {name: to_dict(config)["data"][name] for name in SETTINGS} | {"seed": config.train.seed}

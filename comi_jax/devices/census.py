@@ -21,16 +21,16 @@ class Seen:
     devices: int  # local JAX devices of the default backend
     kind: str  # "cpu", "gpu" or "tpu"
     shown: int  # accelerators of the host that the run could use
-    says: str  # the source of that number, with a verb
+    source: str  # where that number comes from
     nodes: int  # allocated by Slurm to the step, or to the job outside a step; 1 without Slurm
 
 
 def take(environment: Mapping[str, str] = os.environ) -> list[Seen]:
     """One entry per process, ordered by process index. Every process must call this."""
-    shown, says = machine.accelerators(environment)
+    shown, source = machine.accelerators(environment)
     nodes = number(environment, "SLURM_STEP_NUM_NODES", number(environment, "SLURM_JOB_NUM_NODES", 1))
     host = environment.get("SLURMD_NODENAME") or socket.gethostname()
-    own = Seen(host, jax.local_device_count(), jax.default_backend(), shown, says, nodes)
+    own = Seen(host, jax.local_device_count(), jax.default_backend(), shown, source, nodes)
     everyone = distributed.peers()
     if everyone is None:
         return [own]
@@ -44,8 +44,8 @@ def sentence(seen: list[Seen]) -> str:
     kinds = {f"{one.devices} {one.kind} device{'s' * (one.devices != 1)}" for one in seen}
     hosts, each = len({one.host for one in seen}), ", ".join(sorted(kinds))
     return (
-        f"{hosts} host{'s' * (hosts != 1)}, {len(seen)} process{'es' * (len(seen) != 1)}, {each} "
-        f"{'a process' if len(kinds) == 1 else 'in one process or another'}"
+        f"{hosts} host{'s' * (hosts != 1)}, {len(seen)} process{'es' * (len(seen) != 1)}, {each} per process"
+        f"{', not the same in all' * (len(kinds) != 1)}"
     )
 
 
@@ -60,11 +60,11 @@ def check(seen: list[Seen]) -> None:
         if used < most.shown:
             why = "" if used else "; JAX is on the CPU: is '.[cuda]' or '.[tpu]' installed here?"
             raise ConfigError(
-                f"this run has {used} of {host}'s devices, of which {most.says} {most.shown}{why}; mend that, or pass "
-                "--allow-fewer-devices"
+                f"this run uses {used} of the {most.shown} accelerators of {host} ({most.source}){why}; fix this, or "
+                "pass --allow-fewer-devices"
             )
     if len(hosts) < seen[0].nodes:
         raise ConfigError(
-            f"Slurm gave {seen[0].nodes} nodes, this run is on {len(hosts)} of them; start it with srun, as "
-            "launch/slurm.sh does, or pass --allow-fewer-devices"
+            f"Slurm allocated {seen[0].nodes} nodes, but this run has processes on only {len(hosts)}; start it with "
+            "srun, as launch/slurm.sh does, or pass --allow-fewer-devices"
         )

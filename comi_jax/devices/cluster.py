@@ -59,17 +59,17 @@ def address(coordinator: str) -> tuple[str, int]:
     """Host and port of HOST:PORT; HOST may be an IPv6 address in brackets. Raises ConfigError for anything else."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{COORDINATOR}={coordinator} is not HOST:PORT, as node1:1234 is")
+        raise ConfigError(f"{COORDINATOR}={coordinator} is not HOST:PORT (example: node1:1234)")
     return host.strip("[]"), int(port)
 
 
 def _described(environment: Mapping[str, str], gpus: tuple[int, ...] | None) -> Member:
     given = [name for name in (COORDINATOR, PROCESSES, PROCESS) if environment.get(name)]
     if len(given) < 3:
-        raise ConfigError(f"{', '.join(given)} is set; {COORDINATOR}, {PROCESSES} and {PROCESS} go together")
+        raise ConfigError(f"only {', '.join(given)} is set; set {COORDINATOR}, {PROCESSES} and {PROCESS} together")
     count, index = number(environment, PROCESSES, 0), number(environment, PROCESS, 0)
     if index >= count:
-        raise ConfigError(f"{PROCESS} is {index} of {PROCESSES} {count}; it counts from 0")
+        raise ConfigError(f"{PROCESS}={index} is out of range: it must be below {PROCESSES}={count}")
     address(environment[COORDINATOR])
     return Member(environment[COORDINATOR], count, index, gpus)
 
@@ -120,8 +120,8 @@ def own_gpus(environment: Mapping[str, str], visible: int | None = None) -> tupl
         return None
     if visible % tasks:
         raise ConfigError(
-            f"{tasks} tasks of this node cannot share its {visible} GPUs evenly; start one a node "
-            "(--ntasks-per-node=1), which drives them all, or one a GPU"
+            f"{visible} GPUs do not divide evenly among the {tasks} tasks of this node; start one task per node "
+            "(--ntasks-per-node=1), which drives all GPUs, or one per GPU"
         )
     share, place = visible // tasks, number(environment, "SLURM_LOCALID", 0)
     return tuple(range(place * share, (place + 1) * share))
@@ -139,7 +139,9 @@ def _tpu(ask: Callable[[str], str | None]) -> Member | None:
     if len(hosts) * slices == 1:
         return None
     if not known["TPU_WORKER_ID"]:
-        raise ConfigError(f"this is one of {len(hosts)} TPU hosts, but TPU_WORKER_ID, which one, is not set")
+        raise ConfigError(
+            f"this is one of {len(hosts)} TPU hosts, but TPU_WORKER_ID (the index of this host) is not set"
+        )
     index = number(known, "TPU_WORKER_ID", 0) + len(hosts) * number(known, "MEGASCALE_SLICE_ID", 0)
     first = (ask("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
     return Member(f"{first}:{TPU_PORT}", len(hosts) * slices, index)
@@ -158,8 +160,8 @@ def _tpu_vm(environment: Mapping[str, str]) -> Member | None:
                 return str(answer.read().decode())
         except OSError as error:
             raise ConfigError(
-                "COMI_DISTRIBUTED=auto is for a TPU pod, and neither Slurm nor a TPU's metadata server says who this "
-                f"process is ({url}: {error}); leave it out, or set {COORDINATOR}, {PROCESSES} and {PROCESS}"
+                "COMI_DISTRIBUTED=auto needs a TPU pod or Slurm, but no Slurm variables are set and the TPU metadata "
+                f"server does not answer ({url}: {error}); unset it, or set {COORDINATOR}, {PROCESSES} and {PROCESS}"
             ) from None
 
     # An entry is a host name, or name:id:address.

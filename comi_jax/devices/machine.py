@@ -18,17 +18,16 @@ def accelerators(environment: Mapping[str, str] = os.environ) -> tuple[int, str]
     if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return 0, ""
     if named := environment.get("JAX_LOCAL_DEVICE_IDS"):
-        return len(named.split(",")), "JAX_LOCAL_DEVICE_IDS names"
+        return len(named.split(",")), "JAX_LOCAL_DEVICE_IDS"
     if (given := environment.get("SLURM_GPUS_ON_NODE", "")).isdecimal():
-        return int(given), "SLURM_GPUS_ON_NODE says"
+        return int(given), "SLURM_GPUS_ON_NODE"
     if gpus := visible_gpus(environment):
-        says = "CUDA_VISIBLE_DEVICES names" if "CUDA_VISIBLE_DEVICES" in environment else "nvidia-smi -L shows"
-        return gpus, says
+        return gpus, "CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in environment else "nvidia-smi -L"
     for name in ("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES"):
         if named := environment.get(name):
-            return len(named.split(",")), f"{name} names"
+            return len(named.split(",")), name
     chips = hardware_utils.num_available_tpu_chips_and_device_id()[0]
-    return (chips, "the PCI bus shows") if chips else (0, "")
+    return (chips, "PCI bus") if chips else (0, "")
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:

@@ -46,7 +46,7 @@ def _call(member: Member, wait: int, until: float) -> None:
                 line.settimeout(left + TRY)
                 line.sendall(who.encode())
                 answer = line.makefile(errors="replace").readline().rstrip("\n")
-            reason = "what answers there is not process 0 of this run"
+            reason = "another program answers on that port"
         except OSError as error:
             answer, reason = "", error.strerror or str(error)
         if answer == GO:
@@ -56,8 +56,8 @@ def _call(member: Member, wait: int, until: float) -> None:
         if time.monotonic() > until:
             raise ConfigError(
                 f"process {member.index} of {member.count} ({socket.gethostname()}) could not reach process 0 at "
-                f"{host}:{port} within {wait} s: {reason}; see that the host's name is right, that process 0 runs "
-                "there, and that no firewall closes the port (COMI_JOIN_TIMEOUT is how long to try)"
+                f"{host}:{port} within {wait} s: {reason}; check the host name, that process 0 is running "
+                "there, and that no firewall blocks the port (COMI_JOIN_TIMEOUT sets the time to wait)"
             )
         time.sleep(min(0.5, left))
 
@@ -75,7 +75,8 @@ def _listen(member: Member, patience: float) -> socket.socket:
             if error.errno != errno.EADDRINUSE or time.monotonic() > until:
                 raise ConfigError(
                     f"process 0 of {member.count} cannot listen on port {port} of {socket.gethostname()}: "
-                    f"{os.strerror(error.errno or 0)}; give COMI_COORDINATOR another port, or end what holds this one"
+                    f"{os.strerror(error.errno or 0)}; use another port in COMI_COORDINATOR, or end the process that "
+                    "holds this one"
                 ) from None
             time.sleep(0.2)
 
@@ -91,8 +92,8 @@ def _hold(server: socket.socket, member: Member, wait: int, until: float) -> Non
         except TimeoutError:
             missing = ", ".join(str(index) for index in range(member.count) if index not in here)
             answer = (
-                f"{REFUSED}of {member.count} processes, these did not come to {member.coordinator} within {wait} "
-                f"s: {missing}; see what they say, and start all again"
+                f"{REFUSED}processes {missing} of {member.count} did not connect to {member.coordinator} within "
+                f"{wait} s; check their output, and restart all"
             )
             break
         index, count, name = _hear(lines[-1])
@@ -101,14 +102,11 @@ def _hold(server: socket.socket, member: Member, wait: int, until: float) -> Non
             lines.pop().close()
         elif count != member.count:
             answer = (
-                f"{REFUSED}{name} says that it is process {index} of {count}, process 0 that it is one of "
-                f"{member.count}; give all of them the same number"
+                f"{REFUSED}process {index} ({name}) has COMI_PROCESSES={count}, but process 0 has {member.count}; "
+                "give all processes the same number"
             )
         elif index in here:
-            answer = (
-                f"{REFUSED}two say that they are process {index} of {count}: {here[index][1]} and {name}; give each a "
-                "number of its own"
-            )
+            answer = f"{REFUSED}two processes have the index {index}: {here[index][1]} and {name}; give each its own"
         else:
             here[index] = (lines[-1], name)
             answer = GO if len(here) == count else ""

@@ -35,8 +35,8 @@ def make_mesh(settings: Mesh, devices: Sequence[Any] | None = None) -> jax.shard
     shape = tuple(size or len(devices) // rest for size in sizes)
     if math.prod(shape) != len(devices):
         raise ConfigError(
-            f"{' x '.join(f'mesh.{axis}' for axis in AXES)} = {' x '.join(map(str, shape))} does not make the "
-            f"{len(devices)} devices there are"
+            f"{' x '.join(f'mesh.{axis}' for axis in AXES)} = {' x '.join(map(str, shape))} is not the number of "
+            f"devices, {len(devices)}"
         )
     # jax.make_mesh splits a physical axis of a TPU slice over two mesh axes only on v5e.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -62,8 +62,8 @@ def check_heads(backbone: Backbone, mesh: jax.sharding.Mesh) -> None:
     here = heads // tensor if backbone.num_key_value_heads % tensor == 0 else heads
     if here % parts:
         raise ConfigError(
-            f"mesh.context is {parts}, but {here} attention heads of a device (of {heads}, mesh.tensor {tensor}) do "
-            "not divide over it"
+            f"{here} attention heads per device (of {heads}, mesh.tensor {tensor}) do not divide by mesh.context = "
+            f"{parts}"
         )
 
 

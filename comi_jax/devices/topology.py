@@ -46,23 +46,25 @@ def find(name: str) -> Topology:
 
 def _tpus(name: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"compiling for {name} needs the TPU compiler, which is not here: pip install '.[plan]'")
+        raise ConfigError(f"compiling for {name} needs the TPU compiler, which is not installed: pip install '.[plan]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to query
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # libtpu's lock protects a chip, and there is none
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # libtpu reports every problem with the name as a bare JaxRuntimeError
-        raise ConfigError(f"the TPU compiler cannot take {name}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"the TPU compiler rejects {name}: {str(error).splitlines()[0]}") from None
 
 
 def _gpus(kind: str, shape: str, name: str) -> list[Any]:
     count = int(shape) if shape.isdecimal() else 0
     if not count or (count > GPUS_PER_NODE and count % GPUS_PER_NODE):
-        raise ConfigError(f"{name} is no number of GPUs; give 1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}")
+        raise ConfigError(
+            f"{name} is not a valid number of GPUs; give 1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}"
+        )
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise ConfigError(
-            f"compiling for {name} needs JAX's CUDA compiler, which is not here: pip install '.[cuda]', in an "
-            "environment of its own"
+            f"compiling for {name} needs JAX's CUDA compiler, which is not installed: pip install '.[cuda]', in "
+            "an environment of its own"
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver
     nodes = max(count // GPUS_PER_NODE, 1)

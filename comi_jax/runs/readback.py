@@ -76,7 +76,7 @@ class VerifyingJson(ocp.JsonCheckpointHandler):
                 f"{_title(Path(directory))}, read back from disk, cannot be opened: {str(error)[:200]}"
             ) from error
         if found != self._given:
-            raise DamageError(f"{_title(Path(directory))}, read back from disk, is not what was written")
+            raise DamageError(f"{_title(Path(directory))}, read back from disk, differs from what was written")
 
 
 @ocp.args.register_with_handler(VerifyingJson, for_save=True)
@@ -169,7 +169,7 @@ def compare(directory: Path) -> None:
         keys = ts.KvStore.open(base, context=context).result().list().result()
         there = {key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")}
         wrong = [f"{name} is missing" for name in sorted(expected.keys() - there)]
-        wrong += [f"{name} was never handed to the writer" for name in sorted(there - expected.keys())]
+        wrong += [f"{name} is unexpected" for name in sorted(there - expected.keys())]
         for name in sorted(expected.keys() & there):
             array = ts.open({"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}, context=context).result()
             wrong += [f"{name} {what}" for what in _differences(array, expected[name])]
@@ -178,7 +178,7 @@ def compare(directory: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise DamageError(
-            f"{_title(directory)}, read back from disk, is not what was written: {', '.join(wrong[:SHOWN])}{more}"
+            f"{_title(directory)}, read back from disk, differs from what was written: {', '.join(wrong[:SHOWN])}{more}"
         )
 
 

@@ -109,7 +109,7 @@ def dtype_of(run: Run, dtype: str) -> str | None:
     """The dtype to write all weights in; None: each keeps its own. A trained run keeps its trained weights in float32,
     so they are cast to the dtype of the frozen ones. Raises CheckpointError if ``dtype`` is not one of DTYPES."""
     if dtype and dtype not in DTYPES:
-        raise CheckpointError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+        raise CheckpointError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
     return dtype or (None if run.imported else run.config.model.dtype)
 
 

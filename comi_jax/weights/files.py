@@ -150,7 +150,7 @@ def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, str
     if prefix:
         raise WeightsError(
             f"{have.path} has {prefix!r} before the name of every tensor, as a wrapper around the model leaves it; "
-            "write the tensors anew without it"
+            "save the tensors again without it"
         )
     problems = [f"missing {name} {shape}" for name, shape in want.items() if name not in shapes]
     unexpected = [name for name in shapes if name not in known]
@@ -160,14 +160,14 @@ def check(sources: Sources, optional: Mapping[str, Shape], have: Tensors, *, str
         if name in (known if strict else want) and shape != known[name]
     ]
     problems += [
-        f"{name} is {have.dtypes[name]}, none of {', '.join(DTYPES.values())}"
+        f"{name} is {have.dtypes[name]}, not one of {', '.join(DTYPES.values())}"
         for name in (known if strict else want)
         if name in shapes and have.dtypes[name] not in DTYPES.values()
     ]
     for source in sources.values() if strict else ():
         found = sorted({have.dtypes[name] for name in source.names if name in shapes})
         if len(found) > 1:
-            problems.append(f"{source.names[0]} and the same of other layers have several dtypes: {found}")
+            problems.append(f"{source.names[0]} has different dtypes in different layers: {', '.join(found)}")
     if problems or strict:
         problems += [f"unexpected {name} {shapes[name]}" for name in unexpected]
     if problems:

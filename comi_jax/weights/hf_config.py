@@ -129,8 +129,8 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any] | 
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     if rope and scaling and rope != scaling:
         raise ConfigError(
-            f"{where} has rope_parameters {shown(rope)} and rope_scaling {shown(scaling)}, of which only one can be "
-            "meant; remove the other"
+            f"{where} has rope_parameters {shown(rope)} and rope_scaling {shown(scaling)}, which differ; remove "
+            "one of them"
         )
     rope = rope or scaling
     if not isinstance(rope, dict):

@@ -38,7 +38,7 @@ def entry_point(folder: Path) -> Path:
     if adapted := adapter(folder):
         raise WeightsError(adapted)
     found = f"; it holds {some(others)}" if (others := _weights(folder)) else ""
-    raise WeightsError(f"{folder} has none of {', '.join(ENTRIES)}, which a model is read from{found}")
+    raise WeightsError(f"{folder} has none of {', '.join(ENTRIES)}{found}")
 
 
 def _named(folder: Path) -> Path | None:

@@ -51,7 +51,7 @@ def _table(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; mend or remove it") from None
+        raise CheckpointError(f"{path} cannot be read: {error}; fix or remove it") from None
     return rows
 
 

@@ -50,8 +50,8 @@ def fit_tokenizer(tokenizer: Any, backbone: Backbone) -> Any:
             "model's own tokenizer"
         )
     hf_folder.tell(
-        f"the tokenizer has {len(tokenizer)} tokens, {size}: {some(sorted(beyond))} is left out, and a text that "
-        "holds it is read as the letters it is written with"
+        f"the tokenizer has {len(tokenizer)} tokens, {size}: {some(sorted(beyond))} has no embedding and is not used; "
+        "in a text it is tokenised as ordinary characters"
     )
     return _without(tokenizer, beyond)
 
