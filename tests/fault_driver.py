@@ -63,6 +63,12 @@ def around(owner, name, before=None, behind=None):
     setattr(owner, name, wrapped)
 
 
+def terminate():
+    """Send this process SIGTERM, and give the thread that takes it the time to end the process."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+
+
 def half_removed(passed):
     """Remove some files of a checkpoint that is no longer kept, and die."""
 
@@ -92,12 +98,8 @@ POINTS = {
     "in an evaluation": lambda n: around(predictions, "_prediction", before=after(n)),
     "after an evaluation": lambda n: around(predictions, "_finish", behind=after(n)),
     "slow save": lambda n: around(SealedWriter, "wait", before=after(n, lambda: time.sleep(20))),
-    "SIGTERM before the first step": lambda n: around(
-        loop, "describe", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    ),
-    "SIGTERM in an evaluation": lambda n: around(
-        predictions, "_prediction", before=after(n, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    ),
+    "SIGTERM before the first step": lambda n: around(loop, "describe", before=after(n, terminate)),
+    "SIGTERM in an evaluation": lambda n: around(predictions, "_prediction", before=after(n, terminate)),
 }
 
 
