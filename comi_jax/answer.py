@@ -5,6 +5,7 @@ from pathlib import Path
 
 from comi_jax import cli
 from comi_jax.config import ConfigError
+from comi_jax.devices import compilations
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Comi
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     with cli.one_way_out():
+        compilations.keep()
         context = _read_text(options.context)
         step = choose_step(options.checkpoint, options.step)
         model = Comi.load(options.checkpoint, overrides=options.set, step=step)

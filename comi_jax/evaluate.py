@@ -9,7 +9,7 @@ from rich.console import Console
 
 from comi_jax import cli
 from comi_jax.config import Config, ConfigError, Mesh
-from comi_jax.devices import sharding
+from comi_jax.devices import compilations, sharding
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.predictions import evaluate
 from comi_jax.evaluation.tables import print_table, save_table
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     console = Console(width=cli.width(), soft_wrap=True, markup=False)  # paths and data may hold brackets
     with cli.one_way_out(), contextlib.ExitStack() as until_end:
+        compilations.keep()
         if given.limit is not None and given.limit < 1:
             raise ConfigError(f"--limit={given.limit} leaves no records; give at least 1")
         step = choose_step(given.checkpoint, given.step)

@@ -10,7 +10,7 @@ import sys
 import jax
 
 from comi_jax import cli
-from comi_jax.devices import census, distributed
+from comi_jax.devices import census, compilations, distributed
 from comi_jax.overrides import load
 from comi_jax.runs.logs import RunConsole
 from comi_jax.training.run import run
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with cli.one_way_out(distributed.leave):
             distributed.start()
+            compilations.keep()
             # No markup, as paths and data may hold brackets; only the first process prints.
             console = RunConsole(width=cli.width(), soft_wrap=True, markup=False, quiet=not distributed.is_first())
             config = load(options.config, overrides)

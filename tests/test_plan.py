@@ -21,7 +21,7 @@ from comi_jax.model import architecture, flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import load
 from comi_jax.params import flatten
-from comi_jax.planning import hlo_text, programs, published_models
+from comi_jax.planning import compiled, hlo_text, programs, published_models
 from comi_jax.planning.programs import Program
 from comi_jax.training import optim, state
 from comi_jax.training.step import CompiledStep, gradients_of
@@ -106,6 +106,24 @@ def test_what_does_not_fit_is_said(capsys):
         assert f"): {words}, 0.00 GB" in capsys.readouterr().out
 
 
+def test_a_program_is_compiled_once(tmp_path, monkeypatch):
+    """By the text of the program and the name of the topology; a damaged answer on disk is as good as none."""
+    monkeypatch.setenv("COMI_CACHE", str(tmp_path))
+    compile_, compilations = compiled._compile, []
+    monkeypatch.setattr(compiled, "_compile", lambda lowered: compilations.append(None) or compile_(lowered))
+    x, y = (jax.ShapeDtypeStruct((size, size), "float32") for size in (8, 16))
+    product, other = jax.jit(lambda x: x @ x).lower(x), jax.jit(lambda x: x @ x).lower(y)
+    where = four(CHIP)
+    first = compiled.compiled(product, where)
+    assert compiled.compiled(product, where) == first and len(compilations) == 1 and "dot" in first.text
+    assert compiled.compiled(other, where).sizes != first.sizes and len(compilations) == 2
+    compiled.compiled(product, dataclasses.replace(where, name="elsewhere"))
+    assert len(compilations) == 3
+    for path in (tmp_path / "plans").iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    assert compiled.compiled(product, where).sizes == first.sizes and len(compilations) == 4
+
+
 def test_the_plan_of_serving(model, tmp_path):
     _, (compress, answer) = run(model, tmp_path, "--serve", "--batch-size=2")
     assert compress["fits"] and answer["fits"] and compress["waste"] > 1 and not compress["sent"]
@@ -113,7 +131,7 @@ def test_the_plan_of_serving(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "h100:12", "h100:0", "tpu"])
 def test_a_name_that_means_nothing_is_refused(name):
-    with pytest.raises(ConfigError, match="no topology|no number of GPUs"):
+    with pytest.raises(ConfigError, match="no topology|not a valid number of GPUs"):
         topology.find(name)
 
 

@@ -4,9 +4,12 @@ TPU slices need libtpu, their compiler. GPUs need JAX's CUDA plugin and a descri
 writes from its data sheet.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,9 +53,25 @@ def _tpus(name: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to query
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # libtpu's lock protects a chip, and there is none
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        with _silenced():
+            return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # libtpu reports every problem with the name as a bare JaxRuntimeError
         raise ConfigError(f"the TPU compiler rejects {name}: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Discards what native code writes to standard error: libtpu looks for a TPU machine, and complains that this is
+    none. Its real errors are exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _gpus(kind: str, shape: str, name: str) -> list[Any]:

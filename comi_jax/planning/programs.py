@@ -10,11 +10,7 @@ segment of a context is shorter, the encoder runs once for the full segments and
 """
 
 import dataclasses
-import re
-import tempfile
-import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +27,7 @@ from comi_jax.model import architecture, comi, flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.planning import estimate, hlo
+from comi_jax.planning.compiled import TOO_LARGE, compiled
 from comi_jax.planning.published_models import BACKBONES
 from comi_jax.serving import batching
 from comi_jax.training import optim, state
@@ -148,31 +145,25 @@ def measure(
     open_trips: int = 1,
 ) -> Program:
     """Compile ``lowered`` and analyse it; ``memory`` lists the known sizes of its arguments in bytes."""
-    started, there = time.perf_counter(), int(where.chip.memory)
-    try:
-        compiled, text = _compile(lowered)
-    except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if used is None:
-            raise
+    there = int(where.chip.memory)
+    found = compiled(lowered, where)
+    if used := TOO_LARGE.search(found.refusal):
         needed, there = (
             int(float(n) * 2.0 ** (10 * (1 + "KMGT".index(u)))) for n, u in (used.groups()[:2], used.groups()[2:])
         )
-        return Program(
-            name, division, False, needed, there, memory, own_flops=own_flops, refusal=str(error).splitlines()[0]
-        )
-    seconds = time.perf_counter() - started
-    sizes = compiled.memory_analysis()
-    arguments = sizes.argument_size_in_bytes
+        refusal = found.refusal.splitlines()[0]
+        return Program(name, division, False, needed, there, memory, own_flops=own_flops, refusal=refusal)
+    sizes = found.sizes
+    arguments = sizes["argument_size_in_bytes"]
     memory = memory | {
         "batch and other arguments": max(arguments - sum(memory.values()), 0),
-        "temporaries": sizes.temp_size_in_bytes,
-        "results not aliased to arguments": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        "program": sizes.generated_code_size_in_bytes,
-        "on the host": sizes.host_temp_size_in_bytes + sizes.host_argument_size_in_bytes,
+        "temporaries": sizes["temp_size_in_bytes"],
+        "results not aliased to arguments": sizes["output_size_in_bytes"] - sizes["alias_size_in_bytes"],
+        "program": sizes["generated_code_size_in_bytes"],
+        "on the host": sizes["host_temp_size_in_bytes"] + sizes["host_argument_size_in_bytes"],
     }
     needed = sum(size for kind, size in memory.items() if kind != "on the host")
-    counts = hlo.count(text, where.per_node, open_trips)
+    counts = hlo.count(found.text, where.per_node, open_trips)
     return Program(
         name,
         division,
@@ -185,7 +176,7 @@ def measure(
         counts.sent,
         lower_bounds(counts, where.chip),
         tuple(sorted(counts.kernels)),
-        seconds,
+        found.seconds,
     )
 
 
@@ -212,18 +203,6 @@ def in_turn(executions: list[tuple[int, Program]]) -> Program:
         kernels=tuple(sorted({kernel for p in programs for kernel in p.kernels})),
         compile_seconds=sum(p.compile_seconds for p in programs),
     )
-
-
-def _compile(lowered: jax.stages.Lowered) -> tuple[Any, str]:
-    """The executable and its optimised HLO text. The compiler dumps the text, as JAX's printer does not support all of
-    libtpu's asynchronous calls."""
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
-        text = texts[-1].read_text(encoding="utf-8") if texts else compiled.as_text()
-    if text is None:
-        raise RuntimeError("the compiler shows no text of its program: there is nothing to count in")
-    return compiled, text
 
 
 def lower_bounds(counts: hlo.Counts, chip: Chip) -> dict[str, float]:

@@ -16,11 +16,13 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer in ``folder``; it runs no code from there and uses no network. Raises ConfigError if there is no
     usable one, or if it has no end-of-sequence token."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else transformers warns that torch is missing
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, needed only for text
-
     # Beside a Qwen2 config, AutoTokenizer replaces the pre-tokenizer of tokenizer.json with Qwen2's own.
     as_written = (Path(folder) / "tokenizer.json").is_file()
-    reader = PreTrainedTokenizerFast if as_written else AutoTokenizer
+    # Both are slow to import, and AutoTokenizer imports torch where that is installed.
+    if as_written:
+        from transformers import PreTrainedTokenizerFast as reader
+    else:
+        from transformers import AutoTokenizer as reader
     try:
         if not as_written and (Path(folder) / "tokenizer.model").is_file():  # transformers 5 splits text differently
             tokenizer = tokenizer_model.load(Path(folder))
