@@ -16,6 +16,7 @@ A config file ``configs/<name>.py`` has one function, ``get_config() -> Config``
 """
 
 import dataclasses
+import difflib
 import math
 import reprlib
 from dataclasses import dataclass, field
@@ -120,6 +121,7 @@ class Compression:
     coarse_redundancy: bool = True
     fine_redundancy: bool = True
     lsa: bool = True
+    exact_groups: bool = False  # with coarse off: groups of exactly the rate, the last one shorter, as in GMSA
     alpha_coarse: float = 1.0
     beta_coarse: float = 1.0
     alpha_fine: float = 1.0
@@ -138,6 +140,10 @@ class Compression:
             self.segment_size >= max(self.rates),
             f"compression.segment_size is {self.segment_size}, below the largest rate {max(self.rates)}: "
             "a segment would be less than one group",
+        )
+        require(
+            not (self.coarse and self.exact_groups),
+            "compression.exact_groups=true sizes groups by the rate alone; set compression.coarse=false with it",
         )
 
     def segments(self, context: int) -> list[int]:
@@ -174,6 +180,43 @@ class Lora:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True)
+class Gmsa:
+    """Settings of system=gmsa (docs/baselines.md)."""
+
+    autoencoding: float = 1 / 3  # fraction of train.steps in which the context is reconstructed from its memory
+
+    def __post_init__(self):
+        check_autoencoding("gmsa.autoencoding", self.autoencoding)
+
+
+@dataclass(frozen=True)
+class Icae:
+    """Settings of system=icae (docs/baselines.md): memory tokens of a segment, and the encoder's adapters."""
+
+    autoencoding: float = 1 / 3  # fraction of train.steps in which the context is reconstructed from its memory
+    memory_tokens: int = 128  # learned embeddings: the most memory vectors that a segment can have
+    rank: int = 128
+    alpha: float = 32.0
+    dropout: float = 0.05
+
+    def __post_init__(self):
+        check_autoencoding("icae.autoencoding", self.autoencoding)
+        for name in ("memory_tokens", "rank"):
+            require(getattr(self, name) >= 1, f"icae.{name} is {getattr(self, name)}; it must be at least 1")
+        require(math.isfinite(self.alpha), f"icae.alpha is {self.alpha}; it must be finite")
+        require(0.0 <= self.dropout < 1.0, f"icae.dropout is {self.dropout}; it must lie in [0, 1)")
+
+    @property
+    def lora(self) -> Lora:
+        """The encoder's adapters."""
+        return Lora(self.rank, self.alpha, self.dropout)
+
+
+def check_autoencoding(name: str, fraction: float) -> None:
+    require(0.0 <= fraction < 1.0, f"{name} is {fraction}; it is a fraction of all steps, in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -348,12 +391,21 @@ class Generation:
         )
 
 
+# The trained systems by name, with their titles in tables; model/systems.py has what each computes.
+SYSTEMS = {"comi": "COMI", "full_prompt": "full prompt, tuned", "gmsa": "GMSA", "icae": "ICAE"}
+# COMI's steps, which may be off only where they exist.
+SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy")
+
+
 @dataclass(frozen=True)
 class Config:
     name: str = ""
+    system: str = "comi"  # what is trained: one of SYSTEMS
     model: Model = field(default_factory=Model)
     compression: Compression = field(default_factory=Compression)
     lora: Lora = field(default_factory=Lora)
+    gmsa: Gmsa = field(default_factory=Gmsa)
+    icae: Icae = field(default_factory=Icae)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)
@@ -361,13 +413,52 @@ class Config:
     generation: Generation = field(default_factory=Generation)
 
     def __post_init__(self):
+        nearest = ", ".join(difflib.get_close_matches(self.system, SYSTEMS, cutoff=0.4))
+        require(
+            self.system in SYSTEMS,
+            f"there is no system {shown(self.system)}{'; the nearest are ' if nearest else ''}{nearest}; there are: "
+            f"{', '.join(SYSTEMS)}",
+        )
+        if self.system != "comi":
+            self._check_rival()
         require(
             self.train.batch_size % (max(self.optimizer.accumulate, 1) * self.train.share_context) == 0,
             f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate "
             f"{self.optimizer.accumulate or 1} x train.share_context {self.train.share_context}",
         )
 
+    def _check_rival(self) -> None:
+        """Refuse settings that only COMI has."""
+        off = [f"compression.{name}=false" for name in SWITCHES if not getattr(self.compression, name)]
+        off += ["compression.lsa=false"] * (self.system != "gmsa" and not self.compression.lsa)
+        set_true = [f"compression.{n}=true" for n in ("learn_mig", "exact_groups") if getattr(self.compression, n)]
+        for word in off + set_true:
+            raise ConfigError(f"{word} changes COMI, not system={self.system}; leave one of them out")
+        require(
+            self.mesh.context == 1,
+            f"mesh.context is {self.mesh.context}, but system={self.system} cannot split the tokens of a row over "
+            "devices; set mesh.context=1",
+        )
+
+    @property
+    def title(self) -> str:
+        """The title of the trained system in tables."""
+        return SYSTEMS[self.system]
+
+    @property
+    def autoencoding_steps(self) -> int:
+        """The number of steps, from the first, in which the context is reconstructed from its memory."""
+        fraction = {"gmsa": self.gmsa.autoencoding, "icae": self.icae.autoencoding}.get(self.system, 0.0)
+        return round(fraction * self.train.steps)
+
 
 def max_groups(length: int, rate: int) -> int:
     """The number of memory slots that ``length`` tokens need at ``rate`` or any higher rate (static)."""
     return -(-length // rate)
+
+
+def memory_length(system: str, compression: Compression, context: int, rate: int) -> int:
+    """The most entries of the decoder's KV cache that stand for a context of ``context`` tokens."""
+    if system == "full_prompt":
+        return context
+    return sum(max_groups(segment, rate) for segment in compression.segments(context))

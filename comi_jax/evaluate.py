@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         answerer = ComiAnswerer(model, weights, given.rate, decoding, step=step, closed_book=closed)
         result = evaluate(answerer, records[: given.limit], output.predictions, console=console)
         result |= {"data": given.data, "of": len(records), "skipped_records": skipped}
-        rows = {"closed book" if closed else "COMI": result}
+        rows = {"closed book" if closed else model.run.config.title: result}
         save_table(rows, output.results)
     print_table(rows, console, tuple(result["metrics"]))
     console.print(

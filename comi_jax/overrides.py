@@ -61,7 +61,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         require(bool(equals), f"{shown(word)} is not an override; write path=value, e.g. train.steps=100")
         section, _, leaf = path.partition(".")
         valid = [f"{s}.{leaf}" for s, entry in values.items() if isinstance(entry, dict) for leaf in entry]
-        require(path in valid, f"there is no setting {shown(path)}{_nearest(path, valid)}")
+        require(path in [*valid, "system"], f"there is no setting {shown(path)}{_nearest(path, [*valid, 'system'])}")
+        if path == "system":
+            values[path] = text
+            continue
         hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[leaf]
         values[section][leaf] = _parse(text, hint, path)
     return from_dict(Config, values)

@@ -15,7 +15,7 @@ import train_fixtures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comi_jax.config import Compression, Data, Mesh
+from comi_jax.config import Compression, Config, Data, Mesh
 from comi_jax.data import batches as loader
 from comi_jax.data import encode, order
 from comi_jax.data.encode import Example, LengthError
@@ -169,7 +169,7 @@ def test_a_batch_holds_every_token_in_its_place_and_zeros(lengths, segment_size,
 
 
 def check(examples, positions, rate=4, new_tokens=None, segment_size=1024):
-    settings = Compression(rates=(4,), segment_size=segment_size)
+    settings = Config(compression=Compression(rates=(4,), segment_size=segment_size))
     backbone = train_fixtures.backbone(max_position_embeddings=positions)
     encode.check_positions(examples, backbone, settings, rate, new_tokens)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax.model import architecture, comi, encoder
+from comi_jax.model import architecture, comi, comi_memory, encoder
+from comi_jax.model import memory as memory_module
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten
 
@@ -219,7 +220,7 @@ def test_what_is_remembered_of_an_encoded_context_is_what_one_pass_gives(params,
     @jax.jit
     def both(params, batch):
         encoded = encoder.encode(params, ARCH, batch.context, batch.context_length, room=QUERY)
-        once = comi.remember(params, ARCH, encoded, batch.query, batch.query_length, batch.rate, MIN_RATE)
+        once = comi_memory.remember(params, ARCH, encoded, batch.query, batch.query_length, batch.rate, MIN_RATE)
         return once, comi.memory_of(params, ARCH, batch, MIN_RATE)
 
     once, whole = both(params, asked)
@@ -258,7 +259,7 @@ def test_segments_are_joined_without_a_gap():
     """For every filling of three segments of two slots."""
     count = np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing="ij"), -1).reshape(-1, 3).astype(np.int32)
     memory = np.random.default_rng(3).standard_normal((len(count), 3, 2, 5)).astype(np.float32)
-    joined, length = jax.jit(comi.join_segments)(memory, count)
+    joined, length = jax.jit(memory_module.join_segments)(memory, count)
     assert joined.shape == (len(count), 6, 5)
     for row, counts in enumerate(count):
         want = np.concatenate([memory[row, g, :n] for g, n in enumerate(counts)])
@@ -309,8 +310,8 @@ def test_per_head_norms_and_tied_embeddings_of_the_decoder_stay_frozen():
 def test_without_the_lsa_memory_is_what_was_merged(params):
     arch = dataclasses.replace(ARCH, compression=dataclasses.replace(ARCH.compression, lsa=False))
     memory = jnp.asarray(np.random.default_rng(4).standard_normal((1, 3, 32)), jnp.float32)
-    np.testing.assert_array_equal(comi.align(params, arch, memory), memory)
-    assert np.abs(jax.jit(lambda m: comi.align(params, ARCH, m))(memory) - memory).max() > 0.1
+    np.testing.assert_array_equal(memory_module.align(params, arch, memory), memory)
+    assert np.abs(jax.jit(lambda m: memory_module.align(params, ARCH, m))(memory) - memory).max() > 0.1
 
 
 def test_only_a_key_and_adapters_bring_dropout(params):

@@ -82,7 +82,7 @@ def test_the_step_is_compiled_once_for_each_system(world):
 
 
 def test_the_step_is_compiled_once_for_each_bucket(world, tmp_path, monkeypatch):
-    def add_gradients(total, state, frozen, rows, key, number, *, arch):
+    def add_gradients(total, state, frozen, rows, key, number, *, arch, stage="answering"):
         width, one = jnp.float32(rows.context.shape[1]), jnp.float32(1)
         return Gradients(jax.tree.map(jnp.zeros_like, state.trained), comi.LossSums(width, one, one, one))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.config import Backbone, Compression, Data, max_groups, shown
+from comi_jax.config import Backbone, Config, Data, max_groups, memory_length, shown
 from comi_jax.data.records import BYTE_ORDER_MARK, Record
 from comi_jax.errors import UserError
 
@@ -107,26 +107,50 @@ def encoded(
 
 
 def check_positions(
-    examples: Sequence[Example], backbone: Backbone, settings: Compression, min_rate: int, new_tokens: int | None = None
+    examples: Sequence[Example], backbone: Backbone, config: Config, min_rate: int, new_tokens: int | None = None
 ) -> None:
-    """Raise LengthError if a row of the encoder (segment, query) or decoder (memory, query, answer or ``new_tokens``)
-    is longer than the model's position limit. Padding follows the real tokens and does not count."""
-    limit = backbone.max_position_embeddings
+    """Raise LengthError if a row of the encoder or the decoder is longer than the model's position limit. For COMI
+    these are (segment, query) and (memory, query, answer or ``new_tokens``). Padding follows the real tokens and does
+    not count."""
+    limit, system = backbone.max_position_embeddings, config.system
     for number, example in enumerate(examples, start=1):
-        segments = settings.segments(len(example.context))
-        query, answer = len(example.query), len(example.answer) if new_tokens is None else new_tokens
-        longest = max(segments, default=0)
-        if longest + query > limit:
-            raise LengthError(
-                f"record {number}: a segment of {longest} tokens and a query of {query} make {longest + query}, but "
-                f"the model has {limit} positions; lower compression.segment_size to {max(limit - query, 1)}"
-            )
-        memory = sum(max_groups(segment, min_rate) for segment in segments)
-        if memory + query + answer > limit:
+        context, query = len(example.context), len(example.query)
+        answer = len(example.answer) if new_tokens is None else new_tokens
+        _check_encoder(f"record {number}", config, context, query, min_rate, limit)
+        memory = memory_length(system, config.compression, context, min_rate)
+        advice = "lower data.max_context" + f" or raise the rate {min_rate}" * (system != "full_prompt")
+        task = int(system == "icae")  # a learned vector between memory and query
+        if memory + task + query + answer > limit:
             raise LengthError(
                 f"record {number}: {memory} memory vectors, a query of {query} and an answer of {answer} tokens are "
-                f"more than the {limit} positions of the model; lower data.max_context or raise the rate {min_rate}"
+                f"more than the {limit} positions of the model; {advice}"
             )
+        if config.autoencoding_steps and new_tokens is None and memory + 1 + context + 1 > limit:
+            raise LengthError(
+                f"record {number}: {memory} memory vectors and the {context} context tokens that system={system} "
+                f"reconstructs from them are more than the {limit} positions of the model; lower data.max_context"
+            )
+
+
+def _check_encoder(where: str, config: Config, context: int, query: int, rate: int, limit: int) -> None:
+    """Raise LengthError if a segment of a context and what the encoder reads after it exceed ``limit`` positions."""
+    if config.system == "full_prompt":
+        return
+    longest = max(config.compression.segments(context), default=0)
+    slots, most = max_groups(longest, rate), config.icae.memory_tokens
+    after, what = {"comi": (query, f"a query of {query}"), "icae": (slots, f"{slots} memory tokens")}.get(
+        config.system, (0, "nothing else")
+    )
+    if longest + after > limit:
+        raise LengthError(
+            f"{where}: a segment of {longest} tokens and {what} make {longest + after}, but "
+            f"the model has {limit} positions; lower compression.segment_size to {max(limit - after, 1)}"
+        )
+    if config.system == "icae" and slots > most:
+        raise LengthError(
+            f"{where}: a segment of {longest} tokens at rate {rate} needs {slots} memory tokens, more than "
+            f"icae.memory_tokens, {most}; lower compression.segment_size to {most * rate}"
+        )
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def compress_rows(
                 lengths, rates, scalars, settings, slots, kernels, sequence,
             )  # fmt: skip
         else:
-            sizes = equal_sizes(lengths, rates, slots)
+            sizes = (exact_sizes if settings.exact_groups else equal_sizes)(lengths, rates, slots)
         all_groups, mask = assign(sizes, lengths, states.shape[1] * sequence.devices)
         group = sequence.own(all_groups)
     with jax.named_scope("fine"):
@@ -201,6 +201,12 @@ def equal_sizes(lengths: Int[Array, " B"], rates: Int[Array, " B"], slots: int) 
     slot = jnp.arange(slots, dtype=lengths.dtype)[None, :]
     size = lengths[:, None] // groups + (slot < lengths[:, None] % groups).astype(lengths.dtype)
     return jnp.where(slot < groups, size, 0)
+
+
+def exact_sizes(lengths: Int[Array, " B"], rates: Int[Array, " B"], slots: int) -> Int[Array, "B M"]:
+    """Sizes of ceil(n / r) groups of exactly r tokens, but for a shorter last one."""
+    before = jnp.arange(slots, dtype=lengths.dtype)[None, :] * rates[:, None]
+    return jnp.clip(lengths[:, None] - before, 0, rates[:, None])
 
 
 def assign(

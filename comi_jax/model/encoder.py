@@ -12,8 +12,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from comi_jax.model import backbone as lm
-from comi_jax.model.architecture import Architecture
 from comi_jax.model.cache import KVCache, empty_cache
+from comi_jax.model.shape import Architecture
 from comi_jax.params import Tree
 
 

@@ -24,8 +24,9 @@ from comi_jax.data.encode import Example
 from comi_jax.devices import sharding, topology
 from comi_jax.devices.chips import Chip
 from comi_jax.model import architecture, comi, flops
-from comi_jax.model.architecture import Architecture
+from comi_jax.model.architecture import Architecture, frozen_dtype
 from comi_jax.model.batch import Batch
+from comi_jax.params import flatten, unflatten
 from comi_jax.planning import estimate, hlo
 from comi_jax.planning.compiled import TOO_LARGE, compiled
 from comi_jax.planning.published_models import BACKBONES
@@ -115,10 +116,12 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     arch = Architecture.of(backbone, config).on(mesh)
     arch = dataclasses.replace(arch, runtime=dataclasses.replace(arch.runtime, remat="off"))
     placed = NamedSharding(mesh, PartitionSpec())
-    params = jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arch.dtype), sharding=placed), architecture.specs(arch)
+    params = unflatten(
+        {
+            path: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(frozen_dtype(path, arch)), sharding=placed)
+            for path, spec in flatten(architecture.specs(arch)).items()
+        }
     )
-    params["mig"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.float32, sharding=placed), params["mig"])
     lengths, options = estimate.longest(config), config.generation
     batch = abstract_batch(config, batch_size, 1, placed)
     compress = batching.remember.lower(params, batch, arch, lengths.rate)

@@ -45,8 +45,9 @@ class Folder(os.PathLike):
         return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
 
     def of_system(self, title: str) -> "Folder":
-        """The folder of the run's system ``title``: the run's folder for COMI, a subfolder for any other."""
-        return self if title == "COMI" else Folder(self.path / title.replace("-", "_"))
+        """The folder of the run's system ``title``: a subfolder for mean-pooling beside the run's own system, for that
+        one the run's folder."""
+        return Folder(self.path / "mean_pooling") if title == "mean-pooling" else self
 
     # --- description --------------------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ class Folder(os.PathLike):
     def tensorboard(self, title: str) -> Path:
         """The TensorBoard folder of the system ``title``, whose folder this is. TensorBoard names curves by folder, so
         those of all systems are side by side in the run's folder, named by title."""
-        run = self.path if title == "COMI" else self.path.parent
+        run = self.path.parent if title == "mean-pooling" else self.path
         return run / "tensorboard" / title
 
     @property

@@ -67,7 +67,7 @@ def read(folder: Path) -> list[Course]:
             f"{folder} has no metrics yet: metrics.jsonl is missing or empty; wait for the first logged step"
         )
     home, results = Path(folder).resolve(), _closing_table(Folder(folder).results)
-    first = Course(_title(run), home, home, run, steps, evaluations(folder), results.get("COMI"), results)
+    first = Course(_title(run), home, home, run, steps, evaluations(folder), results.get(run.config.title), results)
     below = Folder(folder).of_system("mean-pooling")
     if not is_run(below) or not (steps := journal.rows(below.metrics)):
         return [first]
@@ -77,7 +77,8 @@ def read(folder: Path) -> list[Course]:
 
 def _title(run: Run) -> str:
     """The system's title in closing tables."""
-    return "COMI" if run.config.compression.coarse or run.config.compression.fine else "mean-pooling"
+    settings = run.config.compression
+    return run.config.title if settings.coarse or settings.fine else "mean-pooling"
 
 
 def _closing_table(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | None, new
     if not hasattr(rate, "__index__") or isinstance(rate, bool) or operator.index(rate) < 1:
         raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
     rate = operator.index(rate)
-    check_positions(examples, run.backbone, compression, rate, new_tokens)
+    check_positions(examples, run.backbone, run.config, rate, new_tokens)
     return rate
 
 

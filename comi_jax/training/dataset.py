@@ -93,7 +93,7 @@ def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbo
     try:
         examples, _ = encode.encode(records, tokenizer, config.data, targets=False)
         rate, new_tokens = config.compression.rates[0], config.generation.max_new_tokens
-        encode.check_positions(examples, backbone, config.compression, rate, new_tokens)
+        encode.check_positions(examples, backbone, config, rate, new_tokens)
     except LengthError as error:
         raise LengthError(f"data.eval: {error}") from None
 

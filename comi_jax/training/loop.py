@@ -17,7 +17,7 @@ from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.evaluation import predictions
 from comi_jax.evaluation.answerers import ComiAnswerer
-from comi_jax.model.architecture import frozen_dtype
+from comi_jax.model.architecture import Stage, frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import combine, count
 from comi_jax.runs import journal, selection, stored_weights
@@ -62,7 +62,12 @@ class Job:
     step_fn: CompiledStep = dataclasses.field(init=False)
 
     def __post_init__(self):
-        self.step_fn = CompiledStep(self.run.architecture.on(self.mesh), self.update)
+        first_stage = self.run.config.autoencoding_steps
+        self.step_fn = CompiledStep(self.run.architecture.on(self.mesh), self.update, first_stage)
+
+    def stage(self, step: int) -> Stage:
+        """What ``step``, counted from 1, trains."""
+        return "autoencoding" if step <= self.run.config.autoencoding_steps else "answering"
 
     @property
     def key(self) -> Array:
@@ -77,7 +82,8 @@ class Job:
 def describe(job: Job, console: Console) -> None:
     """Compile the step for the largest micro-batch and print parameters, tokens, FLOP and memory."""
     largest = (sharding.put_batch(job.largest, job.mesh),) * job.plan.micro_batches
-    working = job.step_fn.prepare(job.state, job.frozen, largest, job.key)
+    stages = dict.fromkeys(job.stage(step) for step in (job.progress.step + 1, job.steps))
+    working = max(job.step_fn.prepare(job.state, job.frozen, largest, job.key, stage) for stage in stages)
     for line in summary(job, working):
         console.print(f"{job.title}: {line}", highlight=False)
 
@@ -93,10 +99,10 @@ class Loop:
         job.checkpoints.best = selection.best_step(job.output, self.settings.best_by)
         log_class = RunLog if distributed.is_first() else SilentLog
         self.log = log_class(job.output, job.title, job.steps, self.saved, console)
-        rate = optim.schedule(job.run.config.optimizer, self.settings.steps)
+        rate = optim.schedule(job.run.config.optimizer, self.settings.steps, job.run.config.autoencoding_steps)
         self.meter = Meter(
             job.run.architecture, self._is_logged, self.settings.max_skipped, rate, self.log.write,
-            job.progress.skipped, job.progress.in_a_row,
+            job.progress.skipped, job.progress.in_a_row, job.stage,
         )  # fmt: skip
 
     def run(self) -> bool:
@@ -121,7 +127,7 @@ class Loop:
         job, settings = self.job, self.settings
         batch, placed = next(job.batches)
         known = job.step_fn.compiled
-        job.state, metrics = job.step_fn(job.state, job.frozen, placed, self.key)
+        job.state, metrics = job.step_fn(job.state, job.frozen, placed, self.key, job.stage(step))
         if job.step_fn.compiled > known:
             self.meter.pause()
         self.meter.add(step, metrics, batch)
@@ -228,8 +234,10 @@ def summary(job: Job, working: int) -> list[str]:
     batches = [next(job.batches)[0] for _ in range(PEEKED)]
     job.batches.set_state(position)
     tokens = np.mean([Tally.of(batch).tokens for batch in batches])
-    operations = np.mean([batch_flops(run.architecture, batch) for batch in batches])
+    stage = job.stage(job.progress.step + 1)
+    operations = np.mean([batch_flops(run.architecture, batch, stage) for batch in batches])
     rows, (padding, sizes) = job.largest, job.plan.forecast()
+    first = config.autoencoding_steps
     held = {
         "frozen weights": bytes_per_device(job.frozen),
         "trained weights": bytes_per_device(job.state.trained),
@@ -241,7 +249,8 @@ def summary(job: Job, working: int) -> list[str]:
     return [
         f"{sum(parts.values()):,} parameters ({by_part}), {count(job.state.trained):,} trained on "
         f"{jax.device_count()} {jax.default_backend()} device(s)",
-        f"{config.train.steps} steps of {config.train.batch_size} examples, rates "
+        f"{config.train.steps} steps of {config.train.batch_size} examples, "
+        f"{f'{first} of them autoencoding, ' if first else ''}rates "
         f"{', '.join(map(str, config.compression.rates))}, rows up to {rows.context.shape[1]} + {rows.query.shape[1]} "
         f"+ {rows.answer.shape[1]} tokens (context + query + answer); about {tokens:,.0f} tokens and {operations:.3g} "
         "FLOP per step",

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from comi_jax.devices import chips
 from comi_jax.model import flops
-from comi_jax.model.architecture import Architecture
+from comi_jax.model.architecture import Architecture, Stage
 from comi_jax.model.batch import Batch
 
 
@@ -53,22 +53,24 @@ class Tally:
         return 1 - self.tokens / self.positions
 
 
-def batch_flops(arch: Architecture, batch: Sequence[Batch]) -> float:
+def batch_flops(arch: Architecture, batch: Sequence[Batch], stage: Stage = "answering") -> float:
     """Model FLOP of the loss and gradients of ``batch``, without padding, shared contexts encoded once."""
     total = 0.0
     for rows in batch:
         share, contexts = len(rows.query) // len(rows.context), rows.context_length.tolist()
         lengths = (x.tolist() for x in (rows.query_length, rows.answer_length, rows.rate))
         for row, (query, answer, rate) in enumerate(zip(*lengths, strict=True)):
-            total += _example_flops(arch, contexts[row // share], query, answer, rate, row % share > 0)
+            total += _example_flops(arch, contexts[row // share], query, answer, rate, row % share > 0, stage)
     return total
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _example_flops(arch: Architecture, context: int, query: int, answer: int, rate: int, encoded: bool) -> float:
-    if not answer:
+def _example_flops(
+    arch: Architecture, context: int, query: int, answer: int, rate: int, encoded: bool, stage: Stage
+) -> float:
+    if not answer or (encoded and stage == "autoencoding"):  # a context is reconstructed once
         return 0.0
-    whole = flops.train_step(arch, flops.Lengths(context, query, answer, rate))
+    whole = flops.train_step(arch, flops.Lengths(context, query, answer, rate), stage)
     if not encoded:
         return whole
     return whole - flops.by_part(arch, flops.Lengths(context, 0, 0, rate))["encoder"].total
@@ -91,9 +93,10 @@ class Meter:
         write: Callable[[int, dict[str, float]], None],
         skipped: int = 0,
         in_a_row: int = 0,
+        stage: Callable[[int], Stage] = lambda _: "answering",
     ):
         self._arch, self._is_logged, self._max_skipped = arch, is_logged, max_skipped
-        self._rate, self._write = rate, write
+        self._rate, self._write, self._stage = rate, write, stage
         self.skipped, self.in_a_row = skipped, in_a_row
         self._pending: tuple[int, dict[str, Array], Sequence[Batch]] | None = None
         chip = chips.find(jax.devices()[0].device_kind)
@@ -124,7 +127,7 @@ class Meter:
         tally, now = Tally.of(batch), time.perf_counter()
         if self._since is not None:
             self._tokens += tally.tokens
-            self._flops += batch_flops(self._arch, batch) if self._peak else 0.0
+            self._flops += batch_flops(self._arch, batch, self._stage(step)) if self._peak else 0.0
         if self._is_logged(step):
             values = {name: float(metrics[name]) for name in ("loss", "accuracy", "gradient_norm")}
             values["learning_rate"] = float(np.asarray(self._rate(updates)))

@@ -37,7 +37,7 @@ from comi_jax.weights.starting_model import StartingModel
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A model that the run trains: COMI, or a baseline."""
+    """A model that the run trains: that of its config, or mean-pooling beside it."""
 
     title: str
     run: Run
@@ -133,11 +133,11 @@ def check(config: Config) -> None:
 
 
 def systems_of(config: Config, start: StartingModel, output: Folder) -> list[System]:
-    """All systems to train, COMI first."""
-    configs = {"COMI": config}
+    """All systems to train, that of the config first."""
+    configs = {config.title: config}
     if config.train.compare_mean_pooling:
         plain = dataclasses.replace(config.compression, coarse=False, fine=False)
-        configs["mean-pooling"] = dataclasses.replace(config, compression=plain)
+        configs["mean-pooling"] = dataclasses.replace(config, system="comi", compression=plain)
     runs = {title: Run(settings, start.backbone, start.stop) for title, settings in configs.items()}
     return [System(title, run, output.of_system(title)) for title, run in runs.items()]
 
@@ -160,7 +160,7 @@ def read_data(
     are padded to. Raises DataError or LengthError."""
     examples = read_examples(config, start.tokenizer, output, console, scratch)
     for system in systems:
-        check_positions(examples, start.backbone, system.run.config.compression, min(config.compression.rates))
+        check_positions(examples, start.backbone, system.run.config, min(config.compression.rates))
     return Data(examples, Shapes.fit(examples, config.data, config.compression))
 
 
@@ -182,7 +182,7 @@ def prepare(
     run, output, config, settings = system.run, system.folder, system.run.config, system.run.config.train
     examples, shapes = data.examples, data.shapes
     mesh = devices(run)
-    update = optim.optimizer(config.optimizer, settings.steps)
+    update = optim.optimizer(config.optimizer, settings.steps, config.autoencoding_steps)
     checkpoints = Checkpoints(output, settings.keep_checkpoints, say, read_only=read_only)
     micro_batches = sharding.micro_batches(config, mesh)
     plan = Plan.of(examples, shapes, settings.batch_size, settings.seed, settings.share_context, micro_batches)
@@ -231,7 +231,7 @@ def enter(job: loop.Job, allow_change: bool, console: Console) -> None:
 
 
 def closing_table(systems: list[System], records: list[Record], output: Folder, console: Console) -> None:
-    """Evaluate every system, and COMI closed book, on the held-out records; print and save the table."""
+    """Evaluate every system, and the first one closed book, on the held-out records; print and save the table."""
     rows, closed = {}, {}
     for system in systems:
         folder = system.folder
@@ -239,7 +239,7 @@ def closing_table(systems: list[System], records: list[Record], output: Folder, 
         step = existing(folder)
         answerer = ComiAnswerer(model, weights_of(folder, step), step=step)
         rows[system.title] = predictions.evaluate(answerer, records, folder.predictions, console=console)
-        if system.title == "COMI":
+        if system is systems[0]:
             answerer = dataclasses.replace(answerer, closed_book=True)
             path = output.closed_book_predictions
             closed["closed book"] = predictions.evaluate(answerer, records, path, console=console)

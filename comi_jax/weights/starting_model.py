@@ -60,7 +60,9 @@ class StartingModel:
         if not self.before:
             hf.open_model(self.folder, self.backbone)
             return
-        names = ["compression.encoder_layers", "compression.lsa_layers", "lora.rank", "lora.alpha", "lora.targets"]
+        names = ["system", "compression.encoder_layers", "compression.lsa_layers"]
+        names += ["lora.rank", "lora.alpha", "lora.targets"]
+        names += ["icae.memory_tokens", "icae.rank", "icae.alpha"] if self.config.system == "icae" else []
         names += [f"compression.{name}" for name in SCALARS]  # the run uses the checkpoint's values
         there, here = (flatten(to_dict(c)) for c in (self.before.config, self.config))
         other = [name for name in names if there[name.replace(".", "/")] != here[name.replace(".", "/")]]
@@ -74,7 +76,7 @@ class StartingModel:
 
     def load(self, run: Run, mesh: jax.sharding.Mesh) -> dict[str, Array]:
         """The initial weights of ``run``, by flat path, on the devices of ``mesh``: those of the COMI checkpoint, or
-        those of the language model with fresh scalars and, if any, randomly initialised adapters."""
+        those of the language model, with what it does not have (``own_parameters``) fresh."""
         arch = run.architecture
         shardings = sharding.parameters(architecture.specs(arch), mesh)
 
