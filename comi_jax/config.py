@@ -376,6 +376,9 @@ class Train:
         one_of("train.best_by", self.best_by, MEASURES)
 
 
+MAX_STOP_STRINGS = 16
+
+
 @dataclass(frozen=True)
 class Generation:
     """How answers are decoded. ``repetition_penalty`` acts on generated tokens only; the release uses 20 tokens and a
@@ -383,12 +386,35 @@ class Generation:
 
     max_new_tokens: int = 20
     repetition_penalty: float = 1.0
+    temperature: float = 0.0  # 0: the best token; else tokens are drawn from softmax(logits / temperature)
+    top_k: int = 0  # draw from the so many best tokens; 0: from all
+    top_p: float = 1.0  # draw from the fewest best tokens whose probabilities sum to this
+    seed: int = 0  # the same seed draws the same answer
+    stop_strings: tuple[str, ...] = ()  # an answer ends before the first of them
 
     def __post_init__(self):
         require(self.max_new_tokens >= 1, f"generation.max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
         require(
-            self.repetition_penalty > 0, f"generation.repetition_penalty is {self.repetition_penalty}; 1 means none"
+            0 < self.repetition_penalty < math.inf,
+            f"generation.repetition_penalty is {self.repetition_penalty}; it must be positive, and 1 means none",
         )
+        require(
+            0 <= self.temperature < math.inf,
+            f"generation.temperature is {self.temperature}; it is 0 (greedy) or positive",
+        )
+        require(self.top_k >= 0, f"generation.top_k is {self.top_k}; it is 0 (all tokens) or positive")
+        require(0 < self.top_p <= 1, f"generation.top_p is {self.top_p}; it must lie in (0, 1], and 1 means all tokens")
+        require(0 <= self.seed < 2**63, f"generation.seed is {self.seed}; it is a whole number from 0 to 2**63 - 1")
+        require(
+            len(self.stop_strings) <= MAX_STOP_STRINGS,
+            f"generation.stop_strings holds {len(self.stop_strings)} texts; give at most {MAX_STOP_STRINGS}",
+        )
+        require(all(self.stop_strings), "generation.stop_strings holds an empty text; every answer would end at once")
+
+    @property
+    def method(self) -> str:
+        """The name of the decoding method."""
+        return "sampling" if self.temperature else "greedy"
 
 
 # The trained systems by name, with their titles in tables; model/systems.py has what each computes.

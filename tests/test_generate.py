@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 
 from comi_jax.config import Compression, Generation
-from comi_jax.model import architecture, generate, lora
+from comi_jax.model import architecture, generate, lora, sampling
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.weights import hf, hf_config
@@ -105,7 +105,7 @@ def test_a_row_alone_and_without_padding_is_the_same(params, prompt, recomputed)
 def test_the_penalty_divides_positive_and_multiplies_negative_scores():
     scores = jnp.array([[2.0, -2.0, 0.0, 3.0]])
     seen = jnp.array([[True, True, True, False]])
-    np.testing.assert_allclose(generate.penalize(scores, seen, 1.3), [[2 / 1.3, -2.6, 0.0, 3.0]], rtol=1e-6)
+    np.testing.assert_allclose(sampling.penalize(scores, seen, 1.3), [[2 / 1.3, -2.6, 0.0, 3.0]], rtol=1e-6)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"the trained model of {STORIES.name} is not beside this checkout")

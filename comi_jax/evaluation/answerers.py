@@ -67,5 +67,5 @@ class ComiAnswerer:
             "weights": self.weights,
             "rate": None if self.closed_book else self.rate_used,
             "closed_book": self.closed_book,
-            "decoding": {"method": "greedy", **dataclasses.asdict(self.decoding)},
+            "decoding": {"method": self.decoding.method, **dataclasses.asdict(self.decoding)},
         }

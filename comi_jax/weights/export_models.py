@@ -130,7 +130,7 @@ def protocol(run: Run, arch: Architecture, scalars: Mapping[str, Any]) -> dict[s
             "no separators",
             "stop": list(run.stop),
         },
-        "generation": {"method": "greedy", **dataclasses.asdict(run.config.generation)},
+        "generation": {"method": run.config.generation.method, **dataclasses.asdict(run.config.generation)},
     }
 
 
