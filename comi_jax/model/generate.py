@@ -71,6 +71,7 @@ def begin(
         states, cache = lm.forward(
             decoder, prompt, arch.backbone, cache=cache, start=start, lora=lora, runtime=arch.runtime
         )
+        assert cache is not None  # forward returns the one it was given
         last = jnp.take_along_axis(states, (prompt_length - 1)[:, None, None], axis=1)[:, 0]
     begun = Decoding(
         cache=cache,

@@ -7,7 +7,7 @@ The noise of a token is a function of the row's seed and of the token's number i
 the same answer in any batch and at any row of it.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +33,16 @@ class Rules:
 def rules(options: Generation, rows: int) -> Rules:
     """The rules of ``rows`` rows that all follow ``options``, as host arrays."""
 
-    def number(value: int | float, dtype: type) -> np.ndarray:
+    def number(value: int | float, dtype: type) -> Any:
         return np.full(rows, value, dtype)
 
-    seed = np.array([options.seed >> 32, options.seed & 0xFFFFFFFF], np.uint32)
+    seed: Any = np.tile(np.array([options.seed >> 32, options.seed & 0xFFFFFFFF], np.uint32), (rows, 1))
     return Rules(
         penalty=number(options.repetition_penalty, np.float32),
         temperature=number(options.temperature, np.float32),
         top_k=number(min(options.top_k, 2**31 - 1), np.int32),
         top_p=number(options.top_p, np.float32),
-        seed=np.tile(seed, (rows, 1)),
+        seed=seed,
     )
 
 

@@ -23,7 +23,7 @@ from comi_jax.data import batches
 from comi_jax.data.encode import Example
 from comi_jax.devices import sharding, topology
 from comi_jax.devices.chips import Chip
-from comi_jax.model import architecture, comi, flops
+from comi_jax.model import architecture, comi, flops, generate
 from comi_jax.model.architecture import Architecture, frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
@@ -127,7 +127,13 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
     compress = batching.remember.lower(params, batch, arch, lengths.rate)
     memory = jax.eval_shape(lambda p, b: comi.memory_of(p, arch, b, lengths.rate), params, batch)
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), memory)
-    reply = batching.reply.lower(params, memory, batch, arch, options, (0,))
+
+    @jax.jit
+    def answer(params, memory, batch):
+        rows, length = comi.prompt(params, arch, memory, batch)
+        return generate.greedy(params, arch, rows, length, options, stop=(0,))
+
+    reply = answer.lower(params, memory, batch)
     held = {"parameters": estimate.on_one_device(params)}
     division = f"one device, {batch_size} at a time"
     own = batch_size * flops.compress(arch, lengths)

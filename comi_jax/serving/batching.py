@@ -12,11 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import ConfigError
 from comi_jax.data.batches import Shapes, collate
 from comi_jax.data.encode import Example, check_positions
 from comi_jax.devices import sharding
-from comi_jax.model import comi, generate
+from comi_jax.model import comi, generate, sampling
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.runs.description import Run
@@ -60,18 +60,51 @@ def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.M
     return comi.memory_of(params, arch, batch, rate)
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
-def reply(
+@functools.partial(jax.jit, static_argnames="arch")
+def prompt(params: Any, memory: comi.Memory, batch: Batch, arch: Architecture) -> tuple[jax.Array, jax.Array]:
+    """The decoder's prompt of each row of ``batch``, [memory; embed(Q)], and its length."""
+    return comi.prompt(params, arch, memory, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "stop", "room", "sampled"))
+def begin(
     params: Any,
     memory: comi.Memory,
     batch: Batch,
+    rules: sampling.Rules,
     arch: Architecture,
-    options: Generation,
     stop: tuple[int, ...],
-) -> generate.Generated:
-    """The greedy answer of each row of ``batch`` from its ``memory``."""
+    room: int,
+    sampled: bool,
+) -> generate.Decoding:
+    """The first token of the answer of each row of ``batch`` from its ``memory``, and room for the others."""
     rows, lengths = comi.prompt(params, arch, memory, batch)
-    return generate.greedy(params, arch, rows, lengths, options, stop)
+    return generate.begin(params, arch, rows, lengths, rules, stop, room, sampled=sampled)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "stop", "sampled"), donate_argnames="decoding")
+def proceed(
+    params: Any,
+    decoding: generate.Decoding,
+    rules: sampling.Rules,
+    stopped: Any,
+    until: Any,
+    arch: Architecture,
+    stop: tuple[int, ...],
+    sampled: bool,
+) -> generate.Decoding:
+    """``decoding`` until ``until`` tokens are chosen; rows that are ``stopped`` [B] get none. The KV cache is donated,
+    so ``decoding`` itself cannot be used any more."""
+    decoding = dataclasses.replace(decoding, done=decoding.done | stopped)
+    return generate.proceed(params, arch, decoding, rules, stop, jnp.asarray(until, jnp.int32), sampled=sampled)
+
+
+take_rows = jax.jit(generate.take_rows)
+
+
+def bucket(length: int, least: int) -> int:
+    """The next power of two that is at least ``length`` and ``least``: few shapes, each compiled once."""
+    return max(least, 1 << (length - 1).bit_length())
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -6,9 +6,10 @@ memory = align(compress(encode(context, question)));   answer = greedy(decoder, 
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,10 @@ from comi_jax.model.batch import Batch
 from comi_jax.runs.description import Run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_params
-from comi_jax.serving import batching
+from comi_jax.serving import batching, generation
+from comi_jax.serving.generation import Options
+from comi_jax.serving.prompts import PromptEmbeddings
+from comi_jax.serving.slots import SlotDecoder
 from comi_jax.weights.tokenizer import load_tokenizer
 
 
@@ -52,11 +56,38 @@ class Answer:
     memory_vectors: int
     truncated: bool
     cut: str = ""  # which that was: "context", "question" or "context and question"
+    finish_reason: str = "stop"  # an end-of-sequence token or a stop string; "length": max_new_tokens
+    logprobs: tuple[float, ...] | None = None  # of each token under the model, if asked for
 
     @property
     def ratio(self) -> float:
         """Context tokens per memory vector; 0 without a context."""
         return self.context_tokens / max(self.memory_vectors, 1)
+
+
+class AnswerStream(Iterator[str]):
+    """The text of an answer, piece by piece as it is decoded. The pieces, joined, are ``answer.text``."""
+
+    def __init__(self, pieces: Generator[str, None, generation.Reply], answer: Callable[[generation.Reply], Answer]):
+        self._pieces, self._answer = pieces, answer
+        self.answer: Answer | None = None  # after the last piece
+        self.first_token: float | None = None  # when the first token came, of time.perf_counter
+
+    def __next__(self) -> str:
+        while True:
+            try:
+                piece = next(self._pieces)
+            except StopIteration as end:
+                if self.answer is None and end.value is not None:
+                    self.answer = self._answer(end.value)
+                raise StopIteration from None
+            self.first_token = self.first_token or time.perf_counter()
+            if piece:
+                return piece
+
+    def close(self) -> None:
+        """Stop decoding; there is no ``answer`` then."""
+        self._pieces.close()
 
 
 class Comi:
@@ -126,8 +157,8 @@ class Comi:
         question: str,
         *,
         rate: int | None = None,
-        max_new_tokens: int | None = None,
-        repetition_penalty: float | None = None,
+        logprobs: bool = False,
+        **options: Unpack[Options],
     ) -> Answer: ...
 
     @overload
@@ -137,8 +168,8 @@ class Comi:
         question: Sequence[str],
         *,
         rate: int | None = None,
-        max_new_tokens: int | None = None,
-        repetition_penalty: float | None = None,
+        logprobs: bool = False,
+        **options: Unpack[Options],
     ) -> list[Answer]: ...
 
     def answer(
@@ -147,34 +178,75 @@ class Comi:
         question: str | Sequence[str],
         *,
         rate: SupportsIndex | None = None,
-        max_new_tokens: int | None = None,
-        repetition_penalty: float | None = None,
+        logprobs: bool = False,
+        **options: Unpack[Options],
     ) -> Answer | list[Answer]:
-        """The greedy answer to ``question`` from the compressed ``context``; lists as in ``compress``."""
-        options = self._generation(max_new_tokens, repetition_penalty)
-        results = self.generate(self._examples(context, question), rate, options)
+        """The answer to ``question`` from the compressed ``context``; lists as in ``compress``. Greedy unless a
+        ``temperature`` is given; the other ``options`` are those of config.Generation. With ``logprobs``, each answer
+        has the log-probabilities of its tokens."""
+        chosen = generation.chosen(self.run.config.generation, options)
+        results = self.generate(self._examples(context, question), rate, chosen, logprobs=logprobs)
         return results[0] if isinstance(question, str) else results
 
-    def generate(self, examples: Sequence[Example], rate: SupportsIndex | None, options: Generation) -> list[Answer]:
+    def stream(
+        self,
+        context: str,
+        question: str,
+        *,
+        rate: SupportsIndex | None = None,
+        logprobs: bool = False,
+        **options: Unpack[Options],
+    ) -> AnswerStream:
+        """``answer`` as an iterator over pieces of its text, each given as soon as no further token can change it."""
+        chosen = generation.chosen(self.run.config.generation, options)
+        (example,) = self._examples(context, question)
+        rate = batching.check(self.run, [example], rate, chosen.max_new_tokens)
+        ((_, batch),) = self._batches([example], rate)
+        memory = batching.remember(self.params, batch, self.architecture, rate)
+        pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
+        vectors = int(batching.fetch(memory.length)[0])
+        return AnswerStream(pieces, lambda reply: _answer(reply, example, vectors, logprobs))
+
+    def prompt_embeddings(self, context: str, question: str, *, rate: SupportsIndex | None = None) -> PromptEmbeddings:
+        """What the decoder reads for ``question``, [memory; embed(question)], for serving engines and for ``slots``."""
+        (example,) = self._examples(context, question)
+        rate = batching.check(self.run, [example], rate, 1)
+        ((_, batch),) = self._batches([example], rate)
+        memory = batching.remember(self.params, batch, self.architecture, rate)
+        rows, lengths = batching.prompt(self.params, memory, batch, self.architecture)
+        vectors = batching.fetch(rows)[0, : int(batching.fetch(lengths)[0])]
+        return PromptEmbeddings(
+            vectors, len(example.context), int(batching.fetch(memory.length)[0]), example.truncated, example.cut
+        )
+
+    def slots(self, slots: int = 8, length: int = 1024, waiting: int = 64) -> SlotDecoder:
+        """A decode loop that answers ``slots`` questions at once, each of ``length`` positions at most for its prompt
+        and its answer; ``waiting`` more may wait for a slot."""
+        return SlotDecoder(
+            self.params, self.architecture, self.run.stop, self.tokenizer, self.run.config.generation,
+            slots=slots, length=length, waiting=waiting,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        examples: Sequence[Example],
+        rate: SupportsIndex | None,
+        options: Generation,
+        *,
+        logprobs: bool = False,
+    ) -> list[Answer]:
         """Answer tokenised examples; those with an empty context are answered closed book."""
         results: list[Any] = [None] * len(examples)
         rate = batching.check(self.run, examples, rate, options.max_new_tokens)
         for rows, batch in self._batches(examples, rate):
             memory = batching.remember(self.params, batch, self.architecture, rate)
-            out = batching.reply(self.params, memory, batch, self.architecture, options, self.run.stop)
-            ids, lengths, vectors = (batching.fetch(x) for x in (out.ids, out.length, memory.length))
+            replies = generation.replies(
+                self.params, self.architecture, memory, batch, options, self.run.stop, self.tokenizer, len(rows)
+            )
+            vectors = batching.fetch(memory.length)
             for i, row in enumerate(rows):
-                tokens = tuple(int(t) for t in ids[i, : lengths[i]])
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                example = examples[row]
-                made_of = (len(example.context), int(vectors[i]), example.truncated, example.cut)
-                results[row] = Answer(text, tokens, *made_of)
+                results[row] = _answer(replies[i], examples[row], int(vectors[i]), logprobs)
         return results
-
-    def _generation(self, max_new_tokens: int | None, repetition_penalty: float | None) -> Generation:
-        given = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(self.run.config.generation, **changes)
 
     def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[Example]:
         contexts = [context] if isinstance(context, str) else list(context)
@@ -193,6 +265,11 @@ class Comi:
 
     def _batches(self, examples: Sequence[Example], rate: int) -> Iterator[tuple[list[int], Batch]]:
         return batching.batches(self.run, examples, rate, self.batch_size, self.mesh)
+
+
+def _answer(reply: generation.Reply, example: Example, memory_vectors: int, logprobs: bool) -> Answer:
+    made_of = (len(example.context), memory_vectors, example.truncated, example.cut)
+    return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, reply.logprobs if logprobs else None)
 
 
 def _check_text(text: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Weight files, read one tensor at a time and checked as a whole: safetensors, and ``.bin`` files of torch.save."""
 
 import contextlib
+import io
 import math
 import pickle
 import warnings
@@ -127,6 +128,21 @@ class _TorchFile:
         if self.dtypes[name] == "bfloat16":
             return tensor.view(self._bits).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
+
+
+def torch_saved(array: np.ndarray) -> bytes:
+    """``array`` as torch.save writes a tensor of the same dtype (bfloat16 through ml_dtypes). Raises WeightsError
+    without torch."""
+    try:
+        import torch  # needed only for PyTorch files
+    except ImportError:
+        raise WeightsError("a PyTorch file is written with torch, which is not installed: pip install torch") from None
+    bfloat16 = array.dtype == ml_dtypes.bfloat16
+    plain = np.array(array.view(np.int16) if bfloat16 else array, order="C")  # a copy, which torch may own
+    tensor = torch.from_numpy(plain)
+    written = io.BytesIO()
+    torch.save(tensor.view(torch.bfloat16) if bfloat16 else tensor, written)
+    return written.getvalue()
 
 
 def _prefix(names: list[str], there: Mapping[str, Any]) -> str:
