@@ -1,6 +1,7 @@
 """What is installed is what stands here: every folder of the package is in the wheel, and the wheel works alone."""
 
 import configparser
+import os
 import subprocess
 import sys
 import venv
@@ -38,7 +39,8 @@ def test_the_wheel_works_in_an_environment_of_its_own(tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "-q", f"{wheel}[report]"], check=True)
-    subprocess.run([python, "-c", IMPORT_ALL], check=True, cwd=tmp_path)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-c", IMPORT_ALL], check=True, cwd=tmp_path, env=alone)
     words = ["train.steps=3", "data.synthetic_examples=64", "data.eval_examples=8", "train.compare_mean_pooling=false"]
-    subprocess.run([python, "-m", "comi_jax.train", "--config=tiny", *words], check=True, cwd=tmp_path)
+    subprocess.run([python, "-m", "comi_jax.train", "--config=tiny", *words], check=True, cwd=tmp_path, env=alone)
     assert (tmp_path / "runs" / "tiny" / "results.json").is_file()
