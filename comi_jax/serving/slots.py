@@ -116,7 +116,8 @@ class SlotDecoder:
         with self._lock:
             if len(self._waiting) >= self._most_waiting + self._held.count(None):
                 raise BusyError(
-                    f"{len(self._held)} questions are being answered and {len(self._waiting)} wait; ask again later"
+                    f"all {len(self._held)} slots are taken and {self._most_waiting} more questions wait, as many as "
+                    "may; ask again later"
                 )
             self._waiting.append(handle)
         return handle
