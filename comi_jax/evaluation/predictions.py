@@ -1,8 +1,8 @@
 """Answer held-out questions, write the predictions and summarise their metrics.
 
 Predictions are appended as JSON lines, so that a killed evaluation resumes where it stopped. The summary has the mean
-and 95 % bootstrap interval of each metric, the achieved compression ratio (all context tokens over all memory vectors)
-and the decoding options.
+and 95 % bootstrap interval of each metric, the achieved compression ratio (all context tokens over all memory vectors),
+the account (means over the examples, and the range of their ratios) and the decoding options.
 """
 
 import contextlib
@@ -23,6 +23,9 @@ from comi_jax.data.records import Record
 from comi_jax.devices import distributed
 from comi_jax.evaluation import metrics
 from comi_jax.serving.compressor import Answer
+
+FORMAT = 2  # increment when predictions get other fields
+COSTS = ("kv_bytes", "ingest_flop", "question_flop")  # of serving.account.Account, beside its entries
 
 
 @runtime_checkable
@@ -65,7 +68,7 @@ def evaluate(
     found: dict[int, dict[str, Any]] = {}
     if writes:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        key = f"{fingerprint_of(records)} {answerer.identity}"
+        key = f"{FORMAT} {fingerprint_of(records)} {answerer.identity}"
         found = _begin(part, key, len(records) if answerer.identity else 0)
     if found and console:
         console.print(f"resuming with {len(found)} of {len(records)} answers from {part}", highlight=False)
@@ -92,11 +95,20 @@ def evaluate(
         "records": fingerprint_of(records),
         "metrics": metrics.summarize([{name: p[name] for name in MEASURES} for p in predictions]),
         "ratio": sum(p["context_tokens"] for p in predictions) / vectors if vectors else 0.0,
+        "account": account_of(predictions),
         "mean_output_tokens": sum(p["output_tokens"] for p in predictions) / len(predictions),
         **answerer.account(),
         "truncated_contexts": report.truncated_contexts if vectors else 0,
         "truncated_queries": report.truncated_queries,
     }
+
+
+def account_of(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean account of ``predictions``, and mean, least and largest ratio of those with a context."""
+    ratios = [p["context_tokens"] / p["memory_vectors"] for p in predictions if p["memory_vectors"]]
+    ratio = {"mean": sum(ratios) / len(ratios), "min": min(ratios), "max": max(ratios)} if ratios else None
+    means = {name: sum(p[name] for p in predictions) / len(predictions) for name in ("memory_vectors", *COSTS)}
+    return {"entries": means.pop("memory_vectors"), "ratio": ratio, **means}
 
 
 def _begin(part: Path, key: str, count: int) -> dict[int, dict[str, Any]]:
@@ -140,5 +152,6 @@ def _prediction(number: int, record: Record, answer: Answer) -> dict[str, Any]:
         "context_tokens": answer.context_tokens,
         "memory_vectors": answer.memory_vectors,
         "output_tokens": len(answer.tokens),
+        **{name: getattr(answer.account, name) for name in COSTS},
         **metrics.score(answer.text, record.answers),
     }

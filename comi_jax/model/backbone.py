@@ -234,12 +234,7 @@ def block(
     """One transformer block; ``index`` is its layer index in the cache."""
     w = {name: value.astype(x.dtype) for name, value in weights.items()}
     with jax.named_scope("attention_block"):
-        n = rms_norm(x, w["attention_norm"], backbone.rms_norm_eps)
-        q, k, v = (_project(w, lora, name, n) for name in ("q", "k", "v"))
-        if backbone.qk_norm:
-            q = rms_norm(q, w["q_norm"], backbone.rms_norm_eps)
-            k = rms_norm(k, w["k_norm"], backbone.rms_norm_eps)
-        q, k, v = (checkpoint_name(x, "projections") for x in (rotate(q, rope), rotate(k, rope), v))
+        q, k, v = (checkpoint_name(x, "projections") for x in attention_inputs(w, x, rope, backbone, lora))
         if cache is not None:
             cache = write(cache, index, start, k, v)
             if start is not None:  # otherwise the cache holds only these k and v
@@ -251,6 +246,22 @@ def block(
         slices = platform(runtime.mesh) == "cpu" and runtime.context_shards == 1
         x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps), slices)
     return x, cache
+
+
+def attention_inputs(
+    w: Tree,
+    x: Float[Array, "B T D"],
+    rope: tuple[Float[Array, "B T 1 half"], ...],
+    backbone: Backbone,
+    lora: lora_module.Adapters | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """The rotated queries and keys, and the values, of a block with input ``x``."""
+    n = rms_norm(x, w["attention_norm"], backbone.rms_norm_eps)
+    q, k, v = (_project(w, lora, name, n) for name in ("q", "k", "v"))
+    if backbone.qk_norm:
+        q = rms_norm(q, w["q_norm"], backbone.rms_norm_eps)
+        k = rms_norm(k, w["k_norm"], backbone.rms_norm_eps)
+    return rotate(q, rope), rotate(k, rope), v
 
 
 def mlp(w: Tree, x: Float[Array, "B T D"], slices: bool) -> Float[Array, "B T D"]:

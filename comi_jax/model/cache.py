@@ -41,3 +41,8 @@ def empty_cache(backbone: Backbone, layers: int, batch: int, length: int, dtype:
     """A cache of ``length`` positions for ``layers`` blocks."""
     shape = (layers, batch, length, backbone.num_key_value_heads, backbone.head_dim)
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def with_room(cache: KVCache, room: int) -> KVCache:
+    """``cache`` with ``room`` more positions at its end."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache)

@@ -6,7 +6,7 @@ The systems count themselves (``systems``); what is done with a context once, wh
 import dataclasses
 
 from comi_jax import config
-from comi_jax.model.costs import Cost, Lengths, attention_weights, blocks, head, mlp_weights
+from comi_jax.model.costs import Cost, Lengths, adapters, attention_weights, blocks, head, mlp_weights
 from comi_jax.model.shape import Architecture, Stage
 from comi_jax.model.systems import system_of
 
@@ -38,6 +38,14 @@ def compress(arch: Architecture, lengths: Lengths) -> float:
     """FLOP from context and query to the memory."""
     parts = by_part(arch, lengths)
     return sum(parts[name].forward for name in ("encoder", "compression", "lsa"))
+
+
+def read(arch: Architecture, before: int, tokens: int) -> float:
+    """FLOP of the decoder's blocks over ``tokens`` that follow ``before`` cached ones."""
+    backbone = arch.backbone
+    seen = 4.0 * backbone.num_hidden_layers * before * tokens * backbone.num_attention_heads * backbone.head_dim
+    own = blocks(backbone, backbone.num_hidden_layers, tokens, (False, False)) + adapters(backbone, arch.lora, tokens)
+    return seen + own.forward
 
 
 def answer(arch: Architecture, lengths: Lengths, new_tokens: int) -> float:

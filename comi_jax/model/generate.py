@@ -16,7 +16,7 @@ from comi_jax.config import Generation
 from comi_jax.model import backbone as lm
 from comi_jax.model import sampling
 from comi_jax.model.architecture import Architecture
-from comi_jax.model.cache import KVCache, empty_cache
+from comi_jax.model.cache import KVCache, empty_cache, with_room
 from comi_jax.model.comi import adapters
 from comi_jax.model.sampling import Rules
 from comi_jax.params import Tree
@@ -151,11 +151,18 @@ def greedy(
     prompt_length: Int[Array, " B"],
     options: Generation,
     stop: tuple[int, ...],
+    *,
+    before: KVCache | None = None,
+    start: Int[Array, " B"] | None = None,
 ) -> Generated:
     """Greedy continuation of embedded ``prompt`` rows, until one of the tokens ``stop`` or ``options.max_new_tokens``.
-    A row's result does not depend on the other rows."""
+    A row's result does not depend on the other rows.
+
+    With ``before``, row b's prompt follows the first start[b] positions of that cache; what is behind them is ignored.
+    """
     new = options.max_new_tokens
     rules = jax.tree.map(jnp.asarray, sampling.rules(dataclasses.replace(options, temperature=0.0), prompt.shape[0]))
-    decoding = begin(params, arch, prompt, prompt_length, rules, stop, new, sampled=False)
+    cache = None if before is None else with_room(before, prompt.shape[1] + new)
+    decoding = begin(params, arch, prompt, prompt_length, rules, stop, new, sampled=False, cache=cache, start=start)
     decoding = proceed(params, arch, decoding, rules, stop, jnp.int32(new), sampled=False)
     return Generated(decoding.ids, decoding.count)

@@ -25,6 +25,7 @@ from comi_jax.runs.description import Run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_params
 from comi_jax.serving import batching, generation
+from comi_jax.serving.account import Account, of_memory
 from comi_jax.serving.generation import Options
 from comi_jax.serving.prompts import PromptEmbeddings
 from comi_jax.serving.slots import SlotDecoder
@@ -53,11 +54,16 @@ class Answer:
     text: str
     tokens: tuple[int, ...]  # generated ids, including the end-of-sequence token if it was generated
     context_tokens: int
-    memory_vectors: int
+    account: Account  # what it cost
     truncated: bool
     cut: str = ""  # which that was: "context", "question" or "context and question"
     finish_reason: str = "stop"  # an end-of-sequence token or a stop string; "length": max_new_tokens
     logprobs: tuple[float, ...] | None = None  # of each token under the model, if asked for
+
+    @property
+    def memory_vectors(self) -> int:
+        """The number of vectors, or of KV entries per layer, that the decoder read instead of the context."""
+        return self.account.entries
 
     @property
     def ratio(self) -> float:
@@ -205,7 +211,7 @@ class Comi:
         memory = batching.remember(self.params, batch, self.architecture, rate)
         pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
         vectors = int(batching.fetch(memory.length)[0])
-        return AnswerStream(pieces, lambda reply: _answer(reply, example, vectors, logprobs))
+        return AnswerStream(pieces, lambda reply: self._answer(reply, example, rate, vectors, logprobs))
 
     def prompt_embeddings(self, context: str, question: str, *, rate: SupportsIndex | None = None) -> PromptEmbeddings:
         """What the decoder reads for ``question``, [memory; embed(question)], for serving engines and for ``slots``."""
@@ -245,8 +251,14 @@ class Comi:
             )
             vectors = batching.fetch(memory.length)
             for i, row in enumerate(rows):
-                results[row] = _answer(replies[i], examples[row], int(vectors[i]), logprobs)
+                results[row] = self._answer(replies[i], examples[row], rate, int(vectors[i]), logprobs)
         return results
+
+    def _answer(self, reply: generation.Reply, example: Example, rate: int, vectors: int, logprobs: bool) -> Answer:
+        context = len(example.context)
+        cost = of_memory(self.architecture, context, len(example.query), rate, vectors)
+        made_of = (context, cost, example.truncated, example.cut)
+        return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, reply.logprobs if logprobs else None)
 
     def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[Example]:
         contexts = [context] if isinstance(context, str) else list(context)
@@ -265,11 +277,6 @@ class Comi:
 
     def _batches(self, examples: Sequence[Example], rate: int) -> Iterator[tuple[list[int], Batch]]:
         return batching.batches(self.run, examples, rate, self.batch_size, self.mesh)
-
-
-def _answer(reply: generation.Reply, example: Example, memory_vectors: int, logprobs: bool) -> Answer:
-    made_of = (len(example.context), memory_vectors, example.truncated, example.cut)
-    return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, reply.logprobs if logprobs else None)
 
 
 def _check_text(text: Any, name: str) -> None:

@@ -1,0 +1,45 @@
+"""What an answer costs: the KV entries that stand for the context, their bytes, and the FLOP spent on them.
+
+Every system under evaluation is charged by the same rules. Encoder and selection count as ingest, which the formula of
+the paper's section 5.4 leaves out.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from comi_jax.model import flops
+from comi_jax.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Account:
+    """The cost of the first token of one answer.
+
+    - `entries`: KV entries per decoder layer and kv head that stand for the context when that token is chosen.
+    - `kv_bytes`: the bytes of these entries, in all layers and kv heads.
+    - `ingest_flop`: from the context (and the question, for systems that look at it) to these entries.
+    - `question_flop`: from these entries and the question to the token.
+    """
+
+    entries: int
+    kv_bytes: int
+    ingest_flop: float
+    question_flop: float
+
+
+def account(arch: Architecture, entries: int, query: int, ingest_flop: float, *, read: int | None = None) -> Account:
+    """The account of a decoder of ``arch`` that reads a question of ``query`` tokens after ``entries``. ``read``: how
+    many of the question's last tokens are read after ``ingest_flop`` were spent (None: all)."""
+    backbone = arch.backbone
+    per_entry = 2 * backbone.num_hidden_layers * backbone.num_key_value_heads * backbone.head_dim
+    read = query if read is None else read
+    asked = flops.read(arch, entries + query - read, read) + flops.head(backbone, 1).forward
+    return Account(entries, entries * per_entry * jnp.dtype(arch.dtype).itemsize, ingest_flop, asked)
+
+
+def of_memory(arch: Architecture, context: int, query: int, rate: int, vectors: int) -> Account:
+    """COMI's account of a context compressed into ``vectors`` at ``rate``: encoder, compression, LSA and the decoder's
+    pass over the memory are its ingest."""
+    compressed = flops.compress(arch, flops.Lengths(context, query, 0, rate)) if context else 0.0
+    return account(arch, vectors, query, compressed + flops.read(arch, 0, vectors))
