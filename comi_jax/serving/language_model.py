@@ -1,6 +1,5 @@
 """A causal language model in use, untouched: the decoder of the systems that need no training."""
 
-import dataclasses
 import functools
 import os
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ import xxhash
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from comi_jax.config import Backbone, Compression, Config, ConfigError, Generation, Lora
+from comi_jax.config import Backbone, Compression, Config, ConfigError, Generation
 from comi_jax.devices import sharding
-from comi_jax.model import architecture, generate, lora
+from comi_jax.model import architecture, generate
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.cache import KVCache
 from comi_jax.params import Tree, unflatten
-from comi_jax.serving.compressor import Comi
 from comi_jax.weights import hf
 from comi_jax.weights.starting_model import StartingModel
 
@@ -54,15 +52,6 @@ class LanguageModel:
         shards = sharding.row_shards(mesh) if mesh else 1
         batch_size = -(-batch_size // shards) * shards
         return cls(unflatten(flat), arch, start.tokenizer, start.stop, _hash(start.folder), batch_size)
-
-    @classmethod
-    def of_run(cls, model: Comi, weights: str = "") -> "LanguageModel":
-        """The decoder of a trained model, its adapters merged."""
-        decoder, arch = model.params["decoder"], model.architecture
-        if arch.lora.rank:
-            decoder = {**decoder, "layers": lora.merge(decoder["layers"], model.params["lora"], arch.lora)}
-            arch = dataclasses.replace(arch, lora=Lora())
-        return cls({"decoder": decoder}, arch, model.tokenizer, model.run.stop, weights, model.batch_size)
 
     @property
     def backbone(self) -> Backbone:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from comi_jax.config import ConfigError
 from comi_jax.evaluation.systems.bm25 import BM25
+from comi_jax.evaluation.systems.llmlingua2 import LLMLingua2
 from comi_jax.evaluation.systems.longllmlingua import LongLLMLingua
 from comi_jax.evaluation.systems.original import ClosedBook, Original
 from comi_jax.evaluation.systems.protocol import System
@@ -34,6 +35,7 @@ SYSTEMS: dict[str, Row] = {
     "bm25": Row("BM25", BM25()),
     "longllmlingua": Row("LongLLMLingua", LongLLMLingua()),
     "longllmlingua_ranking": Row("LongLLMLingua, ranking only", LongLLMLingua(token_stage=False)),
+    "llmlingua2": Row("LLMLingua-2", LLMLingua2()),
     "streaming": Row("StreamingLLM, positions unshifted", Streaming(rerotate=False)),
     "streaming_rerotated": Row("StreamingLLM", Streaming()),
     "snapkv": Row("SnapKV", SnapKV()),

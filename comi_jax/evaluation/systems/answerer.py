@@ -120,7 +120,7 @@ class SystemAnswerer:
     def account(self) -> dict[str, Any]:
         return {
             "system": self.name,
-            "settings": {"name": type(self.system).__name__, **dataclasses.asdict(self.system)},  # pyright: ignore
+            "settings": repr(self.system),
             "query_aware": self.system.query_aware,
             "step": None,
             "weights": self.model.weights,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
@@ -33,6 +33,7 @@ class Reading:
     start: Array | None = None  # [B]
 
 
+@runtime_checkable
 class System(Protocol):
     """A system under evaluation that needs no training: frozen options, and functions of a language model."""
 

@@ -39,9 +39,8 @@ class SnapKV(CacheSystem):
 
     def windows(self, budgets: Any) -> Any:
         """The window for each of ``budgets``."""
-        return (
-            np.minimum(self.window, np.asarray(budgets) // 2) if self.narrow else self.window + 0 * np.asarray(budgets)
-        )
+        budgets = np.asarray(budgets)
+        return np.minimum(self.window, budgets // 2) if self.narrow else np.full_like(budgets, self.window)
 
     def refusal(self, question: Question, budget: int) -> str:
         if self.kernel % 2 == 0:
@@ -49,7 +48,8 @@ class SnapKV(CacheSystem):
         asked = len(question.query) if self.query_aware else 0
         window, tokens = int(self.windows(budget)), len(question.context)
         if window < 1 or window - asked > budget:
-            return f"{budget} entries are fewer than a window of {max(window, 1)} and one more token; lower the rate"
+            entries = "1 entry is" if budget == 1 else f"{budget} entries are"
+            return f"{entries} fewer than a window of {max(window, 1)} and one more token; lower the rate"
         if window >= tokens + asked:
             return f"its {tokens + asked} tokens are not more than the window of {window}; give it a longer context"
         return ""
