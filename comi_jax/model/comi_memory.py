@@ -11,7 +11,7 @@ from comi_jax.devices.sharding import platform
 from comi_jax.kernels import dispatch
 from comi_jax.model import backbone as lm
 from comi_jax.model.batch import Batch
-from comi_jax.model.compress import compress
+from comi_jax.model.compress import Compressed, compress
 from comi_jax.model.costs import NOTHING, Cost, Lengths, blocks, decoder
 from comi_jax.model.encoder import (
     Encoded,
@@ -94,20 +94,33 @@ def remember_segments(
 ) -> Memory:
     """Compress all segments of one width for each query vector into at most ``slots`` vectors, align and join them."""
     b, g = rate.shape[0], part.length.shape[1]
+    out = compress_segments(params, arch, part, query_vector, rate, slots)
+    aligned = align(params, arch, out.memory)
+    count = jnp.sum(out.mask, axis=1, dtype=jnp.int32)
+    vectors, length = join_segments(aligned.reshape(b, g, slots, -1), count.reshape(b, g))
+    return Memory(vectors, length, (out.aux,))
+
+
+def compress_segments(
+    params: Tree,
+    arch: Architecture,
+    part: EncodedSegments,
+    query_vector: Float[Array, "BG D"],
+    rate: Int[Array, " B"],
+    slots: int,
+) -> Compressed:
+    """The merged vectors of all segments of one width, one row for each segment and query vector, before the LSA."""
+    b, g = rate.shape[0], part.length.shape[1]
     states, lengths = part.states, part.length.reshape(-1)
     if states.shape[0] < b * g:
         segment = segment_of_row(part, b)
         states, lengths = states[segment], lengths[segment]
     with jax.named_scope("compress"):
         kernels = dispatch.choose("compression", arch.runtime.kernels, states.dtype, platform(arch.runtime.mesh))
-        out = compress(
+        return compress(
             states, query_vector, lengths, jnp.repeat(rate, g, axis=0), params["mig"], arch.compression, slots,
             kernels=kernels, mesh=arch.runtime.mesh,
         )  # fmt: skip
-    aligned = align(params, arch, out.memory)
-    count = jnp.sum(out.mask, axis=1, dtype=jnp.int32)
-    vectors, length = join_segments(aligned.reshape(b, g, slots, -1), count.reshape(b, g))
-    return Memory(vectors, length, (out.aux,))
 
 
 def costs(arch: Architecture, lengths: Lengths, stage: Stage) -> dict[str, Cost]:

@@ -28,6 +28,18 @@ WHOLE = Whole()  # rows that are not split over devices
 
 @no_type_check
 @struct.dataclass
+class Representatives:
+    """The most relevant token of each group, (4), and its scores among the others; undefined where no group exists."""
+
+    token: Int[Array, "B M"]  # index in the row
+    exists: Bool[Array, "B M"]
+    relevance: Float[Array, "B M"]  # cos to the query vector
+    redundancy: Float[Array, "B M"]  # largest cos to another group's representative
+    mig: Float[Array, "B M"]  # (1)
+
+
+@no_type_check
+@struct.dataclass
 class Aux:
     """The intermediate results behind a memory. Under jit, XLA removes the ones that are not used."""
 
@@ -37,8 +49,8 @@ class Aux:
     redundancy: Float[Array, "B S"]  # largest cos to another token of the group
     mig: Float[Array, "B S"]  # (1) within the group
     weights: Float[Array, "B S"]  # of the merge; they sum to 1 over each group
-    representative: Int[Array, "B M"] | None  # (4), token index; this and the next are None with coarse off
-    coarse_mig: Float[Array, "B M"] | None  # (1) among the representatives
+    coarse: Representatives | None  # of the groups before re-allocation; this and the next are None with coarse off
+    share: Float[Array, "B M"] | None  # (5), the share of the tokens that each group is allocated
 
 
 @no_type_check
@@ -113,10 +125,10 @@ def compress_rows(
     position = sequence.position(states.shape[1])
     directions, inverse = mig.directions(jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0))
     relevance = mig.relevance(directions, inverse, query)
-    representative = coarse_mig = None
+    coarse = share = None
     with jax.named_scope("coarse"):
         if settings.coarse:
-            sizes, representative, coarse_mig = coarse_sizes(
+            sizes, share, coarse = coarse_sizes(
                 *jax.lax.stop_gradient((directions, inverse, relevance)),
                 lengths, rates, scalars, settings, slots, kernels, sequence,
             )  # fmt: skip
@@ -132,7 +144,7 @@ def compress_rows(
         merged_by = gain if settings.fine else jnp.zeros_like(gain)
         memory, normalizer = sequence.merge(states, merged_by, all_groups, slots, kernels)  # (7), (8)
         weight = weights(merged_by, normalizer, group)
-    aux = Aux(sizes, group, relevance, redundancy, gain, weight, representative, coarse_mig)
+    aux = Aux(sizes, group, relevance, redundancy, gain, weight, coarse, share)
     return Compressed(memory, mask, aux)
 
 
@@ -147,20 +159,39 @@ def coarse_sizes(
     slots: int,
     kernels: str | None = None,
     sequence: Whole | Split = WHOLE,
-) -> tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
-    """Group sizes by the MIG of one representative per group of ``rates`` consecutive tokens, (4) to (6)."""
+) -> tuple[Int[Array, "B M"], Float[Array, "B M"], Representatives]:
+    """Group sizes by the MIG of one representative per group of ``rates`` consecutive tokens, (4) to (6); also the
+    shares (5) and the representatives."""
     inverse, relevance = sequence.all(inverse), sequence.all(relevance)
     position = jnp.arange(relevance.shape[1], dtype=jnp.int32)[None, :]
     group = jnp.where(position < lengths[:, None], position // rates[:, None], -1)
-    representative, exists = most_relevant(relevance, group, slots)
-    chosen = sequence.vectors(directions, representative)
-    redundancy = jnp.zeros(representative.shape, relevance.dtype)
+    found = representatives(directions, inverse, relevance, group, scalars, settings, slots, kernels, sequence)
+    share = shares(found.mig, found.exists)
+    return reallocate(found.mig, found.exists, lengths), share, found
+
+
+def representatives(
+    directions: Float[Array, "B S D"],
+    inverse: Float[Array, "B T"],
+    relevance: Float[Array, "B T"],
+    group: Int[Array, "B T"],
+    scalars: Tree,
+    settings: Compression,
+    slots: int,
+    kernels: str | None = None,
+    sequence: Whole | Split = WHOLE,
+) -> Representatives:
+    """(4), and (1) among the representatives of the groups. Of ``directions``, a device has its own S tokens, of the
+    scalars all T tokens of the row."""
+    token, exists = most_relevant(relevance, group, slots)
+    chosen = sequence.vectors(directions, token)
+    redundancy = jnp.zeros(token.shape, relevance.dtype)
     if settings.coarse_redundancy:
-        chosen_inverse = jnp.take_along_axis(inverse, representative, axis=1)
+        chosen_inverse = jnp.take_along_axis(inverse, token, axis=1)
         redundancy = mig.redundancy(chosen, chosen_inverse, jnp.where(exists, 0, -1), kernels)
-    chosen_relevance = jnp.take_along_axis(relevance, representative, axis=1)
+    chosen_relevance = jnp.take_along_axis(relevance, token, axis=1)
     gain = mig.gain(chosen_relevance, redundancy, scalars["alpha_coarse"], scalars["beta_coarse"])
-    return reallocate(gain, exists, lengths), representative, gain
+    return Representatives(token, exists, chosen_relevance, redundancy, gain)
 
 
 def most_relevant(
@@ -180,11 +211,16 @@ def most_relevant(
     return jnp.where(exists, index, 0), exists
 
 
+def shares(gain: Float[Array, "B M"], exists: Bool[Array, "B M"]) -> Float[Array, "B M"]:
+    """(5): softmax(−G) over the groups that exist."""
+    return jax.nn.softmax(jnp.where(exists, -gain, jnp.finfo(gain.dtype).min), axis=1)
+
+
 def reallocate(gain: Float[Array, "B M"], exists: Bool[Array, "B M"], lengths: Int[Array, " B"]) -> Int[Array, "B M"]:
     """(5), (6): size_i = floor(n · softmax(−G)_i); the remaining tokens go one each to the groups with the largest
     fractional parts (ties: the first). The sizes of a row sum to its length exactly.
     """
-    share = jax.nn.softmax(jnp.where(exists, -gain, jnp.finfo(gain.dtype).min), axis=1)  # (5)
+    share = shares(gain, exists)
     quota = jnp.where(exists, lengths.astype(gain.dtype)[:, None] * share, 0.0)  # (6)
     size = jnp.floor(quota).astype(jnp.int32)
     left = lengths - jnp.sum(size, axis=1, dtype=jnp.int32)
