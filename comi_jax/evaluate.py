@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 from rich.console import Console
 
 from comi_jax import cli
-from comi_jax.config import Config, ConfigError, Mesh
+from comi_jax.config import ConfigError, Mesh
 from comi_jax.devices import compilations, sharding
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.predictions import evaluate
@@ -18,14 +17,7 @@ from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
 from comi_jax.serving.compressor import Comi
-from comi_jax.training.dataset import read_held_out
-
-
-def of_data(config: Config, words: Sequence[str], skip_bad: bool) -> Config:
-    """``config`` with ``words`` as its held-out data: every record, or for "synthetic" as many as the config says."""
-    count = config.data.eval_examples if tuple(words) == ("synthetic",) else 0
-    data = dataclasses.replace(config.data, eval=tuple(words), eval_examples=count, skip_bad_records=skip_bad)
-    return dataclasses.replace(config, data=data)
+from comi_jax.training.dataset import of_data, read_held_out
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -186,6 +186,24 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return rows
 
 
+def token_spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """The characters [first, end) of ``text`` that each of its tokens, those of ``token_ids``, stands for. Raises
+    TextError if the tokenizer cannot tell them."""
+    if not tokenizer.is_fast:
+        raise TextError(
+            "this tokenizer does not tell which characters a token stands for; use one with a tokenizer.json"
+        )
+    control, first = control_tokens(tokenizer), len(text) - len(text.removeprefix(BYTE_ORDER_MARK))
+    pieces = [text[first:]]
+    if not (set(control.values()) - {tokenizer.unk_token_id}).isdisjoint(_read(tokenizer, control, pieces)[0]):
+        pieces = _taken_apart(pieces[0], control)
+    spans = []
+    for piece, found in zip(pieces, _read(tokenizer, control, pieces, spans=True), strict=True):
+        spans.extend((first + begin, first + end) for begin, end in found)
+        first += len(piece)
+    return spans
+
+
 def control_tokens(tokenizer: Any) -> dict[str, int]:
     """The tokens that text must never become, with their ids: the special tokens of ``tokenizer``, and added tokens in
     angle or square brackets, which many chat models do not mark as special (``<think>``)."""
@@ -194,14 +212,17 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
     return control | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
-def _read(tokenizer: Any, control: dict[str, int], texts: list[str]) -> list[list[int]]:
+def _read(tokenizer: Any, control: dict[str, int], texts: list[str], spans: bool = False) -> list[list[Any]]:
+    """The ids of each text's tokens, or with ``spans`` their characters."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     others = tuple(sorted(control.keys() - special - set(tokenizer.all_special_tokens)))
     if others and getattr(tokenizer, "backend_tokenizer", None) is not None:
         backend = _without(tokenizer, others, len(tokenizer))
-        return [row.ids for row in backend.encode_batch(texts, add_special_tokens=False)]
+        rows = backend.encode_batch(texts, add_special_tokens=False)
+        return [row.offsets if spans else row.ids for row in rows]
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
+    made = tokenizer(texts, split_special_tokens=True, return_offsets_mapping=spans, **options)
+    return made["offset_mapping" if spans else "input_ids"]
 
 
 @functools.lru_cache(maxsize=2)

@@ -15,15 +15,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Han, kana and the scripts of Thai, Lao, Tibetan, Burmese and Khmer, which put no space between words.
-_UNSPACED = (
+UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
 _LATIN = "\u0000-\u036f\u1d00-\u1eff\u2000-\u2c7f\ua720-\ua7ff\uff00-\uff5f"  # and signs such as one sixth
 # Runs of a-z and 0-9, as rouge_score has them; a letter of the scripts without spaces; a run of letters of others.
-_ROUGE_TOKENS = re.compile(rf"[a-z0-9]+|[{_UNSPACED}]|[^\W_{_LATIN}{_UNSPACED}]+")
+_ROUGE_TOKENS = re.compile(rf"[a-z0-9]+|[{UNSPACED}]|[^\W_{_LATIN}{UNSPACED}]+")
 _YES_NO = frozenset({"yes", "no", "noanswer"})
 
 
@@ -32,7 +32,7 @@ def normalize(text: str) -> str:
 
     Source: the SQuAD v1.1 evaluation script. Non-ASCII punctuation and accents are kept.
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def score(prediction: str, references: Sequence[str]) -> dict[str, float]:

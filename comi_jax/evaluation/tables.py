@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -27,6 +28,30 @@ def print_table(rows: Mapping[str, dict[str, Any]], console: Console, shown: Seq
         table.add_row(name, *(_interval(row["metrics"][name]) for row in rows.values()))
     table.add_row("compression ratio", *(f"{row['ratio']:.1f}" if row["ratio"] else "-" for row in rows.values()))
     console.print(table)
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str], console: Console) -> None:
+    """Print ``rows``, which have the same keys, with their keys as the columns, and ``notes`` below. A value may be a
+    mean with its interval (metrics.summarize), a number, a text, True or False, or None."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        texts = any(isinstance(row[name], str) for row in rows)
+        table.add_column(name, justify="left" if texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    console.print(table)
+    for note in notes:
+        console.print(f"  {note}", highlight=False, markup=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return _interval(value)
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: ""}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
+    return escape(str(value))
 
 
 def _interval(value: Mapping[str, float]) -> str:

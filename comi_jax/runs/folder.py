@@ -9,6 +9,7 @@
     evaluations.jsonl  evaluations on the held-out records during training, with predictions in evaluations/
     results.json       the closing table, with predictions in predictions*.jsonl
     evaluation/        results of comi_jax.evaluate
+    diagnostics/       tables and pictures of comi_jax.diagnose
     bad_batches/       the last batch of a run that stopped on non-finite steps
     lock               present while a run uses the folder
 
@@ -135,6 +136,11 @@ class Folder(os.PathLike):
     def evaluation(self) -> Path:
         """The default output folder of ``comi_jax.evaluate``."""
         return self.path / "evaluation"
+
+    @property
+    def diagnostics(self) -> Path:
+        """The default output folder of ``comi_jax.diagnose``."""
+        return self.path / "diagnostics"
 
     def bad_batch(self, step: int) -> Path:
         return self.path / "bad_batches" / f"step_{step}.npz"

@@ -1,7 +1,8 @@
 """The data of a run: training examples, tokenised once for all processes and restarts, and held-out records."""
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def read_held_out(config: Config, console: Console) -> tuple[list[Record], int]:
     for line in mixture_messages("eval", report):
         console.print(line, highlight=False, markup=False)
     return records[: count or None], len(report.skipped)
+
+
+def of_data(config: Config, words: Sequence[str], skip_bad: bool) -> Config:
+    """``config`` with ``words`` as its held-out data: every record, or for "synthetic" as many as the config says."""
+    count = config.data.eval_examples if tuple(words) == ("synthetic",) else 0
+    data = dataclasses.replace(config.data, eval=tuple(words), eval_examples=count, skip_bad_records=skip_bad)
+    return dataclasses.replace(config, data=data)
 
 
 def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbone: Backbone) -> None:

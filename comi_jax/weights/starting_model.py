@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS
 from comi_jax.overrides import to_dict
-from comi_jax.params import flatten
+from comi_jax.params import Tree, flatten, unflatten
 from comi_jax.runs.description import Run, is_run, read_run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.stored_weights import load_flat
@@ -88,6 +89,22 @@ class StartingModel:
             return load_flat(self.folder, arch, place)
         params = hf.load_parts(self.folder, run.backbone, architecture.parts_of_backbone(arch), place)
         return params | architecture.own_parameters(arch, run.config.train.seed, mesh)
+
+    def load_parts(self, run: Run, parts: Sequence[str], mesh: jax.sharding.Mesh | None = None) -> Tree:
+        """``parts`` of ``run`` ("encoder", "lsa", "decoder") as they were before training, in the model's dtype, on the
+        devices of ``mesh`` (None: on one device)."""
+        arch = run.architecture
+        shardings = {} if mesh is None else sharding.parameters(architecture.specs(arch), mesh)
+
+        def place(path: str) -> tuple[str, Any]:
+            return arch.dtype, shardings.get(path)
+
+        if self.before:
+            arrays = load_flat(self.folder, arch, place)
+        else:
+            trees = architecture.parts_of_backbone(arch)
+            arrays = hf.load_parts(self.folder, run.backbone, {part: trees[part] for part in parts}, place)
+        return unflatten({path: array for path, array in arrays.items() if path.partition("/")[0] in parts})
 
 
 def tokenizer_of(config: Config) -> Any:
