@@ -117,7 +117,7 @@ def shares(mass: Float[np.ndarray, " X"], sinks: bool) -> Float[np.ndarray, " X"
     return mass / max(mass.sum(), 1e-300)
 
 
-def summary_1a(found: Sequence[Float[np.ndarray, " X"]], sinks: bool) -> Table:
+def summary_1a(found: Sequence[Float[np.ndarray, " _"]], sinks: bool) -> Table:
     """Figure 1a as a table: the attention mass of the top p percent of the context tokens."""
     used = [shares(mass, sinks) for mass in found if sinks or len(mass) > SINKS]
     if not used:

@@ -38,11 +38,13 @@ def _finish(axis: Any, title: str, x: str, y: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _with_interval(axis: Any, x: list[Any], values: list[dict[str, float]], label: str, colour: str) -> None:
+def _with_interval(
+    axis: Any, x: list[Any], values: list[dict[str, float]], label: str, colour: str, style: str = "-"
+) -> None:
     mean = [value["mean"] for value in values]
     spread = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
     axis.errorbar(
-        x, mean, np.abs(spread), color=colour, marker="o", markersize=4, linewidth=1.6, capsize=3, label=label
+        x, mean, np.abs(spread), color=colour, linestyle=style, marker="o", markersize=4, capsize=3, label=label
     )
 
 
@@ -90,9 +92,9 @@ def _table_5(figure: Any, table: Table) -> None:
         axis.axvline(0.5, color="#000", linewidth=1, linestyle=":")
         axis.set_yticks(height, [row["score"] for row in rows])
         axis.set_xlim(0, 1)
-        axis.invert_yaxis()
         _finish(axis, f"{kind} groups, base rate {table.more[kind]['base_rate']:.3f}", "AUC (x: the paper's)", "")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    axes[0].invert_yaxis()  # of both, which share it
+    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def _table_6(figure: Any, table: Table) -> None:
@@ -108,19 +110,20 @@ def _table_8(figure: Any, table: Table) -> None:
     axis, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     place = np.array([row["group"] for row in table.rows], float)
     for shift, name in ((-0.2, "initial"), (0.2, "final")):
-        colours = [COLOURS[1] if row["holds answer"] else COLOURS[0] for row in table.rows]
+        holds = "holds answer" if name == "initial" else "after"
+        colours = [COLOURS[1] if row[holds] else COLOURS[0] for row in table.rows]
         alpha = 0.4 if name == "initial" else 1.0
         axis.bar(place + shift, [row[name] for row in table.rows], 0.38, color=colours, alpha=alpha, label=name)
     _finish(axis, "sizes before (pale) and after re-allocation; orange: the group holds the answer", "", "tokens")
     for name, colour in zip(("MIG", "relevance", "redundancy"), COLOURS[2:], strict=False):
         below.plot(place, [row[name] for row in table.rows], marker="o", markersize=3, color=colour, label=name)
     _finish(below, "", "group", "")
-    below.legend(frameon=False, fontsize=8, ncols=3)
+    below.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _answer_weight(figure: Any, table: Table) -> None:
     axis = figure.subplots()
-    values = [row["weight of the answer"] for row in table.rows]
+    values = [row["weight on the answer"] for row in table.rows]
     spread = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
     height, mean = np.arange(len(values), dtype=float), [value["mean"] for value in values]
     axis.barh(height, mean, 0.6, xerr=np.abs(spread), color=COLOURS[: len(values)], ecolor="#333", capsize=3)
@@ -131,12 +134,12 @@ def _answer_weight(figure: Any, table: Table) -> None:
 
 def _segment_sizes(figure: Any, table: Table) -> None:
     sizes = [row["segment size"] for row in table.rows]
-    panels = (("answers", ("em", "f1_max")), ("diagnostics", ("AUC of MIG", "weight of the answer")))
+    panels = (("answers", ("em", "f1_max")), ("diagnostics", ("AUC of MIG", "weight on the answer")))
     for axis, (title, names) in zip(figure.subplots(1, 2), panels, strict=True):
-        for name, colour in zip(names, COLOURS, strict=False):
+        for name, colour, style in zip(names, COLOURS, ("-", "--"), strict=False):
             there = [(size, row[name]) for size, row in zip(sizes, table.rows, strict=True) if row[name] is not None]
             if there:
-                _with_interval(axis, [size for size, _ in there], [value for _, value in there], name, colour)
+                _with_interval(axis, [size for size, _ in there], [value for _, value in there], name, colour, style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, list(map(str, sizes)))
         axis.minorticks_off()

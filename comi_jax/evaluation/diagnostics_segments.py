@@ -17,9 +17,11 @@ from comi_jax.serving.compressor import Comi
 
 
 def default_sizes(trained: int, longest: int, rate: int) -> list[int]:
-    """The sizes to try: ``trained`` or, if every context fits into one segment, ``longest``; and its halves down to an
-    eighth, while a segment is more than one group."""
-    largest = min(trained, longest)
+    """The sizes to try: the smallest half, quarter, ... of ``trained`` that no context exceeds, ``trained`` itself if
+    some exceed its half; and its half, quarter and eighth, while a segment is more than one group."""
+    largest = trained
+    while largest // 2 >= longest:
+        largest //= 2
     return sorted({size for size in (largest // 2**k for k in range(4)) if size > rate} | {largest})
 
 
@@ -37,7 +39,7 @@ def segment_sizes(
     """Accuracy, achieved ratio and diagnostics of ``models``, one for each segment size. ``output`` is a folder for
     the predictions; ``weights`` a hash by which those of an earlier attempt are reused; ``trained`` the size that the
     model was trained with."""
-    rows = []
+    rows, longest = [], max(len(subject.example.context) for subject in subjects)
     for size, model in sorted(models.items()):
         path = os.path.join(output, f"predictions_segment_{size}.jsonl")
         result = evaluate(ComiAnswerer(model, weights, rate), records, path, console=console)
@@ -50,20 +52,20 @@ def segment_sizes(
         rows.append(
             {
                 "segment size": size,
-                "as trained": size == trained,
+                "as trained": min(size, longest) == min(trained, longest),
                 "segments, mean": segments / len(subjects),
                 "em": result["metrics"]["em"],
                 "f1_max": result["metrics"]["f1_max"],
                 "ratio": result["ratio"],
                 "AUC of MIG": _mean(singles, "MIG"),
                 "AUC of relevance": _mean(singles, "relevance"),
-                "weight of the answer": _mean(shares, "weight"),
+                "weight on the answer": _mean(shares, "weight"),
             }
         )
     notes = [
-        f"{len(records)} examples at rate {rate}; AUC and weight of the answer (tables 5 and answer-weight) over those "
+        f"{len(records)} examples at rate {rate}; AUC and weight on the answer (tables 5 and answer-weight) over those "
         "that have one",
-        "the size that the model was trained with is marked; contexts that fit into a segment are the same at any size",
+        f"the model was trained with {trained}; sizes from the longest context up, {longest} tokens, are the same",
         "the paper's own word segment is our group, whose size is the rate: vary --rate for that",
     ]
     return Table("segments", "Sensitivity to the segment size", rows, notes)

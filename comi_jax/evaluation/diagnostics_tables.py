@@ -109,21 +109,33 @@ ANSWER_WEIGHT = {
 
 
 def measure_answer_weight(anatomy: Anatomy) -> dict[str, Any]:
-    """For each of ANSWER_WEIGHT, the merge weight on answer tokens, summed and divided by the number of groups that
-    hold any; and the size of these groups. Only the status if no answer is in the context."""
+    """For each of ANSWER_WEIGHT, the merge weight on answer tokens, and on these and the tokens behind them in their
+    group, whose states can hold the answer too; both summed and divided by the number of groups that hold any. Also the
+    size of these groups, and whether one is at the place of an initial group that held an answer. Only the status if no
+    answer is in the context."""
     answer = anatomy.subject.answer
     found: dict[str, Any] = {"status": anatomy.subject.status}
     if anatomy.subject.status != "found":
         return found
+    before, after = anatomy.initial.holding(answer), np.zeros(len(anatomy.allocated), bool)
+    after[anatomy.allocated > 0] = anatomy.final.holding(answer)
+    found["stays"] = float((before & after).any())
     for groups, weights in (
         (anatomy.final, {"COMI": anatomy.weights, "mean": _uniform(anatomy.final)}),
         (anatomy.initial, {"equal": _uniform(anatomy.initial)}),
     ):
-        holding = groups.holding(answer)
+        holding, behind = groups.holding(answer), _at_or_behind(groups, answer)
         for name, weight in weights.items():
             found[name] = float(weight[answer].sum(dtype=np.float64) / holding.sum())
+            found[f"{name} behind"] = float(weight[behind].sum(dtype=np.float64) / holding.sum())
             found[f"{name} size"] = float(groups.sizes[holding].mean())
     return found
+
+
+def _at_or_behind(groups: Groups, answer: np.ndarray) -> np.ndarray:
+    """Which tokens are part of an answer, or behind one in their group."""
+    ends = np.cumsum(groups.sizes)
+    return np.concatenate([np.logical_or.accumulate(part) for part in np.split(answer, ends[:-1])])
 
 
 def _uniform(groups: Groups) -> np.ndarray:
@@ -136,23 +148,28 @@ def summary_answer_weight(measures: Sequence[dict[str, Any]]) -> Table:
     reasons = check_answers([measure["status"] for measure in measures])
     used = [measure for measure in measures if measure["status"] == "found"]
     values = [
-        {f"{name}{part}": row[f"{name}{part}"] for name in ANSWER_WEIGHT for part in ("", " size")}
+        {f"{name}{part}": row[f"{name}{part}"] for name in ANSWER_WEIGHT for part in ("", " behind", " size")}
         | {f"{name} gap": row["COMI"] - row[name] for name in ANSWER_WEIGHT}
+        | {"stays": row["stays"]}
         for row in used
     ]
     mean = summarize(values, resamples=RESAMPLES)
     rows = [
         {
             "merge": text,
-            "weight of the answer": mean[name],
+            "weight on the answer": mean[name],
             "COMI minus this": None if name == "COMI" else mean[f"{name} gap"],
-            "tokens of a group with the answer": mean[f"{name} size"],
+            "on it or behind it in its group": mean[f"{name} behind"],
+            "tokens of such a group": mean[f"{name} size"],
         }
         for name, text in ANSWER_WEIGHT.items()
     ]
     notes = [
         f"{len(used)} examples; {counts(reasons) if reasons else 'no example left out'}",
-        "weight of the answer: the sum of the merge weights on answer tokens / the number of groups that hold any",
+        "weight on the answer: the sum of the merge weights on answer tokens / the number of groups that hold any; the "
+        "states of tokens behind an answer can hold it too, as the encoder is causal",
+        f"contexts are cut afresh after re-allocation: in {mean['stays']['mean']:.3f} of the examples an initial group "
+        "with the answer became a group that still has it",
     ]
-    more = {"examples": len(used), "left_out": dict(reasons)}
+    more = {"examples": len(used), "left_out": dict(reasons), "stays": mean["stays"]}
     return Table("answer-weight", "Merge weight on the tokens of the answer", rows, notes, more)

@@ -33,25 +33,26 @@ def print_table(rows: Mapping[str, dict[str, Any]], console: Console, shown: Seq
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str], console: Console) -> None:
     """Print ``rows``, which have the same keys, with their keys as the columns, and ``notes`` below. A value may be a
     mean with its interval (metrics.summarize), a number, a text, True or False, or None."""
-    table = Table(title=title, title_justify="left")
+    table, tenths = Table(title=title, title_justify="left"), {}
     for name in rows[0]:
         texts = any(isinstance(row[name], str) for row in rows)
+        tenths[name] = all(round(row[name], 1) == row[name] for row in rows if isinstance(row[name], float))
         table.add_column(name, justify="left" if texts else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*(_cell(value, tenths[name]) for name, value in row.items()))
     console.print(table)
     for note in notes:
         console.print(f"  {note}", highlight=False, markup=False)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, tenths: bool) -> str:
     if isinstance(value, Mapping):
         return _interval(value)
     if value is None or isinstance(value, bool):
         return {None: "-", True: "yes", False: ""}[value]
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
-    return escape(str(value))
+        return f"{value:.1f}" if tenths else f"{value:.3f}"
+    return escape(" ".join(str(value).splitlines()))
 
 
 def _interval(value: Mapping[str, float]) -> str:
