@@ -1,25 +1,70 @@
-"""Ask a question about a text: ``python -m comi_jax.answer --checkpoint=DIR --context=FILE --question=TEXT``."""
+"""Ask questions about texts: ``python -m comi_jax.answer --checkpoint=DIR --context=FILE [--question=TEXT]``.
 
+With ``--question`` one answer is printed, with ``--questions`` the answers to a file of questions as JSON Lines. With
+neither, questions are read from the terminal, one a line; ``/rate N`` changes the rate and ``/quit`` ends.
+"""
+
+import argparse
+import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from comi_jax import cli
 from comi_jax.config import ConfigError
-from comi_jax.devices import compilations
+from comi_jax.data.records import Record
+from comi_jax.errors import UserError
 from comi_jax.runs.selection import choose_step
-from comi_jax.serving.compressor import Comi
+from comi_jax.serving.compressor import Answer, Comi
+from comi_jax.serving.generation import Options
+
+AT_ONCE = 64  # questions of a file per call; at most so many answers are lost if the process dies
+HELP = "a question about the text, /rate N (context tokens per memory vector), or /quit"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Answer one question about one text file."""
-    parser = cli.Parser(prog="python -m comi_jax.answer", description="Ask a question about a text.")
+    """Answer one question, a file of questions, or those typed in."""
+    options = _parser().parse_args(arguments)
+    with cli.one_way_out():
+        if options.question is None and options.questions is None and "-" in options.context:
+            raise ConfigError("--context=- reads standard input, where questions are typed too; give --question")
+        questions = _read_questions(options.questions) if options.questions else []
+        text = Record(tuple(_read_text(path) for path in _files(options.context)), "", ()).context_text()
+        step = choose_step(options.checkpoint, options.step)
+        asked = Session(Comi.load(options.checkpoint, overrides=options.set, step=step), text, options)
+        if options.questions:
+            asked.file(questions)
+        elif options.question is not None:
+            asked.one(options.question)
+        else:
+            asked.conversation()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="python -m comi_jax.answer", description="Ask questions about texts.")
     parser.add_argument("--checkpoint", type=cli.path, required=True, help="folder of a training run")
     parser.add_argument("--step", default="newest", help='step of the checkpoint, "best" or "newest" (default)')
-    parser.add_argument("--context", type=cli.path, required=True, help="text file (UTF-8), or - for standard input")
-    parser.add_argument("--question", required=True, help="passed to the model verbatim, e.g. 'Question: ... Answer:'")
+    parser.add_argument(
+        "--context",
+        type=cli.path,
+        required=True,
+        nargs="+",
+        help="text files (UTF-8), folders of such files, or - for standard input; several are joined by newlines",
+    )
+    asking = parser.add_mutually_exclusive_group()
+    asking.add_argument("--question", help="passed to the model verbatim, e.g. 'Question: ... Answer:'")
+    asking.add_argument(
+        "--questions", type=cli.path, help='JSON Lines file, each line {"question": TEXT} or a text in quotes'
+    )
     parser.add_argument("--rate", type=int, help="context tokens per memory vector")
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--repetition-penalty", type=float, help="on generated tokens; 1 is off, the release used 1.3")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; above, tokens are drawn")
+    parser.add_argument("--top-k", type=int, help="draw from so many tokens; 0 is all")
+    parser.add_argument("--top-p", type=float, help="draw from the best tokens of this total probability; 1 is all")
+    parser.add_argument("--seed", type=int, help="of the draws")
+    parser.add_argument("--stop", action="append", help="end the answer before this text; may be given several times")
     parser.add_argument(
         "--set",
         action="append",
@@ -27,26 +72,117 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="path=value",
         help="override a setting, e.g. data.on_long=truncate",
     )
-    options = parser.parse_args(arguments)
-    with cli.one_way_out():
-        compilations.keep()
-        context = _read_text(options.context)
-        step = choose_step(options.checkpoint, options.step)
-        model = Comi.load(options.checkpoint, overrides=options.set, step=step)
-        answer = model.answer(
-            context,
-            options.question,
-            rate=options.rate,
-            max_new_tokens=options.max_new_tokens,
-            repetition_penalty=options.repetition_penalty,
-        )
-    print(answer.text)
-    print(
+    return parser
+
+
+class Session:
+    """Questions about one text."""
+
+    def __init__(self, model: Comi, text: str, given: argparse.Namespace):
+        self.model, self.context, self.rate = model, text, given.rate
+        self.options: Options = {
+            "max_new_tokens": given.max_new_tokens,
+            "repetition_penalty": given.repetition_penalty,
+            "temperature": given.temperature,
+            "top_k": given.top_k,
+            "top_p": given.top_p,
+            "seed": given.seed,
+            "stop_strings": given.stop,
+        }
+
+    def one(self, question: str) -> None:
+        """Print the answer to ``question`` as it comes, and on standard error what it took."""
+        stream = self.model.stream(self.context, question, rate=self.rate, **self.options)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print(flush=True)
+        if stream.answer is not None:
+            print(_speed(stream.answer, stream.timings), _made_of(stream.answer), sep="\n", file=sys.stderr)
+
+    def file(self, questions: Sequence[str]) -> None:
+        """Print the answers to ``questions`` as JSON Lines."""
+        for first in range(0, len(questions), AT_ONCE):
+            some = questions[first : first + AT_ONCE]
+            answers = self.model.answer([self.context] * len(some), some, rate=self.rate, **self.options)
+            for question, answer in zip(some, answers, strict=True):
+                print(json.dumps(_row(question, answer), ensure_ascii=False), flush=True)
+
+    def conversation(self) -> None:
+        """Answer the questions that are typed, until /quit or the end of the input. What is wrong with one question is
+        told, and the next one is asked for; Ctrl-C leaves an answer."""
+        print(HELP, file=sys.stderr)
+        for line in _typed():
+            try:
+                if line.startswith("/"):
+                    self._command(line)
+                else:
+                    self.one(line)
+            except KeyboardInterrupt:
+                print(flush=True)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+    def _command(self, line: str) -> None:
+        name, _, value = line.partition(" ")
+        if name != "/rate":
+            raise ConfigError(f"there is no command {name}; type {HELP}")
+        if not value.strip().isdecimal() or int(value) < 1:
+            raise ConfigError(f"the rate is {value.strip() or 'missing'}; type a whole number of at least 1: /rate 16")
+        self.rate = int(value)
+
+
+def _typed() -> Iterator[str]:
+    """The lines of the input that are not empty, until /quit."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(flush=True)
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def _speed(answer: Answer, timings: dict[str, float]) -> str:
+    """What an answer took; a first one includes the compilation of the programs."""
+    compressed, first = (f"{timings[name] * 1000:,.0f} ms" for name in ("compressed", "first token"))
+    said = f"[compressed in {compressed}, first token after {first}"
+    further, seconds = len(answer.tokens) - 1, timings["end"] - timings["first token"]
+    return f"{said}, then {further / seconds:,.1f} tokens/s]" if further else f"{said}]"
+
+
+def _made_of(answer: Answer) -> str:
+    return (
         f"[{answer.context_tokens} context tokens{' (truncated)' if 'context' in answer.cut else ''} in "
         f"{answer.memory_vectors} memory vectors: ratio {answer.ratio:.1f}"
-        f"{'; the question lost its beginning' if 'question' in answer.cut else ''}]",
-        file=sys.stderr,
+        f"{'; the question lost its beginning' if 'question' in answer.cut else ''}]"
     )
+
+
+def _row(question: str, answer: Answer) -> dict[str, Any]:
+    return {
+        "question": question,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "context_tokens": answer.context_tokens,
+        "memory_vectors": answer.memory_vectors,
+    } | ({"truncated": answer.cut} if answer.truncated else {})
+
+
+def _files(given: Sequence[str]) -> Iterator[str]:
+    """The files of ``given``; of a folder all in it and below, by name, but those that begin with a dot."""
+    for name in given:
+        folder = Path(name)
+        if name == "-" or not folder.is_dir():
+            yield name
+            continue
+        below = sorted(path for path in folder.rglob("*") if path.is_file())
+        found = [str(path) for path in below if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
+        if not found:
+            raise ConfigError(f"--context={name} is a folder without files; give one that holds text files")
+        yield from found
 
 
 def _read_text(path: str) -> str:
@@ -58,6 +194,28 @@ def _read_text(path: str) -> str:
     if not text.strip():
         raise ConfigError(f"--context={path} is empty; give a file that holds text")
     return text
+
+
+def _read_questions(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--questions={path} cannot be read as UTF-8 text: {error}") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
+        question = value.get("question") if isinstance(value, dict) else value
+        if not isinstance(question, str) or not question.strip():
+            raise ConfigError(f'{path}, line {number} holds no question; write {{"question": "..."}} or "..."')
+        questions.append(question)
+    if not questions:
+        raise ConfigError(f"--questions={path} holds no question; give a line for each")
+    return questions
 
 
 if __name__ == "__main__":

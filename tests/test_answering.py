@@ -63,7 +63,8 @@ def test_a_stream_joined_is_the_answer(model, options):
         stream = model.stream(context, question, logprobs=True, **options)
         assert stream.answer is None
         pieces = list(stream)
-        assert all(pieces) and stream.first_token is not None
+        assert all(pieces) and list(stream.timings) == ["compressed", "first token", "end"]
+        assert sorted(stream.timings.values()) == list(stream.timings.values())
         assert stream.answer == model.answer(context, question, logprobs=True, **options)
         assert "".join(pieces) == stream.answer.text
         with pytest.raises(StopIteration):

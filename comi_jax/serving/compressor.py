@@ -74,20 +74,28 @@ class Answer:
 class AnswerStream(Iterator[str]):
     """The text of an answer, piece by piece as it is decoded. The pieces, joined, are ``answer.text``."""
 
-    def __init__(self, pieces: Generator[str, None, generation.Reply], answer: Callable[[generation.Reply], Answer]):
-        self._pieces, self._answer = pieces, answer
+    def __init__(
+        self,
+        pieces: Generator[str, None, generation.Reply],
+        answer: Callable[[generation.Reply], Answer],
+        asked: float,
+        compressed: float,
+    ):
+        self._pieces, self._answer, self._asked = pieces, answer, asked
         self.answer: Answer | None = None  # after the last piece
-        self.first_token: float | None = None  # when the first token came, of time.perf_counter
+        # Seconds since the question was asked, until its memory and its first token were there and until the end.
+        self.timings = {"compressed": compressed - asked}
 
     def __next__(self) -> str:
         while True:
             try:
                 piece = next(self._pieces)
             except StopIteration as end:
-                if self.answer is None and end.value is not None:
+                if end.value is not None:
                     self.answer = self._answer(end.value)
+                    self.timings["end"] = time.perf_counter() - self._asked
                 raise StopIteration from None
-            self.first_token = self.first_token or time.perf_counter()
+            self.timings.setdefault("first token", time.perf_counter() - self._asked)
             if piece:
                 return piece
 
@@ -204,14 +212,17 @@ class Comi:
         **options: Unpack[Options],
     ) -> AnswerStream:
         """``answer`` as an iterator over pieces of its text, each given as soon as no further token can change it."""
-        chosen = generation.chosen(self.run.config.generation, options)
+        asked, chosen = time.perf_counter(), generation.chosen(self.run.config.generation, options)
         (example,) = self._examples(context, question)
         rate = batching.check(self.run, [example], rate, chosen.max_new_tokens)
         ((_, batch),) = self._batches([example], rate)
         memory = batching.remember(self.params, batch, self.architecture, rate)
-        pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
         vectors = int(batching.fetch(memory.length)[0])
-        return AnswerStream(pieces, lambda reply: self._answer(reply, example, rate, vectors, logprobs))
+        compressed = time.perf_counter()
+        pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
+        return AnswerStream(
+            pieces, lambda reply: self._answer(reply, example, rate, vectors, logprobs), asked, compressed
+        )
 
     def prompt_embeddings(self, context: str, question: str, *, rate: SupportsIndex | None = None) -> PromptEmbeddings:
         """What the decoder reads for ``question``, [memory; embed(question)], for serving engines and for ``slots``."""
