@@ -18,7 +18,7 @@ from rich.console import Console
 from comi_jax import cli
 from comi_jax.config import ConfigError, Mesh
 from comi_jax.data.fingerprint import fingerprint_of
-from comi_jax.devices import sharding
+from comi_jax.devices import compilations, sharding
 from comi_jax.evaluation import diagnostics_attention, diagnostics_plots
 from comi_jax.evaluation.diagnosis import TABLES, Diagnosis, Sweep
 from comi_jax.evaluation.diagnostics import Table
@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     console = Console(width=cli.width(), soft_wrap=True, markup=False)  # paths and data may hold brackets
     with cli.one_way_out(), contextlib.ExitStack() as until_end:
+        compilations.keep()
         names, sizes = chosen_tables(given.table), chosen_sizes(given.segment_sizes)
         if given.limit is not None and given.limit < 1:
             raise ConfigError(f"--limit={given.limit} leaves no records; give at least 1")

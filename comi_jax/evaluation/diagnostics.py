@@ -1,7 +1,7 @@
 """What compression did with single examples: the groups of a context with their scores, sizes, weights and vectors.
 
-The values come from the functions that answer questions, ``encoder.encode_pairs`` and ``comi.compress_segments``. A
-context of several segments has the groups of all of them, in order; scores and shares are within a segment.
+The values come from the functions that answer questions: ``encode_pairs`` and ``compress_segments``. A context of
+several segments has the groups of all of them, in order; scores and shares are within a segment.
 """
 
 import functools
@@ -22,9 +22,10 @@ from comi_jax.data.encode import Example
 from comi_jax.data.records import Record
 from comi_jax.errors import UserError
 from comi_jax.evaluation import answer_spans
-from comi_jax.model import comi, mig
+from comi_jax.model import mig
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
+from comi_jax.model.comi_memory import compress_segments
 from comi_jax.model.compress import Aux, Representatives, representatives
 from comi_jax.model.encoder import encode_pairs, segments
 from comi_jax.serving import batching
@@ -154,7 +155,7 @@ def examine(params: Any, batch: Batch, arch: Architecture, rate: int) -> tuple[E
     for part in segments(batch.context, batch.context_length, arch.compression.segment_size):
         encoded, query_vector = encode_pairs(params, arch, *part, batch.query, batch.query_length)
         slots = max_groups(part[0].shape[2], rate)
-        out = comi.compress_segments(params, arch, encoded, query_vector, batch.rate, slots)
+        out = compress_segments(params, arch, encoded, query_vector, batch.rate, slots)
         length = encoded.length.reshape(-1)
         real = jnp.arange(encoded.states.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
         directions, inverse = mig.directions(jnp.where(real[:, :, None], encoded.states, 0))
@@ -167,12 +168,20 @@ def examine(params: Any, batch: Batch, arch: Architecture, rate: int) -> tuple[E
     return tuple(found)
 
 
+def check_system(model: Comi) -> None:
+    """Raise DiagnosisError unless ``model`` is COMI, whose encoder reads the question after the context."""
+    system = model.run.config.system
+    if system != "comi":
+        raise DiagnosisError(f"this checkpoint is of system={system}, which has no MIG; pass one of system=comi")
+
+
 def anatomies(
     model: Comi, subjects: Sequence[Subject], rate: SupportsIndex | None, params: Any = None
 ) -> Iterator[Anatomy]:
     """The anatomy of each subject, in batches of similar length; ``params`` (None: the model's) may have another
     encoder. Raises ConfigError if the model allocates its groups without MIG, and LengthError for contexts that are
     longer than its positions."""
+    check_system(model)
     if not model.run.config.compression.coarse:
         raise ConfigError(
             "this checkpoint has compression.coarse=false, so its groups have no MIG to diagnose; pass "

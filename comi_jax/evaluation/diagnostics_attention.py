@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax.config import Backbone
 from comi_jax.data.encode import LengthError
-from comi_jax.evaluation.diagnostics import NOT_COMPARABLE, RESAMPLES, DiagnosisError, Subject, Table
+from comi_jax.evaluation.diagnostics import NOT_COMPARABLE, RESAMPLES, DiagnosisError, Subject, Table, check_system
 from comi_jax.evaluation.diagnostics_tables import mean_cosine
 from comi_jax.evaluation.metrics import summarize
 from comi_jax.model import backbone as lm
@@ -50,7 +50,7 @@ def attention_mass(
     def body(carry, layer):
         x, total = carry
         index, weights = layer
-        q, k, _ = lm.projections({name: w.astype(x.dtype) for name, w in weights.items()}, x, rope, backbone)
+        q, k, _ = lm.attention_inputs({name: w.astype(x.dtype) for name, w in weights.items()}, x, rope, backbone)
         q = jnp.take_along_axis(q, asking[:, :, None, None], axis=1)
         total = total + _mass(q, k, asking, real)
         x, _ = lm.block(weights, x, rope, backbone, index=index, cache=None, start=None, lora=None, runtime=runtime)
@@ -166,6 +166,7 @@ def summary_1b(
 ) -> Table:
     """Figure 1b: the cosines among the last encoder states of the HIGHEST tokens of each context, and among as many
     tokens drawn at random; the matrix of the subject ``example`` is stored."""
+    check_system(model)
     chosen = []
     for subject, mass in zip(subjects, found, strict=True):
         count = min(HIGHEST, len(mass))
