@@ -11,6 +11,7 @@ from rich.table import Table
 from comi_jax import cli
 from comi_jax.config import Config, ConfigError
 from comi_jax.devices import topology
+from comi_jax.model.architecture import Stage
 from comi_jax.overrides import load
 from comi_jax.planning import sweep
 from comi_jax.planning.programs import Program, backbone_of, serving, train_step
@@ -98,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif given.serve:
             programs = serving(config, backbone, where, given.batch_size)
         else:
-            programs = [train_step(config, backbone, where)]
+            stages: tuple[Stage, ...] = ("autoencoding", "answering") if config.autoencoding_steps else ("answering",)
+            programs = [train_step(config, backbone, where, stage) for stage in stages]
         show(programs, where, config, console)
         if given.json:
             text = json.dumps(to_json(programs, where, config), indent=2)

@@ -62,10 +62,11 @@ class ComiAnswerer:
         return self.model.generate(examples, self.rate, self.decoding)
 
     def account(self) -> dict[str, Any]:
+        uncompressed = self.model.run.config.system == "full_prompt"
         return {
             "step": self.step,
             "weights": self.weights,
-            "rate": None if self.closed_book else self.rate_used,
+            "rate": None if self.closed_book or uncompressed else self.rate_used,
             "closed_book": self.closed_book,
             "decoding": {"method": self.decoding.method, **dataclasses.asdict(self.decoding)},
         }

@@ -26,9 +26,13 @@ def train_step(arch: Architecture, lengths: Lengths, stage: Stage = "answering")
     return sum(cost.total for cost in by_part(arch, lengths, stage).values())
 
 
-def shared(arch: Architecture, lengths: Lengths, share: int) -> Cost:
-    """FLOP of one training example if ``share`` examples share each context, which is encoded once."""
-    parts = by_part(arch, lengths)
+def shared(arch: Architecture, lengths: Lengths, share: int, stage: Stage = "answering") -> Cost:
+    """FLOP of one training example if ``share`` examples share each context, which is encoded and, while autoencoding,
+    reconstructed once."""
+    parts = by_part(arch, lengths, stage)
+    if stage == "autoencoding":
+        whole = sum(parts.values(), Cost(0.0))
+        return Cost(whole.forward / share, whole.backward / share)
     context = by_part(arch, dataclasses.replace(lengths, query=0, answer=0))["encoder"]
     again = 1 / share - 1
     return sum(parts.values(), Cost(context.forward * again, context.backward * again))

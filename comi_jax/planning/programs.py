@@ -24,7 +24,7 @@ from comi_jax.data.encode import Example
 from comi_jax.devices import sharding, topology
 from comi_jax.devices.chips import Chip
 from comi_jax.model import architecture, comi, flops, generate
-from comi_jax.model.architecture import Architecture, frozen_dtype
+from comi_jax.model.architecture import Architecture, Stage, frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
 from comi_jax.planning import estimate, hlo
@@ -82,30 +82,32 @@ def abstract_batch(config: Config, examples: int, share: int, placed: Any) -> Ba
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), batch)
 
 
-def train_step(config: Config, backbone: Backbone, where: topology.Topology) -> Program:
-    """The train step of ``config`` on all devices of ``where``."""
+def train_step(config: Config, backbone: Backbone, where: topology.Topology, stage: Stage = "answering") -> Program:
+    """The train step of ``config`` in ``stage`` on all devices of ``where``."""
     mesh = sharding.make_mesh(config.mesh, where.devices)
     sharding.check_heads(backbone, mesh)
     micro_batches = sharding.micro_batches(config, mesh)
     arch = Architecture.of(backbone, config).on(mesh)
-    update = optim.optimizer(config.optimizer, config.train.steps)
+    first = config.autoencoding_steps
+    update = optim.optimizer(config.optimizer, config.train.steps, first)
     held, frozen = state.abstract(arch, update, mesh)
     share, examples = config.train.share_context, config.train.batch_size // micro_batches
     batch = abstract_batch(config, examples, share, sharding.rows(mesh))
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    step, total = CompiledStep(arch, update), gradients_of(held) if micro_batches > 1 else None
+    step, total = CompiledStep(arch, update, first), gradients_of(held) if micro_batches > 1 else None
     rows = examples // share // sharding.row_shards(mesh)
     known = estimate.held(arch, held, frozen, estimate.longest(config), rows, share, mesh)
     held_by_both = {"trained parameters": known.trained, "optimizer": known.optimizer}
     gradients = {"gradients": known.gradients}
-    own = flops.shared(arch, estimate.longest(config), share).total * examples / len(where.devices)
+    own = flops.shared(arch, estimate.longest(config), share, stage).total * examples / len(where.devices)
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     division = f"{sizes}, {micro_batches} micro-batches, remat {config.model.remat}"
-    lowered = step.lower_gradients(total, held, frozen, batch, key, number)
+    lowered = step.lower_gradients(total, held, frozen, batch, key, number, stage)
     arguments = held_by_both | {"frozen parameters": known.frozen} | (gradients if micro_batches > 1 else {})
-    each = measure("train step", division, lowered, where, arguments, own)
-    last = measure("train step", division, step.lower_update(held), where, held_by_both | gradients, 0.0)
+    name = f"train step, {stage}" if first else "train step"
+    each = measure(name, division, lowered, where, arguments, own)
+    last = measure(name, division, step.lower_update(held, stage), where, held_by_both | gradients, 0.0)
     return in_turn([(micro_batches, each), (1, last)])
 
 

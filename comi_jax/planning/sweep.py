@@ -121,6 +121,8 @@ def best(
 ) -> tuple[Config, Program]:
     """The fastest fitting candidate among at most ``compiles`` compiled ones, and its program. Raises ConfigError if
     none fits."""
+    if config.system != "comi":
+        raise ConfigError(f"a sweep estimates the memory of COMI, not of system={config.system}; leave --sweep out")
     found = sorted(candidates(config, backbone, where), key=lambda c: (c.seconds, c.bytes))
     fitting = [c for c in found if c.bytes < where.chip.memory]
     console.print(f"{len(found)} candidates, {len(fitting)} fit by estimate; compiling {compiles} of them")

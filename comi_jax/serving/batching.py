@@ -26,6 +26,8 @@ def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | None, new
     """The rate (None: the first of compression.rates), validated for ``examples``. Raises ConfigError for a bad rate,
     and LengthError for examples that do not fit the backbone's positions."""
     compression = run.config.compression
+    if run.config.system == "full_prompt" and rate is not None:
+        raise ConfigError(f"system=full_prompt reads whole contexts and has no rate; leave the rate {rate} out")
     rate = compression.rates[0] if rate is None else rate
     if not hasattr(rate, "__index__") or isinstance(rate, bool) or operator.index(rate) < 1:
         raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")

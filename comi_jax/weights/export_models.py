@@ -47,6 +47,7 @@ def export_hf(
     not merged, but written beside it for PEFT. Returns the bytes of weights by part."""
     check_new(output)
     run, output, step = read_run(checkpoint), Path(output), existing(checkpoint)
+    check_exportable(checkpoint, run)
     if adapter and not run.architecture.lora.rank:
         raise ConfigError(f"{checkpoint} has no adapters (lora.rank is 0); leave --adapter out")
     tokenizer = load_tokenizer(Folder(checkpoint).tokenizer)
@@ -72,6 +73,15 @@ def export_hf(
     card = model_card.card(run, arch, step, weights_of(checkpoint, step), *results)
     (output / "README.md").write_text(card, encoding="utf-8")
     return written
+
+
+def check_exportable(checkpoint: str | Path, run: Run) -> None:
+    """Raises ConfigError for another system than COMI, for which other software has no format."""
+    if run.config.system != "comi":
+        raise ConfigError(
+            f"{checkpoint} holds system={run.config.system}, and only COMI can be exported; use it with "
+            "comi_jax.answer and comi_jax.evaluate"
+        )
 
 
 def _save_part(
@@ -143,6 +153,7 @@ def export_official(checkpoint: str | Path, output: str | Path, merge_lora: bool
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output={output} is written as safetensors; give it that ending")
     run = read_run(checkpoint)
+    check_exportable(checkpoint, run)
     arch, flat = run.architecture, load_flat(checkpoint, run.architecture)
     if merge_lora:
         arch, flat = merged(arch, flat)

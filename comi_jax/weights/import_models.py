@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax.config import Config
+from comi_jax.config import Config, ConfigError
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten
@@ -29,7 +29,7 @@ def import_hf(backbone: str | Path, output: str | Path, config: Config, dtype: s
     check_new(output)
     shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
     tokenizer = fit_tokenizer(tokenizer, shape)
-    arch = Architecture(shape, config.compression, config.lora)
+    arch = Architecture(shape, config.compression, config.lora, system=config.system, icae=config.icae)
     params = hf.load_parts(backbone, shape, architecture.parts_of_backbone(arch))
     params |= architecture.own_parameters(arch, config.train.seed)
     run = _run_of(config, arch, params, backbone, tokenizer, dtype)
@@ -48,6 +48,8 @@ def import_official(
     """Import the official COMI state dict in ``checkpoint`` to ``output``. Its tensors give the layer counts, the LoRA
     rank and targets and the scalars; ``config`` gives rates and switches. Raises as ``import_hf``."""
     check_new(output)
+    if config.system != "comi":
+        raise ConfigError(f"the release's checkpoints are COMI's; leave system={config.system} out")
     shape, tokenizer = hf_config.read_config(backbone, config.model.ignore_config), load_tokenizer(backbone)
     tokenizer = fit_tokenizer(tokenizer, shape)
     params, arch = official.load(checkpoint, shape, config.compression, lora_alpha)
