@@ -17,7 +17,7 @@ from comi_jax.model import backbone as lm
 from comi_jax.model import comi, flops, lora, systems
 from comi_jax.model.architecture import Architecture, is_trained, specs
 from comi_jax.model.batch import Batch
-from comi_jax.params import flatten, partition
+from comi_jax.params import abstract, flatten, partition
 from comi_jax.training import optim
 from comi_jax.training.state import TrainState
 from comi_jax.training.step import CompiledStep
@@ -62,28 +62,21 @@ def shared(batch):
     return batch.replace(**more)
 
 
-def unshared(batch):
-    """The same examples with a context each."""
-    names = ("context", "context_length")
-    return batch.replace(**{name: np.repeat(getattr(batch, name), batch.share, axis=0) for name in names})
-
-
 @jax.jit
 def _row(params, x):
     return lm.forward(params, x, BACKBONE)[0]
 
 
 def states_of(params, embedded):
-    """A language model's states of one row of vectors, without padding, cache or companions."""
-    return np.asarray(_row(params, jnp.asarray(embedded)[None])[0])
+    """A language model's states of one row of vectors, without cache or companions; all rows compile once."""
+    length = len(embedded)
+    return _row(params, jnp.pad(jnp.asarray(embedded), ((0, 48 - length), (0, 0)))[None])[0, :length]
 
 
 def merged(params, arch):
     """The decoder with its adapters multiplied into its weights."""
-    decoder = params["decoder"]
-    return (
-        {**decoder, "layers": lora.merge(decoder["layers"], params["lora"], arch.lora)} if arch.lora.rank else decoder
-    )
+    layers = lora.merge(params["decoder"]["layers"], params["lora"], arch.lora)
+    return {**params["decoder"], "layers": layers}
 
 
 def segments_of(ids):
@@ -99,7 +92,7 @@ def plain_memory(params, arch, ids, rate):
         embedded = np.asarray(params["encoder"]["embed"])[segment]
         if arch.system == "gmsa":
             states = states_of(params["encoder"], embedded)
-            means = np.stack([states[i : i + rate].mean(axis=0) for i in range(0, len(segment), rate)])
+            means = np.stack([np.asarray(states)[i : i + rate].mean(axis=0) for i in range(0, len(segment), rate)])
             memory.append(states_of(params["lsa"], means))
         else:
             slots = -(-len(segment) // rate)
@@ -125,11 +118,10 @@ def rows_of(batch):
         yield [ids[row, : length[row]] for ids, length, row in parts], int(batch.rate[i])
 
 
-@pytest.mark.parametrize("make", [shared, lambda batch: batch], ids=["shared", "alone"])
 @pytest.mark.parametrize("system", RIVALS)
-def test_memory_and_logits_are_those_of_a_plain_computation(system, make, batch):
+def test_memory_and_logits_are_those_of_a_plain_computation(system, batch):
     """Of every row by itself, from merged adapters; segments, groups and memory tokens cut by hand."""
-    arch, batch = arch_of(system), make(batch)
+    arch, batch = arch_of(system), shared(batch)
     params = params_of(arch)
     memory = jax.jit(lambda p, b: comi.memory_of(p, arch, b, MIN_RATE))(params, batch)
     logits = jax.jit(lambda p, m, b: comi.answer_logits(p, arch, m, b))(params, memory, batch)
@@ -193,9 +185,8 @@ def test_padding_and_companions_change_nothing(system, batch):
     np.testing.assert_array_equal(length, length_2)
     np.testing.assert_array_equal(np.asarray(logits)[real], np.asarray(logits_2)[real])
     assert float(loss) == float(loss_2)
-    strangers = other.replace(
-        **{n: np.concatenate([getattr(batch, n)[:1], getattr(other, n)[1:][::-1]]) for n in vars(batch)}
-    )
+    order = [0, 3, 2, 1]
+    strangers = other.replace(**{name: value[order] for name, value in vars(other).items()})
     np.testing.assert_allclose(run(params, strangers)[1][0], logits[0], rtol=1e-5, atol=1e-5)
 
 
@@ -268,22 +259,22 @@ def test_a_stage_changes_its_own_parameters_and_no_others(system, stage, batch):
 @pytest.mark.parametrize("system", RIVALS)
 def test_the_decoder_is_trained_as_comis_is(system):
     """The same parameters while answering, with adapters and without."""
+
+    def tuned(system, rank):
+        arch = arch_of(system, rank)
+        paths = (path for path in flatten(specs(arch)) if path.startswith(("decoder/", "lora/")))
+        return {path for path in paths if is_trained(path, arch, "answering")}
+
     for rank in (0, 2):
-        rival, ours = arch_of(system, rank), arch_of("comi", rank)
-        tuned = [
-            {p for p in flatten(specs(a)) if p.startswith(("decoder/", "lora/")) and is_trained(p, a, "answering")}
-            for a in (rival, ours)
-        ]
-        assert tuned[0] == tuned[1] and tuned[0]
+        assert tuned(system, rank) == tuned("comi", rank) != set()
 
 
-@pytest.mark.parametrize("sizes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=["4 data", "2 fsdp x 2 tensor"])
 @pytest.mark.parametrize("system, stage", list(WANTED))
-def test_a_step_is_the_same_on_one_device_and_on_four(system, stage, sizes, batch):
+def test_a_step_is_the_same_on_one_device_and_on_four(system, stage, batch):
     arch, update = arch_of(system, rank=0), optax.trace(1.0)  # whose state is the gradient
     params = params_of(arch)
     alone, metrics = step(arch, params, batch, mesh_of(1), update, stage)
-    spread, metrics_4 = step(arch, params, batch, mesh_of(4, **sizes), update, stage)
+    spread, metrics_4 = step(arch, params, batch, mesh_of(4, fsdp=2, tensor=2), update, stage)
     for name, value in metrics.items():
         assert float(metrics_4[name]) == pytest.approx(float(value), rel=1e-5), name
     for path, gradient in alone.optimizer.trace.items():
@@ -317,11 +308,8 @@ def test_the_second_stage_begins_with_fresh_moments(batch):
 def test_each_stage_has_the_whole_schedule(name):
     settings = Optimizer(learning_rate=2.0, schedule=name, warmup=0.2)
     both = optim.schedule(settings, 30, 10)
-    first, second = optim.schedule(settings, 10), optim.schedule(settings, 20)
-    np.testing.assert_allclose(
-        [float(both(i)) for i in range(30)],
-        [float(first(i)) for i in range(10)] + [float(second(i)) for i in range(20)],
-    )
+    alone = [float(optim.schedule(settings, count)(i)) for count in (10, 20) for i in range(count)]
+    np.testing.assert_allclose([float(both(i)) for i in range(30)], alone)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -379,37 +367,33 @@ def test_settings_of_systems_are_checked():
 
 def test_flop_of_systems_differ_by_what_they_compute():
     lengths = flops.Lengths(context=48, query=5, answer=3, rate=4)
-    parts = {name: flops.by_part(arch_of(name, rank=0), lengths) for name in systems.SYSTEMS}
-    assert flops.by_part(arch_of("comi", rank=0), lengths)["decoder"] == parts["gmsa"]["decoder"]  # equal memories
-    assert (
-        parts["gmsa"]["encoder"].backward == 0 and parts["gmsa"]["encoder"].forward < parts["comi"]["encoder"].forward
-    )
-    assert parts["full_prompt"]["encoder"].total == 0
-    assert parts["full_prompt"]["decoder"].forward > 3 * parts["comi"]["decoder"].forward
-    assert (
-        flops.memory_length(arch_of("full_prompt"), lengths) == 48
-        and flops.memory_length(arch_of("icae"), lengths) == 12
-    )
+    arch = {name: arch_of(name, rank=0) for name in systems.SYSTEMS}
+    part = {name: flops.by_part(one, lengths) for name, one in arch.items()}
+    assert part["comi"]["decoder"] == part["gmsa"]["decoder"]  # equal memories
+    assert part["gmsa"]["encoder"].backward == 0 and part["full_prompt"]["encoder"].total == 0
+    assert part["gmsa"]["encoder"].forward < part["comi"]["encoder"].forward  # which reads the question
+    assert [flops.memory_length(arch[name], lengths) for name in RIVALS] == [48, 12, 12]
     for system in ("gmsa", "icae"):
-        arch = arch_of(system, rank=0)
-        assert flops.train_step(arch, lengths, "autoencoding") > flops.train_step(arch, lengths)
-        assert (
-            flops.shared(arch, lengths, 4, "autoencoding").total == flops.train_step(arch, lengths, "autoencoding") / 4
-        )
+        whole = flops.train_step(arch[system], lengths, "autoencoding")
+        assert whole > flops.train_step(arch[system], lengths)
+        assert flops.shared(arch[system], lengths, 4, "autoencoding").total == pytest.approx(whole / 4)
 
 
 @pytest.mark.parametrize("system", RIVALS)
-def test_flop_are_those_of_the_compiled_program(system, batch):
-    """A whole context and answer, compressed and scored: within a tenth of what XLA counts, attention's other half
-    aside, whose products are computed and masked."""
-    arch = arch_of(system, rank=0, segment_size=64)
-    arch = dataclasses.replace(arch, runtime=dataclasses.replace(arch.runtime, attention="dense"))
-    full = Batch(*(np.zeros(s, np.int32) for s in ((1, 64), 1, (1, 8), 1, (1, 8), 1, 1)))
+def test_flop_are_those_of_the_compiled_program(system):
+    """Of a single layer, which XLA counts whole: within 5 %, after adding attention's other half, which a dense
+    implementation computes and masks."""
+    small = dataclasses.replace(BACKBONE, num_hidden_layers=1, hidden_size=128, head_dim=32, intermediate_size=256)
+    settings = Compression(rates=(4,), encoder_layers=1, segment_size=64)
+    arch = Architecture(small, settings, runtime=lm.Runtime(attention="dense"), system=system)
+    arch = dataclasses.replace(arch, icae=Icae(memory_tokens=16, rank=8))
+    rows = Batch(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 64), (1,), (1, 8), (1,), (1, 8), (1,), (1,))))
 
     def forward(params, rows):
-        memory = comi.memory_of(params, arch, rows, 4)
-        return comi.answer_logits(params, arch, memory, rows)
+        return comi.answer_logits(params, arch, comi.memory_of(params, arch, rows, 4), rows)
 
-    compiled = jax.jit(forward).lower(params_of(arch), full).compile().cost_analysis()["flops"]
+    compiled = jax.jit(forward).lower(abstract(specs(arch)), rows).compile().cost_analysis()["flops"]
     counted = sum(cost.forward for cost in flops.by_part(arch, flops.Lengths(64, 8, 8, 4)).values())
-    assert compiled / BACKBONE.num_hidden_layers < counted < compiled * BACKBONE.num_hidden_layers
+    tokens = {"full_prompt": [80], "gmsa": [64, 16, 32], "icae": [80, 33]}[system]
+    other_half = sum(2.0 * n**2 * small.num_attention_heads * small.head_dim for n in tokens)
+    assert compiled == pytest.approx(counted + other_half, rel=0.05)
