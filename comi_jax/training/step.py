@@ -170,7 +170,7 @@ class CompiledStep:
     def lower_update(self, state: Any, stage: Stage = "answering") -> jax.stages.Lowered:
         """``apply_gradients`` lowered, likewise."""
         apply, changed = self._apply, frozenset(path for path in state.trained if is_trained(path, self._arch, stage))
-        if len(changed) < len(state.trained):
+        if self._first_stage or len(changed) < len(state.trained):
             begins = self._first_stage if stage == "answering" else 0
             apply = functools.partial(apply, changed=changed, begins=begins)
         function = jax.jit(apply, donate_argnums=0, out_shardings=(_shardings(state), None))

@@ -39,9 +39,9 @@ def specs(arch: Architecture) -> dict[str, Any]:
 
 
 def is_trained(path: str, arch: Architecture, stage: Stage) -> bool:
-    """The encoder's adapters, memory tokens and task vectors; while answering the decoder's part too."""
-    if path.partition("/")[0] in ("encoder_lora", "memory_tokens", "tasks"):
-        return stage == "answering" or path != "tasks/answering"
+    """The encoder's adapters, the memory tokens and the stage's task vector; while answering the decoder's part too."""
+    if path.startswith(("encoder_lora/", "memory_tokens/", f"tasks/{stage}")):
+        return True
     return stage == "answering" and is_tuned(path, arch)
 
 
