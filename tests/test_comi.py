@@ -196,7 +196,7 @@ def test_encoding_the_context_once_is_encoding_it_with_the_query(params, batch):
 
     @jax.jit
     def both(params, context, length, query, query_length):
-        (alone,) = encoder.encode(params, ARCH, context, length, QUERY).segments
+        (alone,) = encoder.encode(params, ARCH, context, length).segments
         cached = encoder.query_vectors(params, ARCH, alone, query, query_length)
         pairs = context[:, None], length[:, None], query, query_length
         together, vector = encoder.encode_pairs(params, ARCH, *pairs)
@@ -219,7 +219,7 @@ def test_what_is_remembered_of_an_encoded_context_is_what_one_pass_gives(params,
 
     @jax.jit
     def both(params, batch):
-        encoded = encoder.encode(params, ARCH, batch.context, batch.context_length, room=QUERY)
+        encoded = encoder.encode(params, ARCH, batch.context, batch.context_length)
         once = comi_memory.remember(params, ARCH, encoded, batch.query, batch.query_length, batch.rate, MIN_RATE)
         return once, comi.memory_of(params, ARCH, batch, MIN_RATE)
 

@@ -57,6 +57,47 @@ def attention(
         return run(q, k, v, start, lengths)
 
 
+def attention_after(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    context_k: Float[Array, "C S K H"],
+    context_v: Float[Array, "C S K H"],
+    context_length: Int[Array, " C"],
+    *,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention of rows that continue shared contexts, whose keys and values are there once, in q's dtype.
+
+    Rows i·B/C to (i+1)·B/C - 1 continue context i: query t sees the first context_length[i] keys of the context and the
+    keys 0 to t of its own row. The rows of a context are queries of one call over its keys; its result and that of the
+    rows' own keys are weighted by their softmax normalizers, out = σ(l₁ - l₂) out₁ + σ(l₂ - l₁) out₂ with l the
+    log-sum-exp of the scores. `implementation` is one of TAKE_START, or None for choose(); `mesh` as in `attention`.
+    """
+    run = functools.partial(_after, implementation=implementation, backend=platform(mesh))
+    if mesh is not None and mesh.size > 1:
+        rows = row_axes(context_k.shape[0], mesh)
+        array = PartitionSpec(rows, None, None if k.shape[2] % mesh.shape["tensor"] else "tensor", None)
+        specs = (*[array] * 5, PartitionSpec(rows))
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=array, check_vma=False)
+    with jax.named_scope("attention"):
+        return run(q, k, v, context_k, context_v, context_length)
+
+
+def _after(q, k, v, context_k, context_v, context_length, *, implementation, backend):
+    (B, T, N, H), C = q.shape, context_k.shape[0]
+
+    def part(q, k, v, lengths, causal):
+        name = implementation or choose(q, k, 0, causal, backend)  # as with a start: only those in PARTS
+        return PARTS[name](q, k, v, None, lengths, causal)
+
+    before, before_lse = part(q.reshape(C, -1, N, H), context_k, context_v, context_length, False)
+    own, own_lse = part(q, k, v, None, True)
+    share = jax.nn.sigmoid(before_lse.reshape(B, T, N) - own_lse)[..., None]
+    return (share * before.reshape(q.shape) + (1 - share) * own).astype(q.dtype)
+
+
 def _on_one_device(q, k, v, start, lengths, *, causal, implementation, backend):
     if implementation is None:
         implementation = choose(q, k, start, causal, backend)
@@ -111,6 +152,11 @@ def _log_choice(name, backend, dtype):
 
 def _dense(q, k, v, start, lengths, causal):
     """The readable reference, with all T x S scores at once."""
+    return _dense_parts(q, k, v, start, lengths, causal)[0].astype(q.dtype)
+
+
+def _dense_parts(q, k, v, start, lengths, causal):
+    """The output (B T N H) and the log-sum-exp of the scores (B T N), in float32 at least."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -119,10 +165,11 @@ def _dense(q, k, v, start, lengths, causal):
         "btkgh,bskh->bkgts", q.reshape(B, T, K, -1, H), k, precision=precision, preferred_element_type=dtype
     )
     seen = _visible(T, S, start, lengths, causal)[:, None, None]
-    probs = jax.nn.softmax(jnp.where(seen, scores * jnp.asarray(H**-0.5, dtype), MASKED), axis=-1)
-    probs = jnp.where(seen, probs, 0).astype(v.dtype)  # softmax is uniform over a fully masked row
+    scores = jnp.where(seen, scores * jnp.asarray(H**-0.5, dtype), MASKED)
+    probs = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0).astype(v.dtype)  # uniform over a fully masked row
     out = jnp.einsum("bkgts,bskh->btkgh", probs, v, precision=precision, preferred_element_type=dtype)
-    return out.reshape(q.shape).astype(q.dtype)
+    lse = jnp.einsum("bkgt->btkg", jax.nn.logsumexp(scores, axis=-1))
+    return out.reshape(q.shape), lse.reshape(B, T, N)
 
 
 def _visible(T, S, start, lengths, causal):
@@ -138,10 +185,15 @@ def _visible(T, S, start, lengths, causal):
 
 def _blocked(q, k, v, start, lengths, causal):
     """Plain JAX, a block of scores at a time: see attention_blocked."""
+    return _blocked_parts(q, k, v, start, lengths, causal)[0].astype(q.dtype)
+
+
+def _blocked_parts(q, k, v, start, lengths, causal):
+    """The output (B T N H) and the log-sum-exp of the scores (B T N), in float32 at least."""
     B, S = k.shape[:2]
     start = jnp.zeros(B, jnp.int32) if start is None else start
     lengths = jnp.full(B, S, jnp.int32) if lengths is None else lengths
-    return blocked(q, k, v, start, lengths, causal).astype(q.dtype)
+    return blocked(q, k, v, start, lengths, causal)
 
 
 def _cudnn(q, k, v, start, lengths, causal):
@@ -212,5 +264,6 @@ def _drop_empty(out, lengths):
     return out if lengths is None else jnp.where((lengths > 0)[:, None, None, None], out, 0)
 
 
-TAKE_START = ("dense", "blocked")
+PARTS = {"dense": _dense_parts, "blocked": _blocked_parts}
+TAKE_START = tuple(PARTS)
 IMPLEMENTATIONS = {"dense": _dense, "blocked": _blocked, "cudnn": _cudnn, "splash": _splash}

@@ -4,8 +4,9 @@
 
 Online softmax forward (Dao et al., arXiv 2205.14135) and its own backward from `out` and `lse = m + log l` alone,
     p = e^(s-lse)   dv = p^T do   ds = p (do v^T - rowsum(do out))   dq = ds k   dk = ds^T q,
-so nothing of size T x S is ever held. Written for CPU, where 2-D matmuls are fastest: one batch row and one kv head at
-a time, with the N / K query heads that share the kv head folded into the rows of the query block.
+so nothing of size T x S is ever held; a cotangent of lse is subtracted from the row sum. Written for CPU, where 2-D
+matmuls are fastest: one batch row and one kv head at a time, with the N / K query heads that share the kv head folded
+into the rows of the query block.
 """
 
 from functools import partial
@@ -48,8 +49,9 @@ def blocked(
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
     causal: bool,
-) -> Float[Array, "B T N H"]:
-    """attention() with `start` and `lengths` required. The result is float32, or float64 for float64 inputs."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """attention() with `start` and `lengths` required, and lse, the log-sum-exp of each query's scores (MASKED without
+    visible keys). The results are float32, or float64 for float64 inputs."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -59,8 +61,10 @@ def blocked(
     q = q.astype(dtype) * jnp.asarray(H**-0.5, dtype)
     q = _whole_blocks(q.reshape(B, T, K, -1, H), plan.tokens).reshape(B, K, -1, H)
     k, v = (_whole_blocks(x.astype(dtype), plan.keys) for x in (k, v))
-    out = _attend(plan, q, k, v, start.astype(jnp.int32), jnp.minimum(lengths, S).astype(jnp.int32))
-    return out.reshape(B, K, -1, plan.heads, H)[:, :, :T].swapaxes(1, 2).reshape(B, T, N, H)
+    out, lse = _attend(plan, q, k, v, start.astype(jnp.int32), jnp.minimum(lengths, S).astype(jnp.int32))
+    lse = jnp.where(lse == jnp.inf, MASKED, lse)
+    out, lse = (x.reshape(B, K, -1, plan.heads, *x.shape[3:])[:, :, :T].swapaxes(1, 2) for x in (out, lse))
+    return out.reshape(B, T, N, H), lse.reshape(B, T, N)
 
 
 def _even(size, largest):
@@ -74,21 +78,22 @@ def _whole_blocks(x, block):
     return jnp.pad(x, [(0, -size % block if axis == 2 else 0) for axis, size in enumerate(x.shape)])
 
 
-def _out(plan: Plan, q: Array, k: Array, v: Array, start: Array, lengths: Array) -> Array:
-    return _forward(plan, q, k, v, start, lengths)[0]
+def _both(plan: Plan, q: Array, k: Array, v: Array, start: Array, lengths: Array) -> tuple[Array, Array]:
+    out, lse = _forward(plan, q, k, v, start, lengths)
+    return out, lse
 
 
-_attend = jax.custom_vjp(_out, nondiff_argnums=(0,))
+_attend = jax.custom_vjp(_both, nondiff_argnums=(0,))
 
 
 def _attend_fwd(plan, q, k, v, start, lengths):
     out, lse = (checkpoint_name(x, "attention") for x in _forward(plan, q, k, v, start, lengths))
-    return out, (q, k, v, start, lengths, out, lse)
+    return (out, lse), (q, k, v, start, lengths, out, lse)
 
 
-def _attend_bwd(plan, saved, dout):
+def _attend_bwd(plan, saved, cotangents):
     q, k, v, start, lengths, out, lse = saved
-    return *_backward(plan, q, k, v, start, lengths, out, lse, dout), None, None
+    return *_backward(plan, q, k, v, start, lengths, out, lse, *cotangents), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -124,11 +129,11 @@ def _forward(plan, q, k, v, start, lengths):
     return _over_heads(head, q, k, v, start, lengths)
 
 
-def _backward(plan, q, k, v, start, lengths, out, lse, dout):
-    def head(q, k, v, out, lse, dout, start, length):
+def _backward(plan, q, k, v, start, lengths, out, lse, dout, dlse):
+    def head(q, k, v, out, lse, dout, dlse, start, length):
         def query_block(grads, i):
-            q_i, do_i, lse_i, out_i = (_block(x, i, plan.rows) for x in (q, dout, lse, out))
-            delta = (do_i * out_i).sum(1)
+            q_i, do_i, lse_i, out_i, dlse_i = (_block(x, i, plan.rows) for x in (q, dout, lse, out, dlse))
+            delta = (do_i * out_i).sum(1) - dlse_i
             # dk and dv are accumulated transposed, as p^T do, which transposes the wide p, is a slow matmul on CPU.
             q_t, do_t = q_i.T, do_i.T
 
@@ -148,7 +153,7 @@ def _backward(plan, q, k, v, start, lengths, out, lse, dout):
         grads, dq = lax.scan(query_block, zeros, _indices(q, plan.rows))
         return dq.reshape(q.shape), *(x.swapaxes(1, 2).reshape(k.shape) for x in grads)
 
-    return _over_heads(head, q, k, v, out, lse, dout, start, lengths)
+    return _over_heads(head, q, k, v, out, lse, dout, dlse, start, lengths)
 
 
 def _over_heads(head, *args):

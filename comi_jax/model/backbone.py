@@ -22,8 +22,8 @@ from comi_jax.config import Backbone
 from comi_jax.devices import sharding
 from comi_jax.devices.sharding import platform
 from comi_jax.model import lora as lora_module
-from comi_jax.model.attention import TAKE_START, attention
-from comi_jax.model.cache import KVCache, write
+from comi_jax.model.attention import TAKE_START, attention, attention_after
+from comi_jax.model.cache import ContextKV, KVCache, write
 from comi_jax.model.remat import remat_policy
 from comi_jax.params import ParamSpec, Tree
 
@@ -153,6 +153,7 @@ def forward(
     *,
     cache: KVCache | None = None,
     start: Int[Array, " B"] | None = None,
+    context: ContextKV | None = None,
     lora: lora_module.Adapters | None = None,
     runtime: Runtime = Runtime(),
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -160,31 +161,38 @@ def forward(
 
     Rows are right-padded: causality hides padding from real tokens, and results at padded positions are undefined. With
     a ``cache``, keys and values are written into it; with ``start`` too, row b's tokens are at positions start[b],
-    start[b] + 1, ... and attend to everything before them in the cache. Returns the states and the updated cache.
+    start[b] + 1, ... and attend to everything before them in the cache. With a ``context`` instead, rows continue its
+    contexts, whose keys and values are shared. Returns the states and the updated cache.
     """
     batch, length, _ = x.shape
     first = jnp.zeros((batch,), jnp.int32) if start is None else start
+    if context is not None:
+        first = jnp.repeat(context.length, batch // context.length.shape[0])
     rope = rotation(backbone, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :])
 
     weight_shardings = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
-    activations = None if cache is not None else token_sharding(x, runtime)
+    activations = token_sharding(x, runtime) if cache is None and context is None else None
 
     def body(carry, layer):
         x, cache = carry
         x = checkpoint_name(_constrain(x, activations), "input")
-        index, weights, adapters = layer
+        index, weights, adapters, shared = layer
         # Cast on their shards, which halves the bytes of the all-gather; gradients are reduce-scattered to the shards.
         weights = {name: w.astype(x.dtype) for name, w in weights.items()}
         weights = {name: _constrain(w, weight_shardings.get(name)) for name, w in weights.items()}
         x, cache = block(
-            weights, x, rope, backbone, index=index, cache=cache, start=start, lora=adapters, runtime=runtime
-        )
+            weights, x, rope, backbone, index=index, cache=cache, start=start, context=shared, lora=adapters,
+            runtime=runtime,
+        )  # fmt: skip
         return (_constrain(x, activations), cache), None
 
     if runtime.remat != "off":
         body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(runtime.remat))
     layers = params["layers"]["q"].shape[0]
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora))
+    shared = None
+    if context is not None:
+        shared = (context.k, context.v, jnp.broadcast_to(context.length, (layers, *context.length.shape)))
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora, shared))
     x = _constrain(x, activations)
     return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
 
@@ -228,10 +236,12 @@ def block(
     index: Int[Array, ""],
     cache: KVCache | None,
     start: Int[Array, " B"] | None,
+    context: tuple[Float[Array, "C S K H"], Float[Array, "C S K H"], Int[Array, " C"]] | None,
     lora: lora_module.Adapters | None,
     runtime: Runtime,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """One transformer block; ``index`` is its layer index in the cache."""
+    """One transformer block; ``index`` is its layer index in the cache; ``context`` has this layer's keys and values of
+    the contexts that the rows continue, and their lengths."""
     w = {name: value.astype(x.dtype) for name, value in weights.items()}
     with jax.named_scope("attention_block"):
         q, k, v = (checkpoint_name(x, "projections") for x in attention_inputs(w, x, rope, backbone, lora))
@@ -240,7 +250,11 @@ def block(
             if start is not None:  # otherwise the cache holds only these k and v
                 k, v = cache.k[index], cache.v[index]
         named = runtime.attention if start is None or runtime.attention in TAKE_START else None
-        out = attention(q, k, v, start=start, implementation=named, mesh=runtime.mesh)
+        if context is None:
+            out = attention(q, k, v, start=start, implementation=named, mesh=runtime.mesh)
+        else:
+            named = runtime.attention if runtime.attention in TAKE_START else None
+            out = attention_after(q, k, v, *context, implementation=named, mesh=runtime.mesh)
         x = x + _project_out(w, lora, out)
     with jax.named_scope("mlp"):
         slices = platform(runtime.mesh) == "cpu" and runtime.context_shards == 1

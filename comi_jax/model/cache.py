@@ -19,6 +19,17 @@ class KVCache:
     v: Float[Array, "L B S K H"]
 
 
+@no_type_check
+@struct.dataclass
+class ContextKV:
+    """Keys and values of contexts that several rows continue: rows i·B/C to (i+1)·B/C - 1 come after the first
+    ``length[i]`` tokens of context i."""
+
+    k: Float[Array, "L C S K H"]
+    v: Float[Array, "L C S K H"]
+    length: Int[Array, " C"]
+
+
 def write(cache: KVCache, layer: Int[Array, ""], start: Int[Array, " B"] | None, k: Array, v: Array) -> KVCache:
     """``cache`` with the new tokens of row b written at positions start[b], start[b] + 1, ... (``start`` None: 0)."""
     batch, length = k.shape[:2]

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax.config import max_groups
 from comi_jax.devices.sharding import platform
@@ -56,7 +56,7 @@ def memory_of(
     ``min_rate`` is the static lower bound of the rates in the batch; it sets the number of slots of a segment.
     """
     if batch.share > 1:
-        encoded = encode(params, arch, batch.context, batch.context_length, room=batch.query.shape[1])
+        encoded = encode(params, arch, batch.context, batch.context_length)
         return remember(params, arch, encoded, batch.query, batch.query_length, batch.rate, min_rate)
     memories = []
     for part in segments(batch.context, batch.context_length, arch.compression.segment_size):
@@ -74,13 +74,15 @@ def remember(
     query_length: Int[Array, " B"],
     rate: Int[Array, " B"],
     min_rate: int,
+    kept: Bool[Array, "B S"] | None = None,
 ) -> Memory:
-    """The memory of encoded contexts for queries; B is a multiple of the number of contexts C, as in Batch."""
+    """The memory of encoded contexts for queries; B is a multiple of the number of contexts C, as in Batch. ``kept``
+    tokens (of contexts that are one segment) become vectors of their own, and ``rate`` is that of the others."""
     memories = []
     for part in encoded.segments:
         query_vector = query_vectors(params, arch, part, query, query_length)
         slots = max_groups(part.states.shape[1], min_rate)
-        memories.append(remember_segments(params, arch, part, query_vector, rate, slots))
+        memories.append(remember_segments(params, arch, part, query_vector, rate, slots, kept))
     return join_memories(memories)
 
 
@@ -91,10 +93,11 @@ def remember_segments(
     query_vector: Float[Array, "BG D"],
     rate: Int[Array, " B"],
     slots: int,
+    kept: Bool[Array, "BG S"] | None = None,
 ) -> Memory:
     """Compress all segments of one width for each query vector into at most ``slots`` vectors, align and join them."""
     b, g = rate.shape[0], part.length.shape[1]
-    out = compress_segments(params, arch, part, query_vector, rate, slots)
+    out = compress_segments(params, arch, part, query_vector, rate, slots, kept)
     aligned = align(params, arch, out.memory)
     count = jnp.sum(out.mask, axis=1, dtype=jnp.int32)
     vectors, length = join_segments(aligned.reshape(b, g, slots, -1), count.reshape(b, g))
@@ -108,18 +111,19 @@ def compress_segments(
     query_vector: Float[Array, "BG D"],
     rate: Int[Array, " B"],
     slots: int,
+    kept: Bool[Array, "BG S"] | None = None,
 ) -> Compressed:
     """The merged vectors of all segments of one width, one row for each segment and query vector, before the LSA."""
     b, g = rate.shape[0], part.length.shape[1]
-    states, lengths = part.states, part.length.reshape(-1)
+    states, lengths, norms = part.states, part.length.reshape(-1), part.norms
     if states.shape[0] < b * g:
         segment = segment_of_row(part, b)
-        states, lengths = states[segment], lengths[segment]
+        states, lengths, norms = jax.tree.map(lambda x: x[segment], (states, lengths, norms))
     with jax.named_scope("compress"):
         kernels = dispatch.choose("compression", arch.runtime.kernels, states.dtype, platform(arch.runtime.mesh))
         return compress(
             states, query_vector, lengths, jnp.repeat(rate, g, axis=0), params["mig"], arch.compression, slots,
-            kernels=kernels, mesh=arch.runtime.mesh,
+            norms=norms, kept=kept, kernels=kernels, mesh=arch.runtime.mesh,
         )  # fmt: skip
 
 

@@ -72,6 +72,8 @@ def compress(
     settings: Compression,
     slots: int,
     *,
+    norms: mig.Norms | None = None,
+    kept: Bool[Array, "B S"] | None = None,
     kernels: str | None = None,
     mesh: Mesh | None = None,
 ) -> Compressed:
@@ -79,28 +81,32 @@ def compress(
 
     ``query`` is the query vector (3); ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine; ``slots``
     is M, at least max_groups(S, smallest rate); ``kernels`` is one of kernels.dispatch.NAMES, or None. Each row has its
-    own rate. A row of length 0 gives no memory.
+    own rate. A row of length 0 gives no memory. ``norms`` of the states, if computed already. ``kept`` tokens become
+    vectors of their own, and ``rates`` is that of the others: see ``set_apart``. Both are for one device.
 
     With a ``mesh`` of several devices, each computes its own rows (axes data and fsdp; rows that do not divide are
     replicated) and its own shard of every row's tokens (axis context; see ``context_parallel``).
     """
     run = functools.partial(compress_rows, settings=settings, slots=slots, kernels=kernels)
     length = states.shape[1]
-    if mesh is not None and mesh.size > 1:
-        shards = mesh.shape["context"]
-        split = Split("context", shards, mesh.axis_names) if shards > 1 else WHOLE
-        states = jnp.pad(states, ((0, 0), (0, -length % shards), (0, 0)))
-        rows = row_axes(states.shape[0], mesh)
-        by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if shards > 1 else None)
-        names = (field.name for field in dataclasses.fields(Aux))
-        places: dict[str, Any] = {name: by_token if name in PER_TOKEN else by_row for name in names}
-        run = jax.shard_map(
-            functools.partial(run, sequence=split),
-            mesh=mesh,
-            in_specs=(by_token, by_row, by_row, by_row, PartitionSpec()),
-            out_specs=Compressed(**{"memory": by_row, "mask": by_row, "aux": Aux(**places)}),
-            check_vma=False,
-        )
+    if mesh is None or mesh.size == 1:
+        return run(states, query, lengths, rates, scalars, norms=norms, kept=kept)
+    if kept is not None:
+        raise ValueError("compress: kept tokens are for one device; pass no mesh")
+    shards = mesh.shape["context"]
+    split = Split("context", shards, mesh.axis_names) if shards > 1 else WHOLE
+    states = jnp.pad(states, ((0, 0), (0, -length % shards), (0, 0)))
+    rows = row_axes(states.shape[0], mesh)
+    by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if shards > 1 else None)
+    names = (field.name for field in dataclasses.fields(Aux))
+    places: dict[str, Any] = {name: by_token if name in PER_TOKEN else by_row for name in names}
+    run = jax.shard_map(
+        functools.partial(run, sequence=split),
+        mesh=mesh,
+        in_specs=(by_token, by_row, by_row, by_row, PartitionSpec()),
+        out_specs=Compressed(**{"memory": by_row, "mask": by_row, "aux": Aux(**places)}),
+        check_vma=False,
+    )
     out = run(states, query, lengths, rates, scalars)
     if states.shape[1] == length:
         return out
@@ -117,24 +123,29 @@ def compress_rows(
     *,
     settings: Compression,
     slots: int,
+    norms: mig.Norms | None = None,
+    kept: Bool[Array, "B S"] | None = None,
     kernels: str | None = None,
     sequence: Whole | Split = WHOLE,
 ) -> Compressed:
     """Section 4 of the paper on one device: ``compress`` of the device's own rows and tokens (``sequence``)."""
     # Padding may hold infinities, whose gradient would be 0 * inf = NaN, so it is zeroed; the merge ignores it.
     position = sequence.position(states.shape[1])
-    directions, inverse = mig.directions(jnp.where((position[None, :] < lengths[:, None])[:, :, None], states, 0))
+    real = (position[None, :] < lengths[:, None])[:, :, None]
+    directions, inverse = mig.directions(jnp.where(real, states, 0), norms)
     relevance = mig.relevance(directions, inverse, query)
     coarse = share = None
     with jax.named_scope("coarse"):
         if settings.coarse:
             sizes, share, coarse = coarse_sizes(
                 *jax.lax.stop_gradient((directions, inverse, relevance)),
-                lengths, rates, scalars, settings, slots, kernels, sequence,
+                lengths, rates, scalars, settings, slots, kernels, sequence, kept,
             )  # fmt: skip
         else:
-            sizes = (exact_sizes if settings.exact_groups else equal_sizes)(lengths, rates, slots)
+            sizes = (exact_sizes if settings.exact_groups else equal_sizes)(others(lengths, kept), rates, slots)
         all_groups, mask = assign(sizes, lengths, states.shape[1] * sequence.devices)
+        if kept is not None:
+            sizes, all_groups, mask = set_apart(sizes, lengths, kept, slots)
         group = sequence.own(all_groups)
     with jax.named_scope("fine"):
         redundancy = jnp.zeros_like(relevance)
@@ -159,15 +170,18 @@ def coarse_sizes(
     slots: int,
     kernels: str | None = None,
     sequence: Whole | Split = WHOLE,
+    kept: Bool[Array, "B S"] | None = None,
 ) -> tuple[Int[Array, "B M"], Float[Array, "B M"], Representatives]:
     """Group sizes by the MIG of one representative per group of ``rates`` consecutive tokens, (4) to (6); also the
-    shares (5) and the representatives."""
+    shares (5) and the representatives. Of the tokens that are not ``kept``, as if there were no others."""
     inverse, relevance = sequence.all(inverse), sequence.all(relevance)
     position = jnp.arange(relevance.shape[1], dtype=jnp.int32)[None, :]
     group = jnp.where(position < lengths[:, None], position // rates[:, None], -1)
+    if kept is not None:
+        group = jnp.where(kept | (group < 0), -1, (jnp.cumsum(~kept, axis=1, dtype=jnp.int32) - 1) // rates[:, None])
     found = representatives(directions, inverse, relevance, group, scalars, settings, slots, kernels, sequence)
     share = shares(found.mig, found.exists)
-    return reallocate(found.mig, found.exists, lengths), share, found
+    return reallocate(found.mig, found.exists, others(lengths, kept)), share, found
 
 
 def representatives(
@@ -256,3 +270,26 @@ def assign(
     group = jnp.take_along_axis(slot, jnp.minimum(group, sizes.shape[1] - 1), axis=1)
     filled = jnp.arange(sizes.shape[1])[None, :] < jnp.sum(sizes > 0, axis=1)[:, None]
     return jnp.where(position[None, :] < lengths[:, None], group, -1), filled
+
+
+def others(lengths: Int[Array, " B"], kept: Bool[Array, "B S"] | None) -> Int[Array, " B"]:
+    """How many tokens of each row are not ``kept``, which are real ones."""
+    return lengths if kept is None else lengths - jnp.sum(kept, axis=1, dtype=lengths.dtype)
+
+
+def set_apart(
+    sizes: Int[Array, "B M"], lengths: Int[Array, " B"], kept: Bool[Array, "B S"], slots: int
+) -> tuple[Int[Array, "B M"], Int[Array, "B S"], Bool[Array, "B M"]]:
+    """Groups with ``kept`` tokens: each is a group, and the others are cut into groups of ``sizes`` as if they stood
+    next to each other; a group with kept tokens inside becomes two. Returns the sizes of the groups in order, the slot
+    of each token and which slots are filled."""
+    position = jnp.arange(kept.shape[1], dtype=jnp.int32)[None, :]
+    real = position < lengths[:, None]
+    among = jnp.cumsum(~kept, axis=1, dtype=jnp.int32) - 1
+    cut = jax.vmap(lambda ends, at: jnp.searchsorted(ends, at, side="right"))(jnp.cumsum(sizes, axis=1), among)
+    label = jnp.where(kept, -1 - position, cut)  # a label of its own for each kept token
+    begins = jnp.concatenate([jnp.ones_like(kept[:, :1]), label[:, 1:] != label[:, :-1]], axis=1)
+    group = jnp.where(real, jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1, -1)
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    sizes = jax.vmap(lambda group: jax.ops.segment_sum(jnp.ones_like(group), group, slots))(group)
+    return sizes, group, slot[None, :] < jnp.sum(begins & real, axis=1, dtype=jnp.int32)[:, None]

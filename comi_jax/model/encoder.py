@@ -12,7 +12,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from comi_jax.model import backbone as lm
-from comi_jax.model.cache import KVCache, empty_cache
+from comi_jax.model import mig
+from comi_jax.model.cache import ContextKV, KVCache, empty_cache
 from comi_jax.model.shape import Architecture
 from comi_jax.params import Tree
 
@@ -24,7 +25,8 @@ class EncodedSegments:
 
     states: Float[Array, "CG S D"]  # undefined beyond a segment's length
     length: Int[Array, "C G"]
-    cache: KVCache | None  # for encoding queries later; None if each query was encoded with its context
+    cache: KVCache | None  # for encoding queries later; without it, queries are encoded without their context
+    norms: mig.Norms | None = None  # of the states, if computed already
 
 
 @no_type_check
@@ -56,17 +58,14 @@ def masked_mean(states: Float[Array, "B T D"], first: Int[Array, " B"], count: I
     return jnp.sum(wide, axis=1) / jnp.maximum(count, 1).astype(wide.dtype)[:, None]
 
 
-def encode(
-    params: Tree, arch: Architecture, context: Int[Array, "C X"], context_length: Int[Array, " C"], room: int
-) -> Encoded:
-    """Encode contexts without a query. The KV cache has ``room`` more positions, for the tokens of a query."""
+def encode(params: Tree, arch: Architecture, context: Int[Array, "C X"], context_length: Int[Array, " C"]) -> Encoded:
+    """Encode contexts without a query: the states, and the encoder's keys and values, from which queries continue."""
     parts = []
     with jax.named_scope("encode"):
         for ids, length in segments(context, context_length, arch.compression.segment_size):
-            rows = ids.reshape(-1, ids.shape[2])
-            cache = empty_cache(
-                arch.backbone, arch.compression.encoder_layers, rows.shape[0], rows.shape[1] + room, arch.dtype
-            )
+            width = ids.shape[2]
+            rows = ids.reshape(-1, width)
+            cache = empty_cache(arch.backbone, arch.compression.encoder_layers, rows.shape[0], width, arch.dtype)
             x = lm.embed_tokens(params["encoder"], rows, arch.dtype, arch.runtime)
             states, cache = lm.forward(params["encoder"], x, arch.backbone, cache=cache, runtime=arch.runtime)
             parts.append(EncodedSegments(states, length, cache))
@@ -80,15 +79,22 @@ def query_vectors(
     query: Int[Array, "B Q"],
     query_length: Int[Array, " B"],
 ) -> Float[Array, "BG D"]:
-    """The query vector q̄ (3) of each query, encoded after each segment of its context by means of the KV cache."""
-    segment = segment_of_row(part, query.shape[0])
-    query, query_length = (jnp.repeat(x, part.length.shape[1], axis=0) for x in (query, query_length))
+    """The query vector q̄ (3) of each query, encoded after each segment of its context: all queries about a context
+    attend to one copy of its keys and values. Without these, the query is encoded on its own, an approximation."""
+    (c, g), (b, width) = part.length.shape, query.shape
+    share, context = b // c, None
+    if part.cache is not None:
+        context = ContextKV(part.cache.k, part.cache.v, part.length.reshape(-1))
+        # Rows in the order of context, segment, query, so that those of a segment are neighbours.
+        query = jnp.broadcast_to(query.reshape(c, 1, share, width), (c, g, share, width)).reshape(-1, width)
+    lengths = query_length if context is None else jnp.repeat(query_length.reshape(c, 1, share), g, axis=1).reshape(-1)
     with jax.named_scope("encode"):
-        cache = jax.tree.map(lambda x: x[:, segment], part.cache)
         x = lm.embed_tokens(params["encoder"], query, arch.dtype, arch.runtime)
-        start = part.length.reshape(-1)[segment]
-        states, _ = lm.forward(params["encoder"], x, arch.backbone, cache=cache, start=start, runtime=arch.runtime)
-        return masked_mean(states, jnp.zeros_like(query_length), query_length)
+        states, _ = lm.forward(params["encoder"], x, arch.backbone, context=context, runtime=arch.runtime)
+        vectors = masked_mean(states, jnp.zeros_like(lengths), lengths)
+    if context is None:
+        return jnp.repeat(vectors, g, axis=0)
+    return vectors.reshape(c, g, share, -1).swapaxes(1, 2).reshape(b * g, -1)
 
 
 def encode_pairs(

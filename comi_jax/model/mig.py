@@ -3,9 +3,12 @@
 G_i = α · cos(x_i, q̄) − β · max_{j ∈ S, j ≠ i} cos(x_i, x_j)
 """
 
+from typing import Any, no_type_check
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels.redundancy import max_cosine
@@ -15,16 +18,34 @@ LARGE = 2.0**48  # a million squares of entries up to here still sum to a finite
 SHRINK = 2.0**-80  # factor for larger ones; a power of two, so the direction stays exact
 
 
-def directions(x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
-    """x', which is x scaled down if its entries are huge, and 1 / max(‖x'‖, ε) in float32 at least.
+@no_type_check
+@struct.dataclass
+class Norms:
+    """What cosines need of vectors x besides x: no query changes it, so that a stored context keeps it."""
+
+    scale: Any  # [*batch]: 1, or SHRINK where the entries of x are huge; in the dtype of x
+    inverse: Any  # [*batch]: 1 / max(‖scale · x‖, ε), in float32 at least
+
+
+def norms(x: Float[Array, "*batch D"]) -> Norms:
+    """The ``Norms`` of vectors."""
+    wide = np.promote_types(x.dtype, jnp.float32)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1)).astype(wide)
+    scale = jnp.where(largest > LARGE, SHRINK, 1.0).astype(x.dtype)
+    square = jnp.sum(jnp.square((x * scale[..., None]).astype(wide)), axis=-1)
+    return Norms(scale, 1.0 / jnp.sqrt(jnp.maximum(square, EPSILON**2)))
+
+
+def directions(
+    x: Float[Array, "*batch D"], known: Norms | None = None
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch"]]:
+    """x', which is x scaled down if its entries are huge, and 1 / max(‖x'‖, ε) in float32 at least; ``known`` are the
+    norms of x, if computed already.
 
     cos(a, b) is then a'·b' times both inverse norms, which avoids a normalised copy, rounded to bfloat16, of x.
     """
-    wide = np.promote_types(x.dtype, jnp.float32)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True)).astype(wide)
-    x = x * jnp.where(largest > LARGE, SHRINK, 1.0).astype(x.dtype)
-    square = jnp.sum(jnp.square(x.astype(wide)), axis=-1)
-    return x, 1.0 / jnp.sqrt(jnp.maximum(square, EPSILON**2))
+    known = norms(x) if known is None else known
+    return x * known.scale[..., None], known.inverse
 
 
 def relevance(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import logging
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, SupportsIndex
 
@@ -16,24 +18,57 @@ from comi_jax.config import ConfigError
 from comi_jax.data.batches import Shapes, collate
 from comi_jax.data.encode import Example, check_positions
 from comi_jax.devices import sharding
-from comi_jax.model import comi, generate, sampling
+from comi_jax.model import backbone as lm
+from comi_jax.model import comi, comi_memory, generate, sampling
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
+from comi_jax.model.encoder import encode
 from comi_jax.runs.description import Run
 
 
 def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | None, new_tokens: int) -> int:
     """The rate (None: the first of compression.rates), validated for ``examples``. Raises ConfigError for a bad rate,
     and LengthError for examples that do not fit the backbone's positions."""
-    compression = run.config.compression
-    if run.config.system == "full_prompt" and rate is not None:
-        raise ConfigError(f"system=full_prompt reads whole contexts and has no rate; leave the rate {rate} out")
-    rate = compression.rates[0] if rate is None else rate
-    if not hasattr(rate, "__index__") or isinstance(rate, bool) or operator.index(rate) < 1:
-        raise ConfigError(f"the rate is {rate}; it is a whole number of at least 1")
-    rate = operator.index(rate)
+    rate = whole_rate(run, rate)
     check_positions(examples, run.backbone, run.config, rate, new_tokens)
     return rate
+
+
+def whole_rate(run: Run, rate: SupportsIndex | None) -> int:
+    """The rate (None: the first of compression.rates). Raises ConfigError for a bad one; logs one that was not
+    trained."""
+    rates = run.config.compression.rates
+    if run.config.system == "full_prompt" and rate is not None:
+        raise ConfigError(f"system=full_prompt reads whole contexts and has no rate; leave the rate {rate} out")
+    chosen = rates[0] if rate is None else whole("the rate", rate)
+    if chosen not in rates:
+        _tell_untrained(chosen, rates)
+    return chosen
+
+
+def whole(name: str, value: SupportsIndex) -> int:
+    """``value``, a whole number of at least 1. Raises ConfigError otherwise."""
+    if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < 1:
+        raise ConfigError(f"{name} is {value}; it is a whole number of at least 1")
+    return operator.index(value)
+
+
+@functools.cache
+def _tell_untrained(rate: int, rates: tuple[int, ...]) -> None:
+    """Once for each rate."""
+    known = ", ".join(map(str, rates))
+    what = "rate 1 gives the decoder the text uncompressed" if rate == 1 else f"the rate {rate} is used"
+    logging.getLogger(__name__).warning(f"{what}; the model was trained at {known}")
+
+
+def query_width(length: int) -> int:
+    """The width that a query is padded to, so that queries of similar length share a compilation."""
+    return -(-length // 8) * 8
+
+
+def memory_width(slots: int) -> int:
+    """The width that memories of at most ``slots`` vectors are padded to: 8, 12, 16, 24, 32, ..."""
+    return next(width for k in range(40) for width in (8 * 2**k, 12 * 2**k) if width >= slots)
 
 
 def batches(
@@ -44,8 +79,7 @@ def batches(
     if not examples:
         return
     shapes = Shapes.of(examples, run.config.data, run.config.compression)
-    # Rounded up, so that calls of similar length share a compilation.
-    shapes = dataclasses.replace(shapes, query=-(-shapes.query // 8) * 8)
+    shapes = dataclasses.replace(shapes, query=query_width(shapes.query))
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].context))
     shards = sharding.row_shards(mesh) if mesh else 1
     size = min(batch_size, -(-len(order) // shards) * shards)  # one batch shape, one compilation
@@ -56,10 +90,35 @@ def batches(
         yield rows, sharding.put_batch(batch, mesh) if mesh else jax.tree.map(jnp.asarray, batch)
 
 
+def check_texts(name: str, texts: Sequence[Any]) -> None:
+    """``check_text`` of each, called ``name`` and its index in messages, or "the ``name``" if it is the only one."""
+    for number, text in enumerate(texts):
+        check_text(text, f"{name} {number}" if len(texts) > 1 else f"the {name}")
+
+
+def check_text(text: Any, name: str) -> None:
+    """Raise ConfigError unless ``text`` is Unicode text, of which a half of a surrogate pair is none."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} is a {type(text).__name__}, not a text")
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ConfigError(
+            f"{name} has half a surrogate pair at character {half.start() + 1}, which is no Unicode text; decode its "
+            'bytes with errors="replace", or leave that character out'
+        )
+
+
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))
 def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.Memory:
-    """The memory of each row of ``batch``."""
-    return comi.memory_of(params, arch, batch, rate)
+    """The memory of each row of ``batch`` at ``rate`` and above. COMI's rate 1 is no compression, but the decoder's
+    embeddings of the text."""
+    if arch.system == "comi" and rate == 1:
+        vectors = lm.embed_tokens(params["decoder"], batch.context, arch.dtype, arch.runtime)
+        return comi.Memory(vectors, batch.context_length, ())
+    if arch.system != "comi" or arch.runtime.context_shards > 1:  # one pass, whose tokens can be split over devices
+        return comi.memory_of(params, arch, batch, rate)
+    encoded = encode(params, arch, batch.context, batch.context_length)
+    return comi_memory.remember(params, arch, encoded, batch.query, batch.query_length, batch.rate, rate)
 
 
 @functools.partial(jax.jit, static_argnames="arch")

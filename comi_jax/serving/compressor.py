@@ -5,7 +5,6 @@ memory = align(compress(encode(context, question)));   answer = greedy(decoder, 
 
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,18 @@ from comi_jax.devices import sharding
 from comi_jax.model.batch import Batch
 from comi_jax.runs.description import Run
 from comi_jax.runs.folder import Folder
-from comi_jax.runs.stored_weights import load_params
-from comi_jax.serving import batching, generation
+from comi_jax.runs.selection import existing
+from comi_jax.runs.stored_weights import load_params, weights_of
+from comi_jax.serving import asking, batching, encoding, generation
 from comi_jax.serving.account import Account, of_memory
-from comi_jax.serving.generation import Options
+from comi_jax.serving.asking import Amount, AskOptions
+from comi_jax.serving.documents import Document
 from comi_jax.serving.prompts import PromptEmbeddings
+from comi_jax.serving.segments import Contents, Origin
 from comi_jax.serving.slots import SlotDecoder
 from comi_jax.weights.tokenizer import load_tokenizer
+
+Contexts = str | Document | Sequence[str] | Sequence[Document]
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,20 @@ class Comi:
     """A trained compressor. The result of an example does not depend on padding or on the rest of its batch."""
 
     def __init__(
-        self, run: Run, params: dict[str, Any], tokenizer: Any, *, batch_size: int = 16, mesh: Mesh | None = None
+        self,
+        run: Run,
+        params: dict[str, Any],
+        tokenizer: Any,
+        *,
+        batch_size: int = 16,
+        mesh: Mesh | None = None,
+        name: str = "the model",
+        weights: str = "",
     ):
         """``mesh``: the devices that ``params`` are sharded over, None for one device. Batches, of ``batch_size``
         examples rounded up to a multiple of the row shards, are split over them too. With several processes, all must
-        make the same calls."""
+        make the same calls. ``name`` and ``weights``, a hash, are what documents are bound to; without a hash, the
+        encoder's weights are hashed."""
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
@@ -120,6 +133,7 @@ class Comi:
         self.batch_size = -(-batch_size // shards) * shards
         runtime = dataclasses.replace(run.architecture.runtime, remat="off", mesh=mesh)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
+        self._bound, self._origin = (name, weights), None
 
     @classmethod
     def load(
@@ -135,105 +149,142 @@ class Comi:
         "data.on_long=truncate", sharded over ``mesh`` (None: on one device). Raises CheckpointError if there is no
         such checkpoint."""
         run, params = load_params(folder, overrides, step, mesh)
-        return cls(run, params, load_tokenizer(Folder(folder).tokenizer), batch_size=batch_size, mesh=mesh)
+        tokenizer, step = load_tokenizer(Folder(folder).tokenizer), existing(folder, step)
+        bound = {"name": f"{folder} at step {step}", "weights": weights_of(folder, step)}
+        return cls(run, params, tokenizer, batch_size=batch_size, mesh=mesh, **bound)
+
+    @property
+    def origin(self) -> Origin:
+        """What the documents of this model are bound to."""
+        if self._origin is None:
+            self._origin = encoding.origin_of(self.run, self.params, self.tokenizer, *self._bound)
+        return self._origin
+
+    @overload
+    def encode(  # pyright: ignore[reportOverlappingOverload]
+        self, text: str, *, dtype: str | None = None, keep_kv: bool = True, place: str = "device"
+    ) -> Document: ...
+
+    @overload
+    def encode(
+        self, text: Sequence[str], *, dtype: str | None = None, keep_kv: bool = True, place: str = "device"
+    ) -> list[Document]: ...
+
+    def encode(
+        self, text: str | Sequence[str], *, dtype: str | None = None, keep_kv: bool = True, place: str = "device"
+    ) -> Document | list[Document]:
+        """Encode ``text``, to ask it many questions; a list gives a list.
+
+        Args:
+            dtype: of what is kept: "float32", "bfloat16" or "int8" (with one scale per vector); None: the model's
+                dtype, which is exact.
+            keep_kv: keep the encoder's keys and values. Without them, questions are encoded without their context: an
+                approximation, in a fraction of the bytes.
+            place: "device", or "host": then at most one segment is on the device at a time, here and in answering, so
+                that a document may be larger than the device's memory.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        batching.check_texts("text", texts)
+        names = [f"text {i}" if len(texts) > 1 else "the text" for i in range(len(texts))]
+        pairs = zip(texts, names, strict=True)
+        documents = [encoding.document_of(self, *pair, dtype, keep_kv, place) for pair in pairs]
+        return documents[0] if isinstance(text, str) else documents
+
+    def adopt(self, contents: Contents) -> Document:
+        """The document of ``contents``, to which this model appends texts."""
+        return encoding.adopt(self, contents)
 
     # A text is a sequence of texts to Python, so that the first of two overloads is not apart from the second.
     @overload
     def compress(  # pyright: ignore[reportOverlappingOverload]
-        self, context: str, question: str, *, rate: int | None = None
+        self, context: str | Document, question: str, **amount: Unpack[Amount]
     ) -> CompressedContext: ...
 
     @overload
     def compress(
-        self, context: Sequence[str], question: Sequence[str], *, rate: int | None = None
+        self, context: Document | Sequence[str] | Sequence[Document], question: Sequence[str], **amount: Unpack[Amount]
     ) -> list[CompressedContext]: ...
 
     def compress(
-        self, context: str | Sequence[str], question: str | Sequence[str], *, rate: SupportsIndex | None = None
+        self, context: Contexts, question: str | Sequence[str], **amount: Unpack[Amount]
     ) -> CompressedContext | list[CompressedContext]:
-        """Compress ``context`` for ``question`` at ``rate`` tokens per vector (None: the first of compression.rates).
-        Two lists of equal length give a list, pair by pair."""
-        examples = self._examples(context, question)
-        results: list[Any] = [None] * len(examples)
-        rate = batching.check(self.run, examples, rate, 1)
-        for rows, batch in self._batches(examples, rate):
-            memory = batching.remember(self.params, batch, self.architecture, rate)
+        """Compress ``context``, a text or a document, for ``question``. Two lists of equal length give a list, pair by
+        pair; so do one document and a list of questions. How much is said by (``Amount``):
+
+            rate: context tokens per vector (None: the first of compression.rates). At 1 nothing is compressed: the
+                vectors are the decoder's embeddings of the text.
+            max_slots: the most vectors, in place of a rate: the smallest rate that gives no more.
+            keep: spans of characters, (first, one past the last), whose tokens become vectors of their own, within the
+                same number of vectors; of one context.
+        """
+        made = self._memories(context, question, amount, 1)
+        results: list[Any] = [None] * len(made.asked)
+        for rows, memory, _ in made.batches:
             vectors, lengths = (batching.fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
             for i, row in enumerate(rows):
-                kept, example = vectors[i, : lengths[i]], examples[row]
-                results[row] = CompressedContext(kept, len(example.context), example.truncated, example.cut)
+                kept, asked = vectors[i, : lengths[i]], made.asked[row]
+                results[row] = CompressedContext(kept, asked.context, asked.truncated, asked.cut)
         return results[0] if isinstance(question, str) else results
 
     @overload
     def answer(  # pyright: ignore[reportOverlappingOverload]
-        self,
-        context: str,
-        question: str,
-        *,
-        rate: int | None = None,
-        logprobs: bool = False,
-        **options: Unpack[Options],
+        self, context: str | Document, question: str, *, logprobs: bool = False, **options: Unpack[AskOptions]
     ) -> Answer: ...
 
     @overload
     def answer(
         self,
-        context: Sequence[str],
+        context: Document | Sequence[str] | Sequence[Document],
         question: Sequence[str],
         *,
-        rate: int | None = None,
         logprobs: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[AskOptions],
     ) -> list[Answer]: ...
 
     def answer(
         self,
-        context: str | Sequence[str],
+        context: Contexts,
         question: str | Sequence[str],
         *,
-        rate: SupportsIndex | None = None,
         logprobs: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[AskOptions],
     ) -> Answer | list[Answer]:
-        """The answer to ``question`` from the compressed ``context``; lists as in ``compress``. Greedy unless a
+        """The answer to ``question`` from the compressed ``context``; arguments as in ``compress``. Greedy unless a
         ``temperature`` is given; the other ``options`` are those of config.Generation. With ``logprobs``, each answer
         has the log-probabilities of its tokens."""
-        chosen = generation.chosen(self.run.config.generation, options)
-        results = self.generate(self._examples(context, question), rate, chosen, logprobs=logprobs)
+        amount, decoding = asking.split(options)
+        chosen = generation.chosen(self.run.config.generation, decoding)
+        results = self._answers(self._memories(context, question, amount, chosen.max_new_tokens), chosen, logprobs)
         return results[0] if isinstance(question, str) else results
 
     def stream(
         self,
-        context: str,
+        context: str | Document,
         question: str,
         *,
-        rate: SupportsIndex | None = None,
         logprobs: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[AskOptions],
     ) -> AnswerStream:
         """``answer`` as an iterator over pieces of its text, each given as soon as no further token can change it."""
-        asked, chosen = time.perf_counter(), generation.chosen(self.run.config.generation, options)
-        (example,) = self._examples(context, question)
-        rate = batching.check(self.run, [example], rate, chosen.max_new_tokens)
-        ((_, batch),) = self._batches([example], rate)
-        memory = batching.remember(self.params, batch, self.architecture, rate)
+        begun, (amount, decoding) = time.perf_counter(), asking.split(options)
+        chosen = generation.chosen(self.run.config.generation, decoding)
+        made = self._memories(context, question, amount, chosen.max_new_tokens)
+        ((_, memory, batch),) = made.batches
         vectors = int(batching.fetch(memory.length)[0])
         compressed = time.perf_counter()
         pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
         return AnswerStream(
-            pieces, lambda reply: self._answer(reply, example, rate, vectors, logprobs), asked, compressed
+            pieces, lambda reply: self._answer(reply, made.asked[0], vectors, logprobs), begun, compressed
         )
 
-    def prompt_embeddings(self, context: str, question: str, *, rate: SupportsIndex | None = None) -> PromptEmbeddings:
+    def prompt_embeddings(self, context: str | Document, question: str, **amount: Unpack[Amount]) -> PromptEmbeddings:
         """What the decoder reads for ``question``, [memory; embed(question)], for serving engines and for ``slots``."""
-        (example,) = self._examples(context, question)
-        rate = batching.check(self.run, [example], rate, 1)
-        ((_, batch),) = self._batches([example], rate)
-        memory = batching.remember(self.params, batch, self.architecture, rate)
+        made = self._memories(context, question, amount, 1)
+        ((_, memory, batch),) = made.batches
         rows, lengths = batching.prompt(self.params, memory, batch, self.architecture)
-        vectors = batching.fetch(rows)[0, : int(batching.fetch(lengths)[0])]
+        vectors, asked = batching.fetch(rows)[0, : int(batching.fetch(lengths)[0])], made.asked[0]
         return PromptEmbeddings(
-            vectors, len(example.context), int(batching.fetch(memory.length)[0]), example.truncated, example.cut
+            vectors, asked.context, int(batching.fetch(memory.length)[0]), asked.truncated, asked.cut
         )
 
     def slots(self, slots: int = 8, length: int = 1024, waiting: int = 64) -> SlotDecoder:
@@ -253,25 +304,43 @@ class Comi:
         logprobs: bool = False,
     ) -> list[Answer]:
         """Answer tokenised examples; those with an empty context are answered closed book."""
-        results: list[Any] = [None] * len(examples)
-        rate = batching.check(self.run, examples, rate, options.max_new_tokens)
-        for rows, batch in self._batches(examples, rate):
-            memory = batching.remember(self.params, batch, self.architecture, rate)
+        return self._answers(self._of_examples(examples, rate, options.max_new_tokens), options, logprobs)
+
+    def _answers(self, made: asking.Memories, options: Generation, logprobs: bool) -> list[Answer]:
+        results: list[Any] = [None] * len(made.asked)
+        for rows, memory, batch in made.batches:
             replies = generation.replies(
-                self.params, self.architecture, memory, batch, options, self.run.stop, self.tokenizer, len(rows)
-            )
+                self.params, self.architecture, memory, batch, options, self.run.stop, self.tokenizer, len(rows),
+                shrink=not made.exact,
+            )  # fmt: skip
             vectors = batching.fetch(memory.length)
             for i, row in enumerate(rows):
-                results[row] = self._answer(replies[i], examples[row], rate, int(vectors[i]), logprobs)
+                results[row] = self._answer(replies[i], made.asked[row], int(vectors[i]), logprobs)
         return results
 
-    def _answer(self, reply: generation.Reply, example: Example, rate: int, vectors: int, logprobs: bool) -> Answer:
-        context = len(example.context)
-        cost = of_memory(self.architecture, context, len(example.query), rate, vectors)
-        made_of = (context, cost, example.truncated, example.cut)
+    def _answer(self, reply: generation.Reply, asked: asking.Asked, vectors: int, logprobs: bool) -> Answer:
+        cost = of_memory(self.architecture, asked.context, asked.query, asked.rate, vectors)
+        made_of = (asked.context, cost, asked.truncated, asked.cut)
         return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, reply.logprobs if logprobs else None)
 
-    def _examples(self, context: str | Sequence[str], question: str | Sequence[str]) -> list[Example]:
+    def _memories(
+        self, context: Contexts, question: str | Sequence[str], amount: Amount, new_tokens: int
+    ) -> asking.Memories:
+        """The memories of questions, about texts or documents, as batches with room for ``new_tokens``."""
+        if asking.of_documents(context, amount):
+            return asking.memories(self, context, question, amount, new_tokens)
+        return self._of_examples(self._examples(context, question), amount.get("rate"), new_tokens)
+
+    def _of_examples(self, examples: Sequence[Example], rate: SupportsIndex | None, new_tokens: int) -> asking.Memories:
+        whole = batching.check(self.run, examples, rate, new_tokens)
+        asked = [asking.Asked(len(e.context), len(e.query), whole, e.truncated, e.cut) for e in examples]
+        batches = (
+            (rows, batching.remember(self.params, batch, self.architecture, whole), batch)
+            for rows, batch in self._batches(examples, whole)
+        )
+        return asking.Memories(asked, batches, exact=False)
+
+    def _examples(self, context: Any, question: str | Sequence[str]) -> list[Example]:
         contexts = [context] if isinstance(context, str) else list(context)
         questions = [question] if isinstance(question, str) else list(question)
         if isinstance(context, str) != isinstance(question, str) or len(contexts) != len(questions):
@@ -280,23 +349,10 @@ class Comi:
                 f"context and question must be two texts or two lists of equal length, not {' and '.join(given)}; "
                 "repeat a context to ask it several questions"
             )
-        for name, texts in (("context", contexts), ("question", questions)):
-            for number, text in enumerate(texts):
-                _check_text(text, f"{name} {number}" if len(texts) > 1 else f"the {name}")
+        batching.check_texts("context", contexts)
+        batching.check_texts("question", questions)
         records = [Record((c,), q, ()) for c, q in zip(contexts, questions, strict=True)]
         return encode.encode(records, self.tokenizer, self.run.config.data, targets=False)[0]
 
     def _batches(self, examples: Sequence[Example], rate: int) -> Iterator[tuple[list[int], Batch]]:
         return batching.batches(self.run, examples, rate, self.batch_size, self.mesh)
-
-
-def _check_text(text: Any, name: str) -> None:
-    """Raise ConfigError unless ``text`` is Unicode text, of which a half of a surrogate pair is none."""
-    if not isinstance(text, str):
-        raise ConfigError(f"{name} is a {type(text).__name__}, not a text")
-    half = re.search("[\ud800-\udfff]", text)
-    if half:
-        raise ConfigError(
-            f"{name} has half a surrogate pair at character {half.start() + 1}, which is no Unicode text; decode its "
-            'bytes with errors="replace", or leave that character out'
-        )

@@ -111,12 +111,15 @@ def replies(
     stop: tuple[int, ...],
     tokenizer: Any,
     count: int,
+    shrink: bool = True,
 ) -> list[Reply]:
     """The answers of the first ``count`` rows of ``batch``; those behind are filler.
 
     The batch is decoded CHUNK tokens at a time. A row that meets a stop string is done then; and when half of the rows
-    or more are done, the others go on as a smaller batch.
+    or more are done, the others go on as a smaller batch, unless ``shrink`` is False: then the last bits of a row do
+    not depend on when others are done.
     """
+    shrink = shrink and arch.runtime.mesh is None
     decoder = _Decoder(params, arch, memory, batch, options, stop)
     texts = [Detokenizer(tokenizer, options.stop_strings) for _ in range(count)]
     logprobs: list[tuple[float, ...]] = [()] * count
@@ -134,7 +137,7 @@ def replies(
             break
         live = np.flatnonzero(~done).tolist()
         size = batching.bucket(len(live), 1)
-        if 2 * size <= len(rows) and step + CHUNK <= options.max_new_tokens and arch.runtime.mesh is None:
+        if shrink and 2 * size <= len(rows) and step + CHUNK <= options.max_new_tokens:
             kept = live + live[:1] * (size - len(live))
             decoder.take(kept)
             rows, done = [rows[i] for i in live] + [count] * (size - len(live)), np.arange(size) >= len(live)

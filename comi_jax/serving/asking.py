@@ -1,0 +1,285 @@
+"""Questions about documents: the memory of each, and the batches in which they are answered.
+
+The programs of a question depend on its own document, query and options alone, never on its companions: a question has
+the same bits alone and in a batch.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsIndex, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from comi_jax.config import ConfigError, max_groups
+from comi_jax.data.encode import LengthError, token_ids
+from comi_jax.model import backbone as lm
+from comi_jax.model import comi_memory, encoder
+from comi_jax.model.architecture import Architecture
+from comi_jax.model.batch import Batch
+from comi_jax.model.cache import KVCache
+from comi_jax.model.memory import Memory
+from comi_jax.serving import batching
+from comi_jax.serving.documents import Document
+from comi_jax.serving.encoding import Model, check_origins, document_of
+from comi_jax.serving.generation import Options
+from comi_jax.serving.segments import Contents, Kept, Segment
+from comi_jax.serving.spans import Spans, checked_spans, kept_tokens, rate_of_others
+
+
+class Amount(TypedDict, total=False):
+    """How much of a context is kept, as in ``Comi.compress``; absent or None: the run's first rate, no spans."""
+
+    rate: SupportsIndex | None
+    max_slots: SupportsIndex | None
+    keep: Spans | None
+
+
+class AskOptions(Amount, Options, total=False):
+    """The options of an answer: how much of the context is kept, and how it is decoded."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The sizes of one question, as its answer tells them."""
+
+    context: int  # tokens
+    query: int
+    rate: int
+    truncated: bool
+    cut: str
+
+
+@dataclass(frozen=True)
+class Memories:
+    """Questions, and the batches of their memories: (the indices of the questions in its rows, memory, queries)."""
+
+    asked: Sequence[Asked]
+    batches: Iterator[tuple[list[int], Memory, Batch]]
+    exact: bool  # whether the bits of a row depend on nothing but its question
+
+
+def split(options: AskOptions) -> tuple[Amount, Options]:
+    """The two parts of ``options``."""
+    amount: Any = {name: value for name, value in options.items() if name in Amount.__annotations__}
+    decoding: Any = {name: value for name, value in options.items() if name not in amount}
+    return amount, decoding
+
+
+def of_documents(context: Any, amount: Amount) -> bool:
+    """Whether ``context`` is a document or a list with one, or ``amount`` says what only documents can do."""
+    contexts = [context] if isinstance(context, str | Document) else context
+    special = amount.get("max_slots") is not None or amount.get("keep") is not None
+    return special or any(isinstance(each, Document) for each in contexts)
+
+
+def memories(model: Model, context: Any, question: str | Sequence[str], amount: Amount, new_tokens: int) -> Memories:
+    """The memories of questions about documents, or about texts as documents. Raises UserErrors for what cannot be
+    asked."""
+    unknown = sorted(set(amount) - set(Amount.__annotations__))
+    if unknown:
+        raise ConfigError(f"there is no option {unknown[0]}; there are: {', '.join(Amount.__annotations__)}")
+    documents, texts = pairs(model, context, question, amount.get("keep"))
+    questions = ask(model, documents, texts, amount, new_tokens)
+    asked = [Asked(q.context_tokens, len(q.query), q.rate, bool(q.cut), q.cut) for q in questions]
+    return Memories(asked, batches(model, questions), exact=True)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a document as it was when the question was asked."""
+
+    contents: Contents
+    query: np.ndarray  # token ids
+    rate: int
+    kept: tuple[np.ndarray | None, ...]  # of each segment, the tokens that become vectors of their own
+    cut: str  # what was truncated, as in Answer
+
+    @property
+    def context_tokens(self) -> int:
+        return sum(segment.tokens for segment in self.contents.segments)
+
+    @property
+    def slots(self) -> int:
+        """The most memory vectors that it can have."""
+        return sum(max_groups(segment.tokens, self.rate) for segment in self.contents.segments)
+
+
+def ask(
+    model: Model, documents: Sequence[Document], texts: Sequence[str], amount: Amount, new_tokens: int
+) -> list[Question]:
+    """The question ``texts[i]`` about ``documents[i]``, checked."""
+    check_origins(model, documents)
+    rate, max_slots, keep = (amount.get(name) for name in ("rate", "max_slots", "keep"))
+    if rate is not None and max_slots is not None:
+        raise ConfigError("both rate and max_slots are given; give one of them")
+    data, questions = model.run.config.data, []
+    for number, (document, ids) in enumerate(zip(documents, token_ids(model.tokenizer, texts), strict=True), start=1):
+        name = f"question {number}" if len(texts) > 1 else "the question"
+        if not ids:
+            raise LengthError(f"{name} has no tokens; give it some text")
+        if len(ids) > data.max_query and data.on_long == "refuse":
+            raise LengthError(
+                f"{name} has {len(ids)} tokens, more than data.max_query ({data.max_query}); raise it, or set "
+                "data.on_long=truncate to cut its beginning"
+            )
+        contents = document.contents
+        chosen = rate_for(contents, max_slots) if max_slots is not None else batching.whole_rate(model.run, rate)
+        kept = kept_tokens(contents, checked_spans(contents, keep or ()), chosen)
+        cut = " and ".join(["context"] * contents.truncated + ["question"] * (len(ids) > data.max_query))
+        query = np.asarray(ids[-data.max_query :], np.int32)
+        questions.append(Question(contents, query, chosen, kept, cut))
+        _check_positions(model, questions[-1], name, new_tokens)
+    return questions
+
+
+def pairs(
+    model: Model, context: Any, question: str | Sequence[str], keep: Spans | None
+) -> tuple[list[Document], list[str]]:
+    """Documents and questions, pair by pair: one document and one or many questions, or two lists of equal length.
+    Texts are encoded. Raises ConfigError for anything else, and for ``keep`` of several documents."""
+    questions = [question] if isinstance(question, str) else list(question)
+    single = isinstance(context, str | Document)
+    contexts = [context] * len(questions) if single else list(context)
+    if len(contexts) != len(questions) or (isinstance(question, str) and not single):
+        raise ConfigError(
+            f"there are {len(contexts)} documents and {len(questions)} questions; give one document, or as many as "
+            "questions"
+        )
+    if keep and len({id(each) for each in contexts}) > 1:
+        raise ConfigError("keep holds spans of one document; ask about one document at a time")
+    for name, texts in (("context", [c for c in contexts if isinstance(c, str)]), ("question", questions)):
+        batching.check_texts(name, texts)
+    encoded: dict[int, Document] = {}  # a text that is asked several questions is encoded once
+    for i, each in enumerate(contexts):
+        if isinstance(each, str) and id(each) not in encoded:
+            name = f"context {i + 1}" if len(contexts) > 1 else "the context"
+            encoded[id(each)] = document_of(model, each, name, None, True, "device")
+    documents: list[Any] = [encoded.get(id(each), each) for each in contexts]
+    return documents, questions
+
+
+def rate_for(contents: Contents, max_slots: SupportsIndex) -> int:
+    """The smallest rate at which the document has at most ``max_slots`` memory vectors."""
+    most = batching.whole("max_slots", max_slots)
+    lengths = [segment.tokens for segment in contents.segments]
+    if most < len(lengths):
+        raise ConfigError(
+            f"max_slots is {most}, but the document has {len(lengths)} segments, and each needs one; raise max_slots"
+        )
+    low, high = 1, max(lengths)  # at the rate ``high``, each segment needs one
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if sum(max_groups(n, middle) for n in lengths) <= most else (middle + 1, high)
+    return low
+
+
+def _check_positions(model: Model, question: Question, name: str, new_tokens: int) -> None:
+    limit, query = model.run.backbone.max_position_embeddings, len(question.query)
+    longest = max(segment.tokens for segment in question.contents.segments)
+    if longest + query > limit:
+        raise LengthError(
+            f"{name}: a segment of {longest} tokens and a question of {query} are more than the {limit} positions of "
+            "the model; encode the text with a smaller compression.segment_size"
+        )
+    if question.slots + query + new_tokens > limit:
+        raise LengthError(
+            f"{name}: {question.slots} memory vectors, a question of {query} and an answer of {new_tokens} tokens are "
+            f"more than the {limit} positions of the model; raise the rate ({question.rate})"
+        )
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "min_rate"))
+def remember_segment(
+    params: Any,
+    kept: Kept,
+    length: Int[Array, "1 1"],
+    query: Int[Array, "1 Q"],
+    query_length: Int[Array, " 1"],
+    rate: Int[Array, " 1"],
+    apart: Bool[Array, "1 S"] | None,
+    arch: Architecture,
+    min_rate: int,
+) -> Memory:
+    """The memory of one segment for one question; ``apart`` tokens become vectors of their own."""
+    cache = None
+    if kept.keys is not None and kept.values is not None:
+        cache = KVCache(*(x.restored(arch.dtype)[:, None] for x in (kept.keys, kept.values)))
+    norms = jax.tree.map(lambda x: x[None], kept.norms)
+    part = encoder.EncodedSegments(kept.states.restored(arch.dtype)[None], length, cache, norms)
+    encoded = encoder.Encoded((part,))
+    return comi_memory.remember(params, arch, encoded, query, query_length, rate, min_rate, apart)
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def embeddings(params: Any, ids: Int[Array, "1 S"], arch: Architecture) -> Float[Array, "S D"]:
+    """The decoder's embeddings of a text's own tokens: the memory at rate 1."""
+    return lm.embed_tokens(params["decoder"], ids, arch.dtype, arch.runtime)[0]
+
+
+def memory(model: Model, question: Question) -> np.ndarray:
+    """The memory [vectors, D] of a question, in the model's dtype."""
+    parts = []
+    for segment, apart in zip(question.contents.segments, question.kept, strict=True):
+        if question.rate == 1:
+            parts.append((embeddings(model.params, _padded(segment), model.architecture), segment.tokens))
+        else:
+            out = _remember(model, question, segment, apart)
+            parts.append((out.vectors[0], out.length[0]))
+    return np.concatenate([np.asarray(vectors)[: int(count)] for vectors, count in parts])
+
+
+def _remember(model: Model, question: Question, segment: Segment, apart: np.ndarray | None) -> Memory:
+    query = np.zeros((1, batching.query_width(len(question.query))), np.int32)
+    query[0, : len(question.query)] = question.query
+    width, rate = segment.kept.states.values.shape[0], question.rate
+    if apart is not None:
+        rate, apart = rate_of_others(apart, rate), np.pad(apart, (0, width - len(apart)))[None]
+    numbers = (np.array([[segment.tokens]]), query, np.array([len(question.query)]), np.array([rate]))
+    integers = [x.astype(np.int32) for x in numbers]
+    return remember_segment(model.params, segment.kept, *integers, apart, model.architecture, question.rate)
+
+
+def _padded(segment: Segment) -> np.ndarray:
+    ids = np.zeros((1, segment.kept.states.values.shape[0]), np.int32)
+    ids[0, : segment.tokens] = segment.ids
+    return ids
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batches(model: Model, questions: Sequence[Question]) -> Iterator[tuple[list[int], Memory, Batch]]:
+    """Memories and queries to be answered together, with the indices of their questions; filler rows follow these. All
+    batches have ``model.batch_size`` rows, and the widths of a question are its own: an answer has one program."""
+    groups = defaultdict(list)
+    for i, question in enumerate(questions):
+        groups[batching.memory_width(question.slots), batching.query_width(len(question.query))].append(i)
+    for (slots, width), members in groups.items():
+        for first in range(0, len(members), model.batch_size):
+            rows = members[first : first + model.batch_size]
+            memories = [memory(model, questions[i]) for i in rows]
+            yield rows, *_collate(model.batch_size, slots, width, memories, [questions[i].query for i in rows])
+
+
+def _collate(
+    size: int, slots: int, width: int, memories: list[np.ndarray], queries: list[np.ndarray]
+) -> tuple[Memory, Batch]:
+    vectors = np.zeros((size, slots, memories[0].shape[1]), memories[0].dtype)
+    query, lengths = np.zeros((size, width), np.int32), np.zeros((2, size), np.int32)
+    for row in range(size):
+        source = row if row < len(memories) else 0  # filler rows end when the first one does
+        for target, values in ((vectors, memories[source]), (query, queries[source])):
+            target[row, : len(values)] = values
+        lengths[:, row] = len(memories[source]), len(queries[source])
+    length, query_length = jnp.asarray(lengths)
+    nothing = jnp.zeros(size, jnp.int32)
+    batch = Batch(nothing[:, None], nothing, jnp.asarray(query), query_length, nothing[:, None], nothing, nothing)
+    return Memory(jnp.asarray(vectors), length, ()), batch

@@ -1,0 +1,137 @@
+"""The segments of documents: all that a segment's questions need of it, in memory or storage dtypes.
+
+A segment keeps the encoder's last states, its keys and values, and the norms of the states. None of these depends on a
+question, as a causal encoder reads the text before it.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from comi_jax.errors import UserError
+from comi_jax.model import encoder, mig
+from comi_jax.model.architecture import Architecture
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+class DocumentError(UserError):
+    """A document that cannot be used, stored or read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What encoded a document. Only the same model, with the same settings, can use it."""
+
+    model: str  # its name in messages: the folder of the run and the step
+    weights: str  # a hash of them
+    tokenizer: str  # a hash of it
+    dtype: str  # of the activations
+    segment_size: int
+
+    def check(self, other: "Origin") -> None:
+        """Raise DocumentError if a document of ``self`` cannot be used by ``other``."""
+        advice = "; encode its text again"
+        if self.weights != other.weights:
+            raise DocumentError(f"the document was encoded by {self.model}, not by {other.model}{advice} with this one")
+        if self.tokenizer != other.tokenizer:
+            raise DocumentError(f"the document was encoded with another tokenizer than that of {other.model}{advice}")
+        for name in ("model.dtype", "compression.segment_size"):
+            ours, theirs = (getattr(origin, name.split(".")[1]) for origin in (self, other))
+            if ours != theirs:
+                raise DocumentError(
+                    f"the document was encoded with {name}={ours}, but the model was loaded with {name}={theirs}; "
+                    f"load it with {name}={ours}, or encode the text again"
+                )
+
+
+@no_type_check
+@struct.dataclass
+class Stored:
+    """An array in a dtype of DTYPES; int8 with one scale per vector of the last axis, x ≈ scale · values."""
+
+    values: Any  # an array
+    scale: Any = None  # an array, for int8
+
+    @classmethod
+    def of(cls, x: Float[Array, "*shape D"], dtype: str) -> "Stored":
+        if dtype != "int8":
+            return cls(x.astype(dtype))
+        wide = x.astype(jnp.float32)
+        scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), jnp.finfo(jnp.float32).tiny * 127) / 127
+        return cls(jnp.round(wide / scale[..., None]).astype(jnp.int8), scale)
+
+    def restored(self, dtype: Any) -> Float[Array, "*shape D"]:
+        if self.scale is None:
+            return self.values.astype(dtype)
+        return (self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
+
+
+@no_type_check
+@struct.dataclass
+class Kept:
+    """The arrays of one segment, padded to S tokens; states and norms are 0 beyond its length."""
+
+    states: Stored  # [S, D]
+    keys: Stored | None  # [L, S, K, H]; None: questions are encoded without their context
+    values: Stored | None
+    norms: mig.Norms  # [S], of the states as they are stored
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment of a document: its token ids, the characters of the text that they stand for, and what is kept."""
+
+    ids: np.ndarray  # [tokens], int32
+    characters: np.ndarray | None  # [tokens, 2], first and one past the last; None if the tokenizer does not tell
+    kept: Kept  # of jax.Array on a device; of np.ndarray in host memory or in a memory-mapped file
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self.kept))
+
+    @property
+    def on_device(self) -> bool:
+        return all(isinstance(x, jax.Array) for x in jax.tree.leaves(self.kept))
+
+    def to_device(self) -> "Segment":
+        return dataclasses.replace(self, kept=jax.tree.map(jnp.array, self.kept))
+
+    def to_host(self) -> "Segment":
+        return dataclasses.replace(self, kept=jax.tree.map(np.array, self.kept))
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "dtype", "keep_kv"))
+def read_segment(
+    params: Any, ids: Int[Array, "1 S"], length: Int[Array, " 1"], arch: Architecture, dtype: str, keep_kv: bool
+) -> Kept:
+    """Encode one segment. One segment a program: what a document is does not depend on its companions."""
+    (part,) = encoder.encode(params, arch, ids, length).segments
+    real = jnp.arange(ids.shape[1])[:, None] < length[:, None]
+    states = Stored.of(jnp.where(real, part.states[0], 0), dtype)
+    norms = mig.norms(states.restored(arch.dtype))
+    if not keep_kv or part.cache is None:
+        return Kept(states, None, None, norms)
+    keys, values = (jnp.where(real[None, :, :, None], x[:, 0], 0) for x in (part.cache.k, part.cache.v))
+    return Kept(states, Stored.of(keys, dtype), Stored.of(values, dtype), norms)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a document at one moment."""
+
+    origin: Origin
+    segments: tuple[Segment, ...]
+    characters: int  # of the text
+    truncated: bool  # whether text was cut off at data.max_context tokens
