@@ -99,6 +99,36 @@ def test_dense_is_the_definition_and_blocked_is_dense(case, small_blocks):
     assert_same(blocked, dense)
 
 
+@pytest.mark.parametrize("implementation", ["dense", "blocked", None])
+def test_rows_after_a_shared_context_are_rows_with_the_context_before_them(implementation, small_blocks):
+    """Values and gradients; contexts of every length from none, two rows after each."""
+    lengths, C, T, S, N, K, H = (0, 1, 20, 37), 4, 5, 37, 4, 2, 8
+    rng = np.random.default_rng(1)
+    q, cotangent = rng.standard_normal((2, 2 * C, T, N, H)).astype(np.float32)
+    own, context = rng.standard_normal((2, 2 * C, T, K, H)), rng.standard_normal((2, C, S, K, H))
+    arrays = [x.astype(np.float32) for x in (q, *own, *context)]
+
+    def shared(q, k, v, context_k, context_v):
+        length = jnp.array(lengths, jnp.int32)
+        return module.attention_after(q, k, v, context_k, context_v, length, implementation=implementation)
+
+    def written_out(q, k, v, context_k, context_v):
+        rows = []
+        for row in range(2 * C):
+            n = lengths[row // 2]
+            joined = [jnp.concatenate([c[row // 2, :n], x[row]])[None] for c, x in ((context_k, k), (context_v, v))]
+            rows.append(attention(q[row][None], *joined, start=jnp.array([n], jnp.int32), implementation="dense")[0])
+        return jnp.stack(rows)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(function, *arrays):
+        out, pull = jax.vjp(function, *arrays)
+        return out, *pull(jnp.asarray(cotangent))
+
+    for a, b in zip(run(shared, *arrays), run(written_out, *arrays), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_blocked_is_dense_at_the_real_block_sizes():
     arrays = inputs(1, 600, 600, 4, 2, 16)
     dense, blocked = (

@@ -12,6 +12,7 @@ import tiny_models
 from comi_jax.model import architecture, comi, comi_memory, encoder
 from comi_jax.model import memory as memory_module
 from comi_jax.model.batch import Batch
+from comi_jax.model.cache import KVCache
 from comi_jax.params import flatten
 
 SEGMENT, REST, QUERY, ANSWER, MIN_RATE = 12, 7, 5, 4, 2
@@ -228,6 +229,36 @@ def test_what_is_remembered_of_an_encoded_context_is_what_one_pass_gives(params,
     real = np.arange(whole.vectors.shape[1]) < np.asarray(whole.length)[:, None]
     assert real.sum() > 10
     np.testing.assert_allclose(once.vectors[real], whole.vectors[real], atol=1e-5)
+
+
+def test_questions_of_a_context_attend_to_one_copy_of_its_keys_and_values(params):
+    """Sixteen questions about a long context, forward and backward: less memory than two and four copies of its
+    keys and values would take."""
+    arch = dataclasses.replace(ARCH, runtime=dataclasses.replace(ARCH.runtime, attention="blocked"))
+    context, share = 8192, 16
+
+    def program(params, part, query, query_length):
+        return jnp.sum(jnp.sin(encoder.query_vectors(params, arch, part, query, query_length)))
+
+    cache = jax.ShapeDtypeStruct((2, 1, context, 2, 8), jnp.float32)
+    states = jax.ShapeDtypeStruct((1, context, 32), jnp.float32)
+    part = encoder.EncodedSegments(states, jax.ShapeDtypeStruct((1, 1), jnp.int32), KVCache(cache, cache))
+    query = jax.ShapeDtypeStruct((share, QUERY), jnp.int32), jax.ShapeDtypeStruct((share,), jnp.int32)
+    copy = 2 * cache.size * 4
+    for function, most in ((program, 2), (jax.grad(program, argnums=(0, 1), allow_int=True), 4)):
+        memory = jax.jit(function).lower(params, part, *query).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < most * copy < share * copy
+
+
+def test_gradients_through_shared_keys_and_values_are_those_of_contexts_written_out(params, batch):
+    shared = batch.replace(context=batch.context[:2], context_length=batch.context_length[:2])
+    pairs = np.array([0, 0, 1, 1])
+    apart = batch.replace(context=batch.context[pairs], context_length=batch.context_length[pairs])
+    gradient = jax.jit(jax.grad(lambda p, b: comi.loss(p, ARCH, b, MIN_RATE).loss))
+    ours, theirs = flatten(gradient(params, shared)), flatten(gradient(params, apart))
+    for path, want in theirs.items():
+        np.testing.assert_allclose(ours[path], want, atol=1e-4, rtol=1e-4, err_msg=path)
+    assert np.abs(theirs["encoder/layers/k"]).max() > 1e-3
 
 
 def test_query_vector_is_the_mean_of_the_real_query_states():

@@ -349,3 +349,36 @@ def test_no_matrix_of_tokens_by_tokens_or_groups_is_ever_held():
     shapes = jax.ShapeDtypeStruct((1, n, 64), jnp.float32), jax.ShapeDtypeStruct((1, 64), jnp.float32)
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, scalars_of())
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 100e6
+
+
+def test_kept_tokens_are_groups_of_one_and_the_others_are_cut_as_if_alone():
+    rng = np.random.default_rng(5)
+    rows, length, slots = 6, 24, 24
+    states = rng.standard_normal((rows, length, WIDTH)).astype(np.float32)
+    query = rng.standard_normal((rows, WIDTH)).astype(np.float32)
+    lengths, rates = np.array([24, 23, 9, 1, 24, 24], np.int32), np.array([3, 4, 2, 4, 8, 3], np.int32)
+    kept = (rng.random((rows, length)) < 0.25) & (np.arange(length) < lengths[:, None])
+    kept[4:] = [[False] * length, np.arange(length) % 2 == 0]
+    compact = np.zeros_like(states)
+    for row in range(rows):
+        others = states[row, : lengths[row]][~kept[row, : lengths[row]]]
+        compact[row, : len(others)] = others
+    apart = jax.jit(functools.partial(c.compress, settings=Compression(), slots=slots))
+    inputs = query, lengths, rates, scalars_of()
+    out = jax.tree.map(np.asarray, apart(states, *inputs, kept=kept))
+    others = lengths - kept.sum(1, dtype=np.int32)
+    alone = jax.tree.map(np.asarray, apart(compact, query, others, *inputs[2:], kept=np.zeros_like(kept)))
+    for row, n in enumerate(lengths):
+        group, own = out.aux.group[row, :n], kept[row, :n]
+        assert (np.diff(group) >= 0).all() and (out.aux.group[row, n:] == -1).all()
+        counts = np.bincount(group, minlength=slots)
+        np.testing.assert_array_equal(counts, out.aux.group_sizes[row])
+        np.testing.assert_array_equal(counts > 0, out.mask[row])
+        assert (counts[group[own]] == 1).all()
+        np.testing.assert_allclose(out.memory[row, group[own]], states[row, :n][own], atol=1e-6)
+        place = np.flatnonzero(~own)
+        theirs, ours = alone.aux.group[row, : len(place)], group[place]
+        neighbours = np.diff(place) == 1
+        np.testing.assert_array_equal((np.diff(ours) == 0)[neighbours], (np.diff(theirs) == 0)[neighbours])
+        assert (np.diff(ours) > 0)[~neighbours].all()
+        assert out.mask[row].sum() <= alone.mask[row].sum() + own.sum() + (~neighbours).sum()

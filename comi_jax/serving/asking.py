@@ -118,6 +118,8 @@ def ask(
     if rate is not None and max_slots is not None:
         raise ConfigError("both rate and max_slots are given; give one of them")
     data, questions = model.run.config.data, []
+    if not texts:
+        return questions
     for number, (document, ids) in enumerate(zip(documents, token_ids(model.tokenizer, texts), strict=True), start=1):
         name = f"question {number}" if len(texts) > 1 else "the question"
         if not ids:
