@@ -76,9 +76,9 @@ def _after_prefix(params: Tree, cache: KVCache, batch: Batch, rules: sampling.Ru
     )
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "room"))
-def _encode(params: Tree, batch: Batch, arch: Architecture, room: int) -> Encoded:
-    return encode(params, arch, batch.context, batch.context_length, room)
+@functools.partial(jax.jit, static_argnames="arch")
+def _encode(params: Tree, batch: Batch, arch: Architecture) -> Encoded:
+    return encode(params, arch, batch.context, batch.context_length)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "rate"))
@@ -146,7 +146,7 @@ def document(model: Model, tokens: int, questions: int) -> list[tuple[str, ...]]
         ("re-read", lambda: None, lambda _, batch: _reread(params, batch, model.rules, arch, new), lambda _: 0),
         ("prefix cache", lambda: [_prefix(params, first, arch, query + new)], after, lambda held: _bytes(held, tokens)),
         ("COMI, encoding each time", lambda: None, lambda _, batch: anew(batch), lambda _: 0),
-        ("COMI, kept", lambda: _encode(params, first, arch, query), kept, lambda held: _bytes(held, tokens)),
+        ("COMI, kept", lambda: _encode(params, first, arch), kept, lambda held: _bytes(held, tokens)),
     ]
     rows = []
     for name, ingest, ask, size in ways:

@@ -236,9 +236,9 @@ def block(
     index: Int[Array, ""],
     cache: KVCache | None,
     start: Int[Array, " B"] | None,
-    context: tuple[Float[Array, "C S K H"], Float[Array, "C S K H"], Int[Array, " C"]] | None,
     lora: lora_module.Adapters | None,
     runtime: Runtime,
+    context: tuple[Float[Array, "C S K H"], Float[Array, "C S K H"], Int[Array, " C"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """One transformer block; ``index`` is its layer index in the cache; ``context`` has this layer's keys and values of
     the contexts that the rows continue, and their lengths."""
