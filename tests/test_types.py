@@ -12,7 +12,7 @@ EXCEPTIONS = {
     "reportArgumentType": 6,
     "reportAttributeAccessIssue": 2,
     "reportIncompatibleMethodOverride": 1,
-    "reportOverlappingOverload": 2,
+    "reportOverlappingOverload": 3,
 }
 
 

@@ -82,7 +82,7 @@ class Job:
 def describe(job: Job, console: Console) -> None:
     """Compile the step for the largest micro-batch and print parameters, tokens, FLOP and memory."""
     largest = (sharding.put_batch(job.largest, job.mesh),) * job.plan.micro_batches
-    stages = {job.stage(step) for step in (job.progress.step + 1, job.steps)}
+    stages: set[Stage] = {job.stage(step) for step in (job.progress.step + 1, job.steps)}
     working = max(job.step_fn.prepare(job.state, job.frozen, largest, job.key, stage) for stage in stages)
     for line in summary(job, working):
         console.print(f"{job.title}: {line}", highlight=False)
