@@ -124,11 +124,10 @@ def put(table: Table, path: Path, account: dict[str, Any], console: Console) -> 
     """Print ``table``, and write it as JSON and PNG."""
     print_rows(table.title, table.rows, table.notes, console)
     save_table({"account": account, **dataclasses.asdict(table)}, f"{path}.json")
-    caption = (
-        f"{account['config']}, step {account['step']}, rate {account['rate']}, {account['encoder']} encoder, "
-        f"{account['n']} records; {account['date']}, comi_jax {__version__}"
-    )
-    picture = diagnostics_plots.draw(table, caption)
+    encoder, rate = f"{account['encoder']} encoder, ", f"rate {account['rate']}, "
+    how = {"1a": "base decoder, ", "1b": encoder}.get(table.name, rate + encoder)
+    who = f"{account['config']}, step {account['step']}, {how}{account['n']} records"
+    picture = diagnostics_plots.draw(table, f"{who}; {account['date']}, comi_jax {__version__}")
     if picture is None:
         console.print(f"  {path}.json; no picture: pip install 'comi-jax[report]' for matplotlib\n", highlight=False)
         return

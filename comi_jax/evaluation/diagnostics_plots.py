@@ -48,6 +48,12 @@ def _with_interval(
     )
 
 
+def _bars(axis: Any, place: np.ndarray, values: list[dict[str, float]], label: str, colour: str) -> None:
+    mean = [value["mean"] for value in values]
+    spread = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
+    axis.barh(place, mean, 0.36, xerr=np.abs(spread), color=colour, label=label, ecolor="#333", capsize=2)
+
+
 def _figure_1a(figure: Any, table: Table) -> None:
     axis, rows = figure.subplots(), table.rows
     percent = [row["top tokens, %"] for row in rows]
@@ -82,19 +88,16 @@ def _table_5(figure: Any, table: Table) -> None:
         height = np.arange(len(rows), dtype=float)
         for shift, (name, colour) in enumerate(zip(("AUC, pooled", "AUC, mean of examples"), COLOURS, strict=False)):
             values = [row[name] for row in rows]
-            mean = [value["mean"] for value in values]
-            spread = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
-            place = height + 0.2 - 0.4 * shift
-            axis.barh(place, mean, 0.36, xerr=np.abs(spread), color=colour, label=name, ecolor="#333", capsize=2)
+            _bars(axis, height - 0.2 + 0.4 * shift, values, name, colour)
         for at, row in zip(height, rows, strict=True):
             if row["paper"] is not None:
-                axis.plot(row["paper"], at + 0.2, "x", color="#000", markersize=8)
+                axis.plot(row["paper"], at - 0.2, "x", color="#000", markersize=8)
         axis.axvline(0.5, color="#000", linewidth=1, linestyle=":")
         axis.set_yticks(height, [row["score"] for row in rows])
         axis.set_xlim(0, 1)
         _finish(axis, f"{kind} groups, base rate {table.more[kind]['base_rate']:.3f}", "AUC (x: the paper's)", "")
     axes[0].invert_yaxis()  # of both, which share it
-    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=9, ncols=2)
 
 
 def _table_6(figure: Any, table: Table) -> None:
@@ -123,13 +126,13 @@ def _table_8(figure: Any, table: Table) -> None:
 
 def _answer_weight(figure: Any, table: Table) -> None:
     axis = figure.subplots()
-    values = [row["weight on the answer"] for row in table.rows]
-    spread = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
-    height, mean = np.arange(len(values), dtype=float), [value["mean"] for value in values]
-    axis.barh(height, mean, 0.6, xerr=np.abs(spread), color=COLOURS[: len(values)], ecolor="#333", capsize=3)
+    height = np.arange(len(table.rows), dtype=float)
+    for shift, name in enumerate(("weight on the answer", "on it or behind it in its group")):
+        _bars(axis, height - 0.2 + 0.4 * shift, [row[name] for row in table.rows], name, COLOURS[shift])
     axis.set_yticks(height, [row["merge"] for row in table.rows])
     axis.invert_yaxis()
-    _finish(axis, "", "merge weight on the answer's tokens, per group that holds any", "")
+    _finish(axis, "", "merge weight, per group that holds any token of the answer", "")
+    axis.legend(frameon=False, fontsize=9)
 
 
 def _segment_sizes(figure: Any, table: Table) -> None:
