@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comi_jax import diagnose
+from comi_jax.data import encode
 from comi_jax.data.records import Record
 from comi_jax.evaluation import answer_spans, diagnostics_attention, diagnostics_auc, diagnostics_tables, metrics
 from comi_jax.evaluation.diagnostics import Groups, anatomies, subjects
@@ -95,6 +96,27 @@ def test_the_tokens_of_an_answer_are_marked_and_what_is_cut_is_said(world, model
     assert {subject.status for subject in subjects(RECORDS, cut)} == {"cut"}
     absent = dataclasses.replace(RECORDS[0], answers=("moon",))
     assert subjects([absent], model)[0].status == "absent"
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("the red  box", ["the", "red", "box"]),
+        ("\ufeffthe <eos> box <bos>", ["the", "<", "eos>", "box", "<", "bos>"]),  # a mark, and what is no control token
+    ],
+)
+def test_spans_are_those_of_the_tokens(model, text, pieces):
+    spans = encode.token_spans(model.tokenizer, text)
+    assert [text[first:end] for first, end in spans] == pieces
+    assert len(encode.token_ids(model.tokenizer, [text])[0]) == len(pieces)
+
+
+def test_a_tokenizer_without_spans_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(encode.TextError, match="use one with a tokenizer.json"):
+        encode.token_spans(Slow(), "a")
 
 
 # --- anatomies --------------------------------------------------------------------------------------------------------
