@@ -57,7 +57,7 @@ def test_questions_of_a_file_are_answered_in_lines(world, texts, answers, capsys
 
 def test_a_conversation(world, texts, answers, capsys, monkeypatch):
     """What is wrong with one line is told, and the next one is answered."""
-    typed = [QUESTIONS[0], "/rate 4", "/rate x", "/rat 4", "  ", QUESTIONS[1], "what " * 20, "/quit", QUESTIONS[0]]
+    typed = [QUESTIONS[0], "/rate 4", "/rate x", "/rat 4", "  ", QUESTIONS[1], "what " * 600, "/quit", QUESTIONS[0]]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     command(world, texts)
     printed = capsys.readouterr()
