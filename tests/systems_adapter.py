@@ -25,7 +25,9 @@ def keep(folder, ids, question, system, rate, options):
     chosen = {
         "streaming": lambda: Streaming(options.get("sinks", 4), rerotate=False),
         "streaming_rerotated": lambda: Streaming(options.get("sinks", 4), rerotate=True),
-        "snapkv": lambda: SnapKV(options.get("window", 64), options.get("kernel", 5), query_aware=False, narrow=False),
+        "snapkv": lambda: SnapKV(
+            options.get("window", 64), options.get("kernel", 5), query_aware=False, reread=True, narrow=False
+        ),
     }[system]()
     rows = padded([np.asarray(ids, np.int32)], bucket(len(ids)))
     sizes = (np.array([n], np.int32) for n in (len(ids), budget(len(ids), rate), 0))

@@ -186,7 +186,7 @@ def test_padding_and_other_rows_are_nothing_to_a_row(models):
     model, rng = opened(folder), np.random.default_rng(2)
     ids = rng.integers(3, 61, (3, 96)).astype(np.int32)
     lengths, budgets = np.array([40, 96, 57], np.int32), np.array([13, 24, 11], np.int32)
-    for system in (Streaming(), SnapKV(window=8, query_aware=False)):
+    for system in (Streaming(), SnapKV(window=8, query_aware=False, reread=True)):
         cache, kept, _ = system.keep(model, jnp.asarray(ids), lengths, budgets, 0 * lengths)
         for row in range(3):
             alone = padded([ids[row, : lengths[row]]], 96 if row == 1 else 64)

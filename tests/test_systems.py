@@ -275,12 +275,20 @@ def test_accounts(model, config):
     """Of a context of n tokens and a question of q at 4x, in a model of 2 layers, 2 kv heads of 8 and 4 query heads."""
     arch, head = model.architecture, flops.head(model.backbone, 1).forward
     examples, _ = answerer("original", model, config).encode(records())
-    for name in ("original", "closed_book", "truncation_tail", "streaming", "snapkv", "snapkv_agnostic"):
+    for name in (
+        "original",
+        "closed_book",
+        "truncation_tail",
+        "streaming",
+        "snapkv",
+        "snapkv_reread",
+        "snapkv_agnostic",
+    ):
         for asked, answer in zip(examples, answerer(name, model, config).answer(examples), strict=True):
             n, q = len(asked.context), len(asked.query)
             m = -(-n // 4)
-            votes = {"snapkv": (m // 2) * (n + q), "snapkv_agnostic": (m // 2) * n}
-            dense = {"snapkv": n + q, "original": n, "closed_book": 0, "truncation_tail": m}
+            votes = {"snapkv": (m // 2) * (n + q), "snapkv_reread": (m // 2) * (n + q), "snapkv_agnostic": (m // 2) * n}
+            dense = {"snapkv": n + q, "snapkv_reread": n + q, "original": n, "closed_book": 0, "truncation_tail": m}
             cost, entries = answer.account, {"original": n, "closed_book": 0}.get(name, m)
             assert (cost.entries, cost.kv_bytes) == (entries, entries * 2 * 2 * 2 * 8 * 4)
             assert cost.ingest_flop == flops.read(arch, 0, dense.get(name, n)) + 2 * 2 * votes.get(name, 0) * 4 * 8
@@ -353,7 +361,7 @@ def test_more_that_is_refused(model, config):
     asked = question(model, config, records()[0])
     assert SnapKV().refusal(asked, 1) == "1 entry is fewer than a window of 1 and one more token; lower the rate"
     short = dataclasses.replace(asked, context=asked.context[:4])
-    alone = SnapKV(4, query_aware=False, narrow=False)
+    alone = SnapKV(4, query_aware=False, reread=True, narrow=False)
     assert alone.refusal(short, 4) == "its 4 tokens are not more than the window of 4; give it a longer context"
     with pytest.raises(ConfigError, match="the rate of bm25 is 0"):
         answerer("bm25", model, config, rate=0)

@@ -40,7 +40,8 @@ SYSTEMS: dict[str, Row] = {
     "streaming_rerotated": Row("StreamingLLM", Streaming()),
     "snapkv": Row("SnapKV", SnapKV()),
     "snapkv_published": Row("SnapKV, window as published", SnapKV(narrow=False)),
-    "snapkv_agnostic": Row("SnapKV, without the question", SnapKV(query_aware=False)),
+    "snapkv_reread": Row("SnapKV, question read again", SnapKV(reread=True)),
+    "snapkv_agnostic": Row("SnapKV, without the question", SnapKV(query_aware=False, reread=True)),
 }
 
 

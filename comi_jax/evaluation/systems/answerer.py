@@ -36,6 +36,11 @@ class SystemAnswerer:
     def __post_init__(self):
         if self.system.needs_budget and (self.rate is None or self.rate < 1):
             raise ConfigError(f"the rate of {self.name} is {self.rate}; it is a whole number of at least 1")
+        if self.options.temperature or self.options.stop_strings:
+            raise ConfigError(
+                f"{self.name} decodes greedily and without stop strings; set generation.temperature=0 and leave "
+                "generation.stop_strings empty"
+            )
         if not self.system.splits and self.model.architecture.runtime.context_shards > 1:
             raise ConfigError(
                 f"{self.name} cannot run with the tokens of a row split over devices; set mesh.context to 1"
@@ -59,12 +64,15 @@ class SystemAnswerer:
         tokens = len(question.context)
         return max_groups(tokens, self.rate) if self.system.needs_budget and self.rate else tokens
 
-    def encode(self, records: Sequence[Record]) -> tuple[list[Example], LengthReport]:
+    def questions(self, records: Sequence[Record]) -> tuple[list[Question], LengthReport]:
+        """``records`` tokenised, whether the system can answer them or not."""
         examples, report = encode.encode(records, self.model.tokenizer, self.data, targets=False)
-        questions = [
-            Question(**{f.name: getattr(e, f.name) for f in dataclasses.fields(Example)}, record=record)
-            for e, record in zip(examples, records, strict=True)
-        ]
+        fields = [field.name for field in dataclasses.fields(Example)]
+        pairs = zip(examples, records, strict=True)
+        return [Question(**{name: getattr(e, name) for name in fields}, record=record) for e, record in pairs], report
+
+    def encode(self, records: Sequence[Record]) -> tuple[list[Example], LengthReport]:
+        questions, report = self.questions(records)
         refused = [(i, why) for i, q in enumerate(questions, start=1) if (why := self._refusal(q))]
         if refused:
             number, why = refused[0]
@@ -126,5 +134,5 @@ class SystemAnswerer:
             "weights": self.model.weights,
             "rate": self.rate if self.system.needs_budget else None,
             "closed_book": self.name == "closed_book",
-            "decoding": {"method": "greedy", **dataclasses.asdict(self.options)},
+            "decoding": {"method": self.options.method, **dataclasses.asdict(self.options)},
         }

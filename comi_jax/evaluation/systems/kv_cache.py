@@ -54,6 +54,7 @@ class CacheSystem:
     needs_budget: ClassVar[bool] = True
     splits: ClassVar[bool] = False  # whether it runs with the tokens of a row split over devices
     query_aware = False
+    reread = True  # whether the question is read after the compression; otherwise its last token alone is
 
     def refusal(self, question: Question, budget: int) -> str:
         """Why the system cannot keep ``budget`` entries for ``question``, and what to do; empty if it can."""
@@ -78,7 +79,7 @@ class CacheSystem:
         """Prefill the contexts and keep what stands for them."""
         aware, arch = self.query_aware, model.architecture
         rows = [np.concatenate([q.context, q.query]) if aware else q.context for q in questions]
-        prompts = [q.query[-1:] if aware else q.query for q in questions]
+        prompts = [q.query if self.reread else q.query[-1:] for q in questions]
         lengths = np.array([len(q.context) for q in questions], np.int32)
         sizes = np.array([len(row) for row in rows], np.int32)
         kept = np.minimum(np.array(budgets, np.int32), lengths)

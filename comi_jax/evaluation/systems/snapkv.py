@@ -4,10 +4,11 @@
     score   = the mean of ``kernel`` neighbouring votes; outside the scored tokens a vote is 0
     kept    = the window, and the tokens of the largest scores, up to the budget
 
-Window attention, pooling and groups are those of kvpress's SnapKVPress. ``query_aware``, as published: the window is at
-the end of [context; question]. All of the question's entries stay, which no system is charged for, and have seen the
-whole context; its last token is read again, so that the first token of the answer sees only what is kept, too.
-Otherwise the window is at the context's end, and the question is read after the compression.
+Window attention, pooling and groups are those of kvpress's SnapKVPress. ``query_aware``: the window is at the end of
+[context; question]; otherwise at the context's end. ``reread``: the question is read after the compression. As
+published it is not: all of its entries stay, and they have seen the whole context, of which they can carry what is
+asked for past any budget, though no system is charged for its question. Only its last token is read again, so that the
+first token of the answer sees no more than the others do.
 """
 
 import functools
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from comi_jax.config import require
 from comi_jax.evaluation.systems.kv_cache import CacheSystem, gather, prefill
 from comi_jax.evaluation.systems.protocol import Question, bucket
 from comi_jax.model import backbone as lm
@@ -34,8 +36,12 @@ class SnapKV(CacheSystem):
     window: int = 64
     kernel: int = 5
     query_aware: bool = True
+    reread: bool = False
     # Whether the window is at most half of the budget. As published it is not: a budget below the window is refused.
     narrow: bool = True
+
+    def __post_init__(self):
+        require(self.query_aware or self.reread, "SnapKV without the question must read it later: set reread")
 
     def windows(self, budgets: Any) -> Any:
         """The window for each of ``budgets``."""
@@ -105,7 +111,7 @@ def choose(
     question = context[:, None] + slot - budget[:, None]
     kept = jnp.where((slot < budget[:, None])[None, :, None, :], best, question[None, :, None, :])
     kept = jnp.clip(kept, 0, ids.shape[1] - 1).astype(jnp.int32)
-    filled = budget + jnp.maximum(length - context - 1, 0)
+    filled = budget + jnp.clip(length - context - 1, 0, asked)
     return kept, kept + (budget - context)[None, :, None, None], filled
 
 
