@@ -25,18 +25,22 @@ def test_the_rows_of_a_document(model):
 
 
 def test_what_is_kept_is_counted_without_the_room_behind_it(model):
-    batch, backbone = serving._question(ARCH.backbone, TOKENS, 4, 0), ARCH.backbone
+    rows, backbone = {row[0]: row[-1] for row in serving.document(model, TOKENS, 1)}, ARCH.backbone
     per_layer = 2 * TOKENS * backbone.num_key_value_heads * backbone.head_dim * 4
-    cache = serving._prefix(model.params, batch, ARCH, 30)
-    assert serving._bytes(cache, TOKENS) == backbone.num_hidden_layers * per_layer
-    encoded = serving._encode(model.params, batch, ARCH, 24)
-    states = TOKENS * backbone.hidden_size * 4
-    assert serving._bytes(encoded, TOKENS) == ARCH.compression.encoder_layers * per_layer + states
+    states, norms = TOKENS * backbone.hidden_size * 4, TOKENS * 4
+    document = ARCH.compression.encoder_layers * per_layer + states
+    assert rows["prefix cache"] == f"{backbone.num_hidden_layers * per_layer / 1e6:,.1f}"
+    kept = serving._bytes(serving._encode(model, serving._question(backbone, TOKENS, 4, 0)))
+    assert document + norms <= kept <= document + 2 * norms and rows["COMI, kept"] == f"{kept / 1e6:,.1f}"
+    assert rows["re-read"] == rows["COMI, encoding each time"] == "0.0"
 
 
-def test_a_kept_prefix_gives_the_token_of_reading_all_again(model):
+def test_what_is_kept_gives_what_reading_all_again_gives(model):
     batch = serving._question(ARCH.backbone, TOKENS, 4, 0)
     rules = sampling.rules(Generation(), 1)
+    encoded = serving._remember(model, serving._encode(model, batch), batch)
+    anew = serving.batching.remember(model.params, batch, ARCH, 4)
+    np.testing.assert_allclose(encoded.vectors, anew.vectors, atol=1e-5)
     cache = serving._prefix(model.params, batch, ARCH, batch.query.shape[1] + NEW)
     kept = serving._after_prefix(model.params, cache, batch, rules, ARCH, NEW)
     again = serving._reread(model.params, batch, rules, ARCH, NEW)

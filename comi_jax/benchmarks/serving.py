@@ -29,16 +29,17 @@ from comi_jax import cli
 from comi_jax.benchmarks import speed
 from comi_jax.cli import at_least
 from comi_jax.config import Backbone, Compression, Generation
-from comi_jax.model import architecture, comi_memory, generate, sampling
+from comi_jax.model import architecture, generate, sampling
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.model.cache import KVCache, empty_cache
-from comi_jax.model.encoder import Encoded, encode
 from comi_jax.model.memory import Memory
 from comi_jax.params import Tree, initialize
 from comi_jax.planning.published_models import BACKBONES
 from comi_jax.serving import batching
+from comi_jax.serving.asking import remember_segment
+from comi_jax.serving.segments import Kept, read_segment
 from comi_jax.serving.slots import SlotDecoder
 
 SMALL = "small"
@@ -76,14 +77,14 @@ def _after_prefix(params: Tree, cache: KVCache, batch: Batch, rules: sampling.Ru
     )
 
 
-@functools.partial(jax.jit, static_argnames="arch")
-def _encode(params: Tree, batch: Batch, arch: Architecture) -> Encoded:
-    return encode(params, arch, batch.context, batch.context_length)
+def _encode(model: "Model", batch: Batch) -> Kept:
+    return read_segment(model.params, batch.context, batch.context_length, model.arch, model.arch.dtype, True)
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "rate"))
-def _remember(params: Tree, encoded: Encoded, batch: Batch, arch: Architecture, rate: int) -> Memory:
-    return comi_memory.remember(params, arch, encoded, batch.query, batch.query_length, batch.rate, rate)
+def _remember(model: "Model", kept: Kept, batch: Batch) -> Memory:
+    length, rate = batch.context_length[:, None], model.rate
+    numbers = (batch.query, batch.query_length, batch.rate)
+    return remember_segment(model.params, kept, length, *numbers, None, model.arch, rate)
 
 
 # --- one document, many questions -------------------------------------------------------------------------------------
@@ -134,8 +135,8 @@ def document(model: Model, tokens: int, questions: int) -> list[tuple[str, ...]]
     def anew(batch: Batch) -> generate.Decoding:
         return model.memorised(batching.remember(params, batch, arch, rate), batch)
 
-    def kept(encoded: Encoded, batch: Batch) -> generate.Decoding:
-        return model.memorised(_remember(params, encoded, batch, arch, rate), batch)
+    def kept(encoded: Kept, batch: Batch) -> generate.Decoding:
+        return model.memorised(_remember(model, encoded, batch), batch)
 
     def after(held: list[KVCache], batch: Batch) -> generate.Decoding:  # written behind the text, again and again
         decoding = _after_prefix(params, held.pop(), batch, model.rules, arch, new)
@@ -144,9 +145,14 @@ def document(model: Model, tokens: int, questions: int) -> list[tuple[str, ...]]
 
     ways: list[tuple[str, Callable[[], Any], Callable[[Any, Batch], generate.Decoding], Callable[[Any], int]]] = [
         ("re-read", lambda: None, lambda _, batch: _reread(params, batch, model.rules, arch, new), lambda _: 0),
-        ("prefix cache", lambda: [_prefix(params, first, arch, query + new)], after, lambda held: _bytes(held, tokens)),
+        (
+            "prefix cache",
+            lambda: [_prefix(params, first, arch, query + new)],
+            after,
+            lambda held: _bytes(held) * tokens // held[0].k.shape[2],
+        ),
         ("COMI, encoding each time", lambda: None, lambda _, batch: anew(batch), lambda _: 0),
-        ("COMI, kept", lambda: _encode(params, first, arch), kept, lambda held: _bytes(held, tokens)),
+        ("COMI, kept", lambda: _encode(model, first), kept, lambda held: _bytes(held)),
     ]
     rows = []
     for name, ingest, ask, size in ways:
@@ -173,14 +179,8 @@ def _question(backbone: Backbone, tokens: int, rate: int, seed: int) -> Batch:
     return replace(batch, context=batch.context % backbone.vocab_size, query=jnp.asarray(query, jnp.int32))
 
 
-def _bytes(held: Any, tokens: int) -> int:
-    """Bytes of the arrays in ``held`` that belong to the text: states and keys and values of ``tokens``, not the room
-    behind them."""
-    total = 0
-    for x in jax.tree.leaves(held):
-        width = x.shape[1] if x.ndim == 3 else x.shape[2] if x.ndim == 5 else 0
-        total += x.nbytes * min(tokens, width) // width if width else 0
-    return total
+def _bytes(held: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(held))
 
 
 # --- many questions at once -------------------------------------------------------------------------------------------
