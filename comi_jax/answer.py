@@ -7,19 +7,26 @@ neither, questions are read from the terminal, one a line; ``/rate N`` changes t
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from rich.console import Console
+
 from comi_jax import cli
 from comi_jax.config import ConfigError
 from comi_jax.data.records import Record
+from comi_jax.devices import compilations
 from comi_jax.errors import UserError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Answer, Comi
+from comi_jax.serving.documents import Document
 from comi_jax.serving.generation import Options
 
-AT_ONCE = 64  # questions of a file per call; at most so many answers are lost if the process dies
+BATCH = 16  # questions of a file that are decoded together
+AT_ONCE = 4 * BATCH  # per call; at most so many answers are lost if the process dies
 HELP = "a question about the text, /rate N (context tokens per memory vector), or /quit"
 
 
@@ -27,12 +34,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Answer one question, a file of questions, or those typed in."""
     options = _parser().parse_args(arguments)
     with cli.one_way_out():
+        compilations.keep()
         if options.question is None and options.questions is None and "-" in options.context:
             raise ConfigError("--context=- reads standard input, where questions are typed too; give --question")
         questions = _read_questions(options.questions) if options.questions else []
         text = Record(tuple(_read_text(path) for path in _files(options.context)), "", ()).context_text()
         step = choose_step(options.checkpoint, options.step)
-        asked = Session(Comi.load(options.checkpoint, overrides=options.set, step=step), text, options)
+        rows = BATCH if options.questions else 1
+        model = Comi.load(options.checkpoint, overrides=options.set, step=step, batch_size=rows)
+        asked = Session(model, text, options)
         if options.questions:
             asked.file(questions)
         elif options.question is not None:
@@ -76,10 +86,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Session:
-    """Questions about one text."""
+    """Questions about one text, which is encoded once."""
 
     def __init__(self, model: Comi, text: str, given: argparse.Namespace):
-        self.model, self.context, self.rate = model, text, given.rate
+        self.model, self.rate = model, given.rate
+        self.context = _encoded(model, text)
         self.options: Options = {
             "max_new_tokens": given.max_new_tokens,
             "repetition_penalty": given.repetition_penalty,
@@ -103,7 +114,8 @@ class Session:
         """Print the answers to ``questions`` as JSON Lines."""
         for first in range(0, len(questions), AT_ONCE):
             some = questions[first : first + AT_ONCE]
-            answers = self.model.answer([self.context] * len(some), some, rate=self.rate, **self.options)
+            contexts: Any = [self.context] * len(some)
+            answers = self.model.answer(contexts, some, rate=self.rate, **self.options)
             for question, answer in zip(some, answers, strict=True):
                 print(json.dumps(_row(question, answer), ensure_ascii=False), flush=True)
 
@@ -129,6 +141,20 @@ class Session:
         if not value.strip().isdecimal() or int(value) < 1:
             raise ConfigError(f"the rate is {value.strip() or 'missing'}; type a whole number of at least 1: /rate 16")
         self.rate = int(value)
+
+
+def _encoded(model: Comi, text: str) -> str | Document:
+    """``text`` as a document, which is encoded once for all questions; the text itself for other systems than COMI,
+    which have no documents."""
+    if model.architecture.system != "comi":
+        return text
+    since = time.perf_counter()
+    with Console(stderr=True).status(f"encoding {len(text):,} characters"):
+        document = model.encode(text)
+        jax.block_until_ready([segment.kept for segment in document.segments])
+    took = (time.perf_counter() - since) * 1000
+    print(f"[encoded {document.tokens:,} tokens in {took:,.0f} ms, {document.nbytes / 1e6:,.1f} MB]", file=sys.stderr)
+    return document
 
 
 def _typed() -> Iterator[str]:

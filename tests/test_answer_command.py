@@ -66,7 +66,8 @@ def test_a_conversation(world, texts, answers, capsys, monkeypatch):
     assert printed.err.count("first token after") == 2 and f"in {answers[4][1].memory_vectors} memory" in printed.err
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert [error.split(";")[0] for error in errors[:2]] == ["error: the rate is x", "error: there is no command /rat"]
-    assert "record 1 with" in errors[2] and len(errors) == 3
+    assert "the question has 600 tokens" in errors[2] and len(errors) == 3
+    assert printed.err.count("[encoded 21 tokens in ") == 1  # for all questions
 
 
 def test_ctrl_c_leaves_the_answer_and_then_the_conversation(world, texts, answers, capsys, monkeypatch):
