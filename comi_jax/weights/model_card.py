@@ -40,6 +40,7 @@ def results_of(checkpoint: str | Path, step: int) -> tuple[dict[str, dict[str, A
     return rows, left_out
 
 
+NEUTRAL = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "stop_strings": []}  # as if they did not exist
 COMPARED = ("records", "rate", "closed_book", "decoding")
 
 
@@ -118,7 +119,7 @@ def _cells(title: str, row: Mapping[str, Any]) -> list[str]:
         str(row.get("rate") or "-"),
         *(_score(row["metrics"].get(name)) for name in METRICS),
         f"{row['ratio']:.1f}" if row["ratio"] else "-",
-        ", ".join(f"{name} {value}" for name, value in row["decoding"].items()),
+        ", ".join(f"{name} {value}" for name, value in row["decoding"].items() if NEUTRAL.get(name) != value),
     ]  # fmt: skip
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
 
