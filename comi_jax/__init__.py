@@ -1,5 +1,6 @@
 """COMI context compression for language models, in JAX; ``Comi`` is the class that users import."""
 
+import importlib as _importlib
 from pathlib import Path as _Path
 
 _ROOT = _Path(__file__).resolve().parent.parent
@@ -9,11 +10,16 @@ if (_ROOT / "setup.cfg").is_file():
 
 from comi_jax.version import __version__ as __version__  # noqa: E402
 
+_OFFERED = {
+    "Comi": "comi_jax.serving.compressor",
+    "Document": "comi_jax.serving.documents",
+    "DocumentStore": "comi_jax.serving.store",
+}
+
 
 def __getattr__(name: str):
-    """Import ``Comi`` lazily, so that importing a submodule does not import the whole package."""
-    if name == "Comi":
-        from comi_jax.serving.compressor import Comi
-
-        return Comi
+    """Import ``Comi`` and the classes beside it lazily, so that importing a submodule does not import the whole
+    package."""
+    if name in _OFFERED:
+        return getattr(_importlib.import_module(_OFFERED[name]), name)
     raise AttributeError(f"module 'comi_jax' has no attribute {name!r}")

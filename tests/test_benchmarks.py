@@ -6,11 +6,15 @@ import sys
 import numpy as np
 import pytest
 import train_fixtures
+from rich.console import Console
 
-from comi_jax.benchmarks import data, restart
+from comi_jax.benchmarks import data, documents, restart
 from comi_jax.data import batches
 from comi_jax.overrides import load
 from comi_jax.runs import examples as stored
+from comi_jax.serving.compressor import Comi
+from comi_jax.serving.segments import DTYPES
+from comi_jax.training.dataset import read_held_out
 from comi_jax.training.meter import Tally
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
@@ -33,6 +37,18 @@ def test_the_figures_of_data_are_those_of_the_batches_that_a_run_takes(world, tm
     assert title == "16 examples, micro-batches of 8 in 1 shapes, 2 per epoch"
     assert all(float(value.split()[0].replace(",", "")) > 0 for value in list(figures.values())[:3])
     assert [row[2] for row in data.measure(config, tmp_path, count=1, steps=0)[1]] == [""] * 4
+
+
+def test_documents_are_measured_against_the_exact_one(world):
+    model = Comi.load(world.run, batch_size=4)
+    rows = documents.measure(model, read_held_out(model.run.config, Console())[0][:3])
+    assert [row[0] for row in rows] == [
+        f"{dtype}, {kept}" for dtype in DTYPES for kept in ("states, keys and values", "states alone")
+    ]
+    sizes = [int(row[1]) for row in rows]
+    assert sizes[0] > sizes[2] > sizes[4] and all(a > b for a, b in zip(sizes[::2], sizes[1::2], strict=True))
+    assert float(rows[0][3]) == float(rows[0][4]) == 0 and rows[0][5] == "0 of 3"
+    assert all(0 < float(row[3]) <= float(row[4]) < 1 for row in rows[2::2])
 
 
 def test_what_cannot_be_read_is_said_in_a_sentence(world):

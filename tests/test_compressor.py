@@ -44,7 +44,7 @@ def close(a, b):
 
 
 def test_the_package_offers_it_by_name():
-    assert comi_jax.Comi is Comi
+    assert comi_jax.Comi is Comi and comi_jax.Document.__name__ == "Document"
     with pytest.raises(AttributeError, match="no attribute 'Como'"):
         comi_jax.Como  # noqa: B018
 

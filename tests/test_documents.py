@@ -91,6 +91,26 @@ def test_appended_text_is_a_new_segment_and_leaves_the_others_alone(model, docum
     assert document.segments[2].characters[-1, 1] == document.contents.characters == len(TEXTS[0]) + len(TEXTS[2])
 
 
+def test_a_document_can_be_appended_to_while_an_answer_about_it_is_read(model, documents):
+    document = model.encode(TEXTS[2])
+    stream = model.stream(document, QUESTIONS[2], logprobs=True)
+    first = next(stream, "")
+    document.append(TEXTS[0])
+    assert first + "".join(stream) == stream.answer.text
+    assert stream.answer == model.answer(documents[2], QUESTIONS[2], logprobs=True)
+    assert model.answer(document, QUESTIONS[2]).context_tokens == 63
+
+
+def test_the_prompt_of_a_document_is_its_memory_and_the_question(model, documents, memories):
+    prompt = model.prompt_embeddings(documents[2], QUESTIONS[2])
+    assert prompt.memory_vectors == len(memories[2]) and prompt.context_tokens == 42
+    np.testing.assert_array_equal(prompt.vectors[: len(memories[2])], memories[2])
+    (query,) = token_ids(model.tokenizer, [QUESTIONS[2]])
+    np.testing.assert_array_equal(
+        prompt.vectors[len(memories[2]) :], np.asarray(model.params["decoder"]["embed"])[query]
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("keep_kv", [True, False])
 def test_a_saved_document_is_the_same_document(model, tmp_path, dtype, keep_kv):
@@ -154,7 +174,9 @@ def test_rate_1_is_what_the_decoder_makes_of_the_text(model, documents):
             memory = model.compress(context, QUESTIONS[0], rate=1)
             np.testing.assert_array_equal(memory.vectors, table[ids])
             assert memory.ratio == 1
-    assert model.answer(documents[0], QUESTIONS[0], rate=1) == model.answer(TEXTS[0], QUESTIONS[0], rate=1)
+    answer = model.answer(documents[0], QUESTIONS[0], rate=1)
+    assert answer == model.answer(TEXTS[0], QUESTIONS[0], rate=1)
+    assert answer.account.ingest_flop < model.answer(documents[0], QUESTIONS[0], rate=2).account.ingest_flop
 
 
 @pytest.mark.parametrize("slots", [2, 3, 5, 7, 20, 42, 100])
@@ -223,6 +245,10 @@ def test_options_that_cannot_be_are_refused(model, documents, options, message):
 
 
 def test_lists_that_do_not_match_are_refused(model, documents):
+    for context in (documents[0], TEXTS[0]):
+        for method in (model.compress, model.answer):
+            with pytest.raises(ConfigError, match="there is no (decoding )?option slots; there are: "):
+                method(context, QUESTIONS[0], slots=3)
     with pytest.raises(ConfigError, match="there are 2 documents and 1 questions"):
         model.answer(documents[:2], QUESTIONS[:1])
     with pytest.raises(ConfigError, match="there are 2 documents and 1 questions"):

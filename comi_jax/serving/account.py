@@ -40,6 +40,7 @@ def account(arch: Architecture, entries: int, query: int, ingest_flop: float, *,
 
 def of_memory(arch: Architecture, context: int, query: int, rate: int, vectors: int) -> Account:
     """COMI's account of a context compressed into ``vectors`` at ``rate``: encoder, compression, LSA and the decoder's
-    pass over the memory are its ingest."""
-    compressed = flops.compress(arch, flops.Lengths(context, query, 0, rate)) if context else 0.0
+    pass over the memory are its ingest. At rate 1, the decoder's pass over the text is all."""
+    uncompressed = not context or (arch.system == "comi" and rate == 1)
+    compressed = 0.0 if uncompressed else flops.compress(arch, flops.Lengths(context, query, 0, rate))
     return account(arch, vectors, query, compressed + flops.read(arch, 0, vectors))

@@ -71,7 +71,11 @@ def split(options: AskOptions) -> tuple[Amount, Options]:
 
 
 def of_documents(context: Any, amount: Amount) -> bool:
-    """Whether ``context`` is a document or a list with one, or ``amount`` says what only documents can do."""
+    """Whether ``context`` is a document or a list with one, or ``amount`` says what only documents can do. Raises
+    ConfigError for an unknown option."""
+    unknown = sorted(set(amount) - set(Amount.__annotations__))
+    if unknown:
+        raise ConfigError(f"there is no option {unknown[0]}; there are: {', '.join(Amount.__annotations__)}")
     contexts = [context] if isinstance(context, str | Document) else context
     special = amount.get("max_slots") is not None or amount.get("keep") is not None
     return special or any(isinstance(each, Document) for each in contexts)
@@ -80,9 +84,6 @@ def of_documents(context: Any, amount: Amount) -> bool:
 def memories(model: Model, context: Any, question: str | Sequence[str], amount: Amount, new_tokens: int) -> Memories:
     """The memories of questions about documents, or about texts as documents. Raises UserErrors for what cannot be
     asked."""
-    unknown = sorted(set(amount) - set(Amount.__annotations__))
-    if unknown:
-        raise ConfigError(f"there is no option {unknown[0]}; there are: {', '.join(Amount.__annotations__)}")
     documents, texts = pairs(model, context, question, amount.get("keep"))
     questions = ask(model, documents, texts, amount, new_tokens)
     asked = [Asked(q.context_tokens, len(q.query), q.rate, bool(q.cut), q.cut) for q in questions]
