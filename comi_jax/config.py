@@ -356,7 +356,7 @@ class Train:
     steps: int = 1000
     batch_size: int = 64  # examples per update, over all devices and micro-batches
     # Up to this many consecutive examples with the same context are batched together, and the context is encoded once.
-    # The encoder's keys and values are copied for each example, which is much memory for long contexts or large models.
+    # All of them attend to one copy of the encoder's keys and values; its states are copied for each.
     share_context: int = 1
     seed: int = 0
     log_every: int = 10
