@@ -84,6 +84,10 @@ def test_every_path_option_of_a_command_is_a_path():
             call = call.split("add_argument")[0]
             name = call.split('"')[1]
             if name in ("--checkpoint", "--output", "--context", "--backbone", "--json", "--folder", "runs", "path"):
-                plain += [] if "type=cli.path" in call.split("help=")[0] or "at_least" in call else [(file.name, name)]
+                plain += (
+                    []
+                    if any(w in call.split("help=")[0] for w in ("type=cli.path", "at_least", "choices="))
+                    else [(file.name, name)]
+                )
         assert "argparse.ArgumentParser(" not in file.read_text(encoding="utf-8")
     assert not plain

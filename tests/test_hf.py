@@ -87,7 +87,7 @@ def test_two_scalings_that_disagree_are_refused(folders, tmp_path):
     """A card's rope_scaling beside what transformers 5 wrote: of the two one would be dropped in silence."""
     folder, _ = folders("qwen2")
     both = rewrite(folder, tmp_path, rope_scaling={"type": "yarn", "factor": 4.0})
-    with pytest.raises(ConfigError, match="has rope_parameters .* and rope_scaling .*yarn.*; remove the other"):
+    with pytest.raises(ConfigError, match="has rope_parameters .* and rope_scaling .*yarn.*, which differ; remove one"):
         hf_config.read_config(both)
 
 
@@ -444,7 +444,7 @@ def test_a_special_token_beyond_the_vocabulary_is_left_out(token, tmp_path, capl
     assert more("[PAD]").input_ids[-1] == len(plain)
     hf_folder.tell.cache_clear()
     fitted = fit_tokenizer(more, backbone)
-    assert "tokenizer has 276 tokens, the model only 275: [PAD] is left out" in caplog.text
+    assert "tokenizer has 276 tokens, the model only 275: [PAD] has no embedding" in caplog.text
     assert fitted(text).input_ids == plain(text).input_ids and fitted.pad_token is None and len(fitted) == 275
     assert fitted.all_special_tokens == plain.all_special_tokens
     fitted.save_pretrained(tmp_path / "fitted")

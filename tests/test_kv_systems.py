@@ -59,8 +59,9 @@ def models(tmp_path_factory):
             with torch.no_grad():
                 for parameter in theirs.parameters():
                     parameter.add_(0.2 * torch.randn_like(parameter))
-            theirs.save_pretrained(tmp_path_factory.mktemp(kind))
-            made[kind] = theirs, theirs.config._name_or_path or tmp_path_factory.getbasetemp() / f"{kind}0"
+            folder = tmp_path_factory.mktemp(kind)
+            theirs.save_pretrained(folder)
+            made[kind] = theirs, folder
         return made[kind]
 
     return model

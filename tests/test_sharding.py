@@ -100,10 +100,13 @@ def test_weights_are_split_over_the_context_axis_too_where_it_divides_them():
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        (Mesh(data=1, context=4), "mesh.context is 4, but 6 attention heads of a device (of 6, mesh.tensor 1)"),
+        (
+            Mesh(data=1, context=4),
+            "6 attention heads per device (of 6, mesh.tensor 1) do not divide by mesh.context = 4",
+        ),
         (
             Mesh(data=1, tensor=2, context=2),
-            "mesh.context is 2, but 3 attention heads of a device (of 6, mesh.tensor 2)",
+            "3 attention heads per device (of 6, mesh.tensor 2) do not divide by mesh.context = 2",
         ),
     ],
 )

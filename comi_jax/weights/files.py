@@ -60,7 +60,7 @@ class Tensors:
 
 
 def _open(path: Path) -> "_SafeFile | _TorchFile":
-    if _starts_with(path, b"version https://git-lfs"):
+    if _starts_with(path, b"version https://git-lfs.github.com/spec/"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull")
     return _TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else _SafeFile(path)
 
