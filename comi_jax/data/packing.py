@@ -106,7 +106,7 @@ _FOREIGN = {
         rb"7z\xbc\xaf\x27\x1c": f"is a 7z archive; {_UNPACK}",
         rb".{257}ustar": f"is a tar archive; {_UNPACK}: tar -xf FILE",
         rb"ARROW[1]": 'is an Arrow file; make it Parquet: Dataset.from_file("FILE").to_parquet("FILE.parquet")',
-        rb"version https://git-lfs\.github\.com/spec/": "is a Git LFS pointer, not the data; fetch the data: git lfs pull",
+        rb"version https://git-lfs\.github\.com/": "is a Git LFS pointer, not the data; fetch it: git lfs pull",
         rb"<(!DOCTYPE|html)": "is a web page, not data; download the file itself",
         rb"(\xff\xfe|\x00\x00\xfe\xff)\x00\x00": f"is text in UTF-32; make it UTF-8: iconv -f UTF-32 {_UTF8}",
         rb"\xff\xfe([ -~]\x00){2}|\xfe\xff(\x00[ -~]){2}": f"is text in UTF-16; make it UTF-8: iconv -f UTF-16 {_UTF8}",
