@@ -99,6 +99,8 @@ def test_all_devices_answer_as_one(model, config):
     for name in ("truncation_both", "snapkv", "streaming_rerotated"):
         examples, _ = answerer(name, model, config).encode(records())
         assert answerer(name, split, config).answer(examples) == answerer(name, model, config).answer(examples)
+    tokens = LanguageModel.open(config, batch_size=4, mesh=sharding.make_mesh(Mesh(data=2, context=2)))
+    assert answerer("original", tokens, config).answer(examples) == answerer("original", model, config).answer(examples)
 
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------
