@@ -1,6 +1,7 @@
 """Questions in decode slots: each answer is bit for bit what it is alone, whoever comes and goes beside it."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -11,7 +12,8 @@ import tiny_models
 
 from comi_jax.config import ConfigError, Generation
 from comi_jax.data.encode import LengthError
-from comi_jax.model import architecture, generate
+from comi_jax.model import architecture, generate, sampling
+from comi_jax.serving import batching
 from comi_jax.serving.slots import BusyError, SlotDecoder
 
 ARCH = tiny_models.architecture("qwen3", lora=2)
@@ -183,6 +185,21 @@ def test_programs_are_few_and_compiled_beforehand(params):
     finally:
         logger.removeHandler(handler)
     assert len(compiled) == 4
+
+
+def test_a_cache_is_never_there_twice(params, prompts):
+    """Each token is written into the cache of the one before: it is donated, in slots and in batches."""
+    loop = decoder(params)
+    loop.submit(prompts[0], OPTIONS[0])
+    for _ in range(2):  # prefill, then a token
+        before = loop._state.cache.k
+        loop.step()
+        assert before.is_deleted()
+    rules, length = sampling.rules(OPTIONS[0], 1), np.array([9], np.int32)
+    begin = jax.jit(functools.partial(generate.begin, sampled=False), static_argnums=(1, 5, 6))
+    begun = begin(params, ARCH, prompts[0][None], length, rules, (END,), 9)
+    batching.proceed(params, begun, rules, np.zeros(1, bool), np.int32(9), ARCH, (END,), False)
+    assert begun.cache.k.is_deleted() and begun.cache.v.is_deleted()
 
 
 @pytest.mark.parametrize(
