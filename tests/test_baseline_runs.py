@@ -54,7 +54,7 @@ def test_each_stage_trains_its_parts_and_has_the_whole_schedule(run):
     assert rates == pytest.approx(2 * [0.01, 0.0075, 0.005, 0.0025])
 
 
-@pytest.mark.parametrize("from_step", [2, 4, 6])
+@pytest.mark.parametrize("from_step", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_run_resumes_at_any_step_as_if_it_had_not_stopped(run, tmp_path, from_step):
     """Within the first stage, at its end, and within the second: all weights equal bit for bit."""
     lm, data, folder, _ = run
