@@ -22,6 +22,7 @@ from comi_jax.devices import compilations, sharding
 from comi_jax.evaluation import diagnostics_attention, diagnostics_plots
 from comi_jax.evaluation.diagnosis import TABLES, Diagnosis, Sweep
 from comi_jax.evaluation.diagnostics import Table
+from comi_jax.evaluation.diagnostics_memory import title
 from comi_jax.evaluation.tables import print_rows, save_table
 from comi_jax.params import Tree
 from comi_jax.runs import lock
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="the record of table 8 and figure 1b, from 1 (default: the first with an answer in it)")  # fmt: skip
     sinks = f"leave the first {diagnostics_attention.SINKS} context tokens out of figure 1"
     add("--no-sinks", action="store_true", help=sinks)
+    add("--beside", type=cli.path, nargs="+", default=[], metavar="DIR", help="other runs for --table=memory")
     add("--segment-sizes", default="", metavar="N,N", help="the sizes of --table=segments, in tokens")
     add("--output", type=cli.path, help="folder for the tables, JSON and PNG (default: CHECKPOINT/diagnostics)")
     add("--batch-size", type=int, default=16)
@@ -112,10 +114,22 @@ def at_segment_size(model: Comi, rate: int | None, size: int) -> Comi:
     return Comi(run, model.params, model.tokenizer, batch_size=model.batch_size, mesh=model.mesh)
 
 
+def other_models(model: Comi, folders: Sequence[str], words: Sequence[str]) -> dict[str, Comi]:
+    """The newest checkpoints of other runs, by title, with the folder where titles repeat; on the devices of
+    ``model``."""
+    loaded = [Comi.load(folder, batch_size=model.batch_size, overrides=words, mesh=model.mesh) for folder in folders]
+    titles = [title(other) for other in loaded]
+    names = [
+        f"{name} ({folder})" if [title(model), *titles].count(name) > 1 else name
+        for name, folder in zip(titles, folders, strict=True)
+    ]
+    return dict(zip(names, loaded, strict=True))
+
+
 def suffix(name: str, given: argparse.Namespace) -> str:
     """What the files of a table are also named by, so that those of other options stay."""
     parts = ["no_sinks"] if name in ("1a", "1b") and given.no_sinks else []
-    parts += ["base"] if name not in ("1a", "segments") and given.encoder == "base" else []
+    parts += ["base"] if name not in ("1a", "segments", "memory") and given.encoder == "base" else []
     parts += [f"rate_{given.rate}"] if name not in ("1a", "1b") and given.rate is not None else []
     return "".join(f"_{part}" for part in parts)
 
@@ -125,7 +139,7 @@ def put(table: Table, path: Path, account: dict[str, Any], console: Console) -> 
     print_rows(table.title, table.rows, table.notes, console)
     save_table({"account": account, **dataclasses.asdict(table)}, f"{path}.json")
     encoder, rate = f"{account['encoder']} encoder, ", f"rate {account['rate']}, "
-    how = {"1a": "base decoder, ", "1b": encoder}.get(table.name, rate + encoder)
+    how = {"1a": "base decoder, ", "1b": encoder, "memory": rate, "segments": rate}.get(table.name, rate + encoder)
     who = f"{account['config']}, step {account['step']}, {how}{account['n']} records"
     picture = diagnostics_plots.draw(table, f"{who}; {account['date']}, comi_jax {__version__}")
     if picture is None:
@@ -151,10 +165,11 @@ def main(arguments: list[str] | None = None) -> None:
         model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step, mesh=mesh)
         records, skipped = read_held_out(of_data(model.run.config, given.data, given.skip_bad_records), console)
         weights = weights_of(given.checkpoint, step)
+        others = other_models(model, given.beside, given.set) if "memory" in names else {}
         sweep = Sweep(lambda size: at_segment_size(model, given.rate, size), sizes, output, weights)
         diagnosis = Diagnosis(
-            model, records[: given.limit], lambda part: base_of(model, given.base, part), sweep, names, given.rate,
-            given.encoder == "base", not given.no_sinks, given.example, console,
+            model, records[: given.limit], lambda part: base_of(model, given.base, part), sweep, names, others,
+            given.rate, given.encoder == "base", not given.no_sinks, given.example, console,
         )  # fmt: skip
         account = {
             "config": model.run.config.name, "checkpoint": given.checkpoint, "step": step, "weights": weights,

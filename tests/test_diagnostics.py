@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from comi_jax import diagnose
 from comi_jax.data import encode
 from comi_jax.data.records import Record
-from comi_jax.evaluation import answer_spans, diagnostics_attention, diagnostics_auc, diagnostics_tables, metrics
+from comi_jax.evaluation import (
+    answer_spans,
+    diagnostics_attention,
+    diagnostics_auc,
+    diagnostics_memory,
+    diagnostics_tables,
+    metrics,
+)
 from comi_jax.evaluation.diagnostics import Groups, anatomies, subjects
 from comi_jax.model import backbone as lm
 from comi_jax.model.batch import Batch
@@ -293,6 +300,24 @@ def test_the_merge_weight_of_an_answer_by_hand(found):
     assert measure["mean size"] == a.final.sizes[0]
 
 
+def test_the_largest_cosine_is_that_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(diagnostics_memory, "ROWS", 2)
+    vectors = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    by_hand = np.mean([max(unit[i] @ unit[j] for j in range(5) if j != i) for i in range(5)])
+    assert diagnostics_memory.largest_cosine(vectors) == pytest.approx(float(by_hand), abs=1e-6)
+    assert diagnostics_memory.largest_cosine(vectors[:1]) == 0.0
+
+
+def test_memories_are_those_that_the_public_api_gives(model):
+    table = diagnostics_memory.memory_redundancy({"COMI": model, "again": model}, RECORDS, RATE)
+    texts = [r.context_text() for r in RECORDS], [r.prompt for r in RECORDS]
+    given = [diagnostics_memory.measure_memory(c.vectors) for c in model.compress(*texts, rate=RATE)]
+    for row in table.rows:
+        assert row["mean cosine"]["mean"] == pytest.approx(np.mean([g["mean cosine"] for g in given]), abs=1e-6)
+    assert [row["system"] for row in table.rows] == ["COMI", "again"] and 1 < table.rows[0]["ratio"] < RATE + 1
+
+
 # --- figure 1 ---------------------------------------------------------------------------------------------------------
 
 
@@ -337,8 +362,10 @@ def run(world, output, *more):
 
 
 def test_every_table_is_printed_and_stored(world, tmp_path, capsys):
-    run(world, tmp_path, "--table=all", "--rate=4", "--segment-sizes=16,32")
+    beside = f"--beside={world.run / 'mean_pooling'}"
+    run(world, tmp_path, "--table=all", "--rate=4", "--segment-sizes=16,32", beside)
     printed = capsys.readouterr().out
+    assert "Redundancy of the memory" in printed
     for title in ("Figure 1a", "Figure 1b", "Table 5", "Table 6", "Table 8", "Merge weight", "Sensitivity"):
         assert title in printed
     assert "0.581" in printed and "not comparable with ours: other data and model" in printed
@@ -381,7 +408,7 @@ def test_the_base_encoder_is_that_of_the_language_model(world, tmp_path, capsys)
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--table=7"], "there is no table '7'.*there are: 1a, 1b, 5, 6, 8, answer-weight, segments, all"),
+        (["--table=7"], "there is no table '7'.*there are: 1a, 1b, 5, 6, 8, answer-weight, segments, memory, all"),
         (["--table=answer-wieght"], "there is no table 'answer-wieght'; the nearest are answer-weight"),
         (["--table=5", "--limit=0"], "--limit=0 leaves no records"),
         (["--table=5", "--rate=0"], "the rate is 0"),

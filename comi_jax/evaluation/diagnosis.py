@@ -1,7 +1,7 @@
 """The diagnostics of one model on one set of records, computed when a table asks for them and shared among tables."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
@@ -13,7 +13,7 @@ from comi_jax.config import ConfigError
 from comi_jax.data.records import Record
 from comi_jax.evaluation import diagnostics_attention as attention
 from comi_jax.evaluation import diagnostics_auc as auc
-from comi_jax.evaluation import diagnostics_segments, diagnostics_tables
+from comi_jax.evaluation import diagnostics_memory, diagnostics_segments, diagnostics_tables
 from comi_jax.evaluation.diagnostics import Subject, Table, anatomies, check_answers, subjects
 from comi_jax.params import Tree
 from comi_jax.serving import batching
@@ -27,6 +27,7 @@ TABLES = {  # by name, in the order they are printed
     "8": "the groups of one example",
     "answer-weight": "the merge weight of the answer's tokens",
     "segments": "accuracy at several segment sizes",
+    "memory": "redundancy of the memory, beside other checkpoints'",
 }
 # Those over the anatomies of all examples: a measure of each, and a summary of the measures.
 MEASURED: dict[str, tuple[Callable[..., Any], Callable[..., Table]]] = {
@@ -51,7 +52,8 @@ class Sweep:
 class Diagnosis:
     """``records`` read by ``model`` at ``rate`` (None: the first of its rates). ``base`` gives a part ("encoder",
     "decoder") of the model before it was trained; with ``base_encoder``, its states are compressed. ``wanted`` are the
-    tables that will be asked for, so that contexts are compressed once for all of them. ``example`` is the number of
+    tables that will be asked for, so that contexts are compressed once for all of them; ``others`` are further models
+    for the table of memories, by title. ``example`` is the number of
     the record, from 1, that table 8 and figure 1b show (None: the first with an answer in its context)."""
 
     model: Comi
@@ -59,6 +61,7 @@ class Diagnosis:
     base: Callable[[str], Tree]
     sweep: Sweep
     wanted: Sequence[str] = tuple(TABLES)
+    others: Mapping[str, Comi] = field(default_factory=dict)
     rate: SupportsIndex | None = None
     base_encoder: bool = False
     sinks: bool = True
@@ -92,6 +95,9 @@ class Diagnosis:
             return diagnostics_tables.table_8(next(anatomies(self.model, one, self.rate_used, self.params())))
         if name == "segments":
             return self.segments()
+        if name == "memory":
+            models = {diagnostics_memory.title(self.model): self.model, **self.others}
+            return diagnostics_memory.memory_redundancy(models, self.records, self.rate_used)
         if name in ("5", "answer-weight"):
             check_answers([subject.status for subject in self.subjects])
         return MEASURED[name][1](self.measures(name))

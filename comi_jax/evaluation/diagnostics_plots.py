@@ -151,6 +151,16 @@ def _segment_sizes(figure: Any, table: Table) -> None:
         axis.legend(frameon=False, fontsize=9)
 
 
+def _memory(figure: Any, table: Table) -> None:
+    axis, height = figure.subplots(), np.arange(len(table.rows), dtype=float)
+    for shift, name in enumerate(("mean cosine", "largest cosine with another")):
+        _bars(axis, height - 0.2 + 0.4 * shift, [row[name] for row in table.rows], name, COLOURS[shift])
+    axis.set_yticks(height, [f"{row['system']}, ratio {row['ratio']:.1f}" for row in table.rows])
+    axis.invert_yaxis()
+    _finish(axis, "", "cosine of memory vectors", "")
+    axis.legend(frameon=False, fontsize=9)
+
+
 DRAWN: dict[str, Callable[[Any, Table], None]] = {
     "1a": _figure_1a,
     "1b": _figure_1b,
@@ -159,4 +169,5 @@ DRAWN: dict[str, Callable[[Any, Table], None]] = {
     "8": _table_8,
     "answer-weight": _answer_weight,
     "segments": _segment_sizes,
+    "memory": _memory,
 }
