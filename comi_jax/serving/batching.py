@@ -42,7 +42,7 @@ def whole_rate(run: Run, rate: SupportsIndex | None) -> int:
         raise ConfigError(f"system=full_prompt reads whole contexts and has no rate; leave the rate {rate} out")
     chosen = rates[0] if rate is None else whole("the rate", rate)
     if chosen not in rates:
-        _tell_untrained(chosen, rates)
+        _tell_untrained(chosen, rates, run.config.system)
     return chosen
 
 
@@ -54,10 +54,11 @@ def whole(name: str, value: SupportsIndex) -> int:
 
 
 @functools.cache
-def _tell_untrained(rate: int, rates: tuple[int, ...]) -> None:
+def _tell_untrained(rate: int, rates: tuple[int, ...], system: str) -> None:
     """Once for each rate."""
     known = ", ".join(map(str, rates))
-    what = "rate 1 gives the decoder the text uncompressed" if rate == 1 else f"the rate {rate} is used"
+    uncompressed = rate == 1 and system == "comi"
+    what = "rate 1 gives the decoder the text uncompressed" if uncompressed else f"the rate {rate} is used"
     logging.getLogger(__name__).warning(f"{what}; the model was trained at {known}")
 
 
