@@ -16,7 +16,7 @@ from comi_jax.data.records import Record
 from comi_jax.devices import compilations, sharding
 from comi_jax.evaluation import comparison_tables
 from comi_jax.evaluation.answerers import ComiAnswerer
-from comi_jax.evaluation.comparison import Contender, compare
+from comi_jax.evaluation.comparison import Contender, Row, compare
 from comi_jax.evaluation.systems import SYSTEMS, check_names, llmlingua2
 from comi_jax.evaluation.systems.answerer import SystemAnswerer
 from comi_jax.evaluation.systems.bm25 import BM25
@@ -127,6 +127,17 @@ def configs_of(given: Any) -> Config:
     return runs[0].config
 
 
+def command_of(given: Any, row: Row) -> str:
+    """The command that evaluates ``row`` alone."""
+    words = ["--checkpoint", *given.checkpoint] if given.checkpoint else [f"--config={given.config}", *given.overrides]
+    words += ["--data", *given.data] if given.data else []
+    words += [f"--limit={given.limit}"] if given.limit else []
+    words += [f"--llmlingua2={given.llmlingua2}"] if row.name == "llmlingua2" else []
+    words += [f"--systems={row.name if row.name in SYSTEMS else 'none'}"]
+    words += [f"--rates={row.rate}"] if row.rate else []
+    return shlex.join(["python", "-m", "comi_jax.compare", *words])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate all systems at all rates and write the comparison."""
     given = parser().parse_args(arguments)
@@ -159,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         reference = "comi" if any(c.name == "comi" for c in contenders) else ""
         rows = compare(contenders, given.rates, records, output.path, reference, console)
         about = {"data": list(data.eval), "n": len(records), "rates": given.rates, "language_model": config.model.path}
-        comparison_tables.write(rows, about, output.path)
+        comparison_tables.write(rows, about, functools.partial(command_of, given), output.path)
         comparison_tables.plot(rows, output.path / "accuracy.png")
     comparison_tables.show(rows, "COMI" if reference else "", console)
     console.print(f"results.json, table.csv, table.tex and accuracy.png are in {output}", highlight=False)

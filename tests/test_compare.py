@@ -46,6 +46,9 @@ def test_every_system_has_a_row_at_every_rate(world, made):
             assert all(p["memory_vectors"] <= -(-p["context_tokens"] // rate) for p in predictions)
             mean = np.mean([p["context_tokens"] / p["memory_vectors"] for p in predictions])
             assert row["result"]["account"]["ratio"]["mean"] == pytest.approx(mean)
+    assert {(row["name"], row["rate"]): row["command"] for row in found["rows"]}["snapkv", 4] == (
+        f"python -m comi_jax.compare --checkpoint {world.run} --systems=snapkv --rates=4"
+    )
     assert found["about"] == {"data": [str(world.dev)], "n": 6, "rates": [2, 4, 8], "language_model": str(world.lm)}
 
 

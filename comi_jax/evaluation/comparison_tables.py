@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ SHOWN = {"em": "EM, strict", "acc_subspan": "contained", "f1_first": "F1, first 
 STAR = "* a rate that the system was not trained at"
 
 
-def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path) -> None:
-    """Write results.json (all of it), table.csv and table.tex into ``folder``, each atomically."""
-    content = {"about": dict(about), "rows": [dataclasses.asdict(row) for row in rows]}
+def write(rows: Sequence[Row], about: Mapping[str, Any], command: Callable[[Row], str], folder: Path) -> None:
+    """Write results.json (all of it, each row with its ``command``), table.csv and table.tex into ``folder``, each
+    atomically."""
+    content = {"about": dict(about), "rows": [dataclasses.asdict(row) | {"command": command(row)} for row in rows]}
     for name, text in (
         ("results.json", json.dumps(content, indent=2) + "\n"),
         ("table.csv", as_csv(rows)),
@@ -113,7 +114,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against the achieved ratio, with intervals (figure 4), as a PNG. A system without a rate is a level;
     hollow markers are rates that a system was not trained at."""
     try:
-        from matplotlib.figure import Figure  # an extra, and slow to import
+        from matplotlib import colormaps  # an extra, and slow to import
+        from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("the plot needs the package matplotlib; pip install 'comi-jax[compare]'") from None
     panels = {name: SHOWN[name] for name in ("em", "f1_first")}
@@ -122,7 +124,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axes, (metric, heading) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for number, title in enumerate(titles):
             own = [row for row in rows if row.title == title and not row.refused]
-            style: dict[str, Any] = {"color": f"C{number % 10}", "label": title}
+            style: dict[str, Any] = {"color": colormaps["tab20"](number % 20), "label": title}
             if own[0].rate is None:
                 axes.axhline(own[0].result["metrics"][metric]["mean"], linestyle="--" if number % 2 else ":", **style)
                 continue
@@ -138,6 +140,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 axes.plot(*zip(*hollow, strict=True), marker, color="white", markeredgecolor=style["color"], zorder=5)
         axes.set(xscale="log", xlabel="achieved ratio: context tokens per KV entry", ylabel=heading, ylim=(-0.02, 1.02))
         ticks = sorted({row.rate for row in rows if row.rate})
+        axes.set_xlim(min(ticks, default=1) / 1.3, max(ticks, default=1) * 1.3)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
