@@ -28,7 +28,9 @@ CONVERSIONS = ("import-hf", "import-official", "export-official", "export-hf", "
 # Of tensorboard, hf, vLLM, pytest-xdist, kubectl and pyright.
 OF_OTHERS = {"--logdir", "--local-dir", "--enable-prompt-embeds", "--dist", "--force", "--pythonpath"}
 PATH = re.compile(r"(?<![\w./*-])(?:comi_jax|kernels|configs|launch|tests|docs|\.ci)/[\w./*-]*")
-SETTING = re.compile(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.(?!(?:py|jsonl?|safetensors)\b|model\.)\w+(?:=[^\s`'\")]+)?")
+SETTING = re.compile(
+    rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.(?!(?:py|jsonl?|safetensors)\b|model\.)\w+(?:=[^\s`'\")]+)?"
+)
 
 
 def code(text, fenced=True):

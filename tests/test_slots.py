@@ -100,6 +100,17 @@ def test_a_question_comes_while_others_decode_and_takes_the_slot_that_one_left(p
     assert [state_of(handle)[0] for handle in (first, second, third)] == [state[0] for state in alone[:3]]
 
 
+def test_slots_are_filled_before_half_of_them_decode(params, prompts):
+    """A step costs the same however many slots are live."""
+    loop = decoder(params)
+    handles = [loop.submit(prompts[0], OPTIONS[2]) for _ in range(5)]
+    counts = []
+    for _ in range(4):
+        loop.step()
+        counts.append([len(handle.tokens) for handle in handles])
+    assert counts == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [2, 2, 1, 0, 0], [3, 3, 2, 0, 0]]
+
+
 def test_tokens_are_those_of_a_batch(params, prompts):
     """Greedy and drawn ones, from prompts that are padded to other widths there."""
     loop, rows = decoder(params), np.zeros((3, 20, 32), np.float32)

@@ -144,8 +144,14 @@ class SlotDecoder:
 
     def step(self) -> list[Event]:
         """The next token of every live slot; then the first waiting question, if a slot is free, is prefilled into it,
-        which gives its first token. A burst of questions is thus admitted one a step, while all others go on."""
-        return [*self._decode(), *self._admit()]
+        which gives its first token. A burst of questions is thus admitted one a step, while all others go on.
+
+        A step costs the same however many slots are live. So while less than half are and others could be, no token is
+        decoded, and slots are filled first."""
+        with self._lock:
+            free = self._held.count(None)
+            filling = bool(self._waiting) and 2 * free > len(self._held)
+        return [*([] if filling else self._decode()), *self._admit()]
 
     def compile(self) -> None:
         """Compile every program, so that no question waits for one. Raises ConfigError while answers are decoded."""
