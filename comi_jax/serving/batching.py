@@ -63,8 +63,8 @@ def _tell_untrained(rate: int, rates: tuple[int, ...], system: str) -> None:
 
 
 def query_width(length: int) -> int:
-    """The width that a query is padded to, so that queries of similar length share a compilation."""
-    return -(-length // 8) * 8
+    """The width that a query is padded to, so that queries of similar length share a compilation: 8, 16, 32, ..."""
+    return bucket(length, 8)
 
 
 def memory_width(slots: int) -> int:
