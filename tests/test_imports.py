@@ -21,7 +21,9 @@ WINGS = (
     "devices", "model", "data", "runs", "weights", "serving", "evaluation", "training", "planning", "benchmarks",
 )  # fmt: skip
 # Nobody imports a command; a command imports anything.
-COMMANDS = ("train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare")
+COMMANDS = (
+    "train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare", "serve",
+)  # fmt: skip
 # Of the wings to the left, these see only so much.
 DOORS = {"data": {"model": {"model.batch"}}, "evaluation": {"runs": set(), "weights": set()}}
 NOT = {"model": {"overrides", "cli"}}
@@ -146,3 +148,19 @@ def test_matplotlib_is_imported_where_it_is_used_alone():
             node for node in ast.parse(SOURCES[name].read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)
         ]
         assert "matplotlib" not in str([ast.unparse(node) for node in top])
+
+
+@pytest.mark.parametrize("package", ["fastapi", "starlette", "uvicorn", "pydantic"])
+def test_the_servers_packages_are_imported_by_its_http_alone(package):
+    """They are an extra: nothing else needs them, and ``serve`` imports that folder once it knows they are there."""
+    assert [name for name in SOURCES if package in OUTSIDE[name] and ".serving.http." not in name] == []
+    importers = {name for name, found in INSIDE.items() if any(".serving.http" in other for other in found)}
+    assert {name for name in importers if ".serving.http." not in name} == {"comi_jax.serve"}
+    top = ast.parse(SOURCES["comi_jax.serve"].read_text()).body
+    assert "serving.http" not in str(
+        [ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom)]
+    )
+
+
+def test_prometheus_is_imported_by_the_figures_of_the_server_alone():
+    assert [name for name in SOURCES if "prometheus_client" in OUTSIDE[name]] == ["comi_jax.serving.telemetry"]

@@ -38,7 +38,7 @@ def test_the_wheel_works_in_an_environment_of_its_own(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", f"{wheel}[report]"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", f"{wheel}[report,serve]"], check=True)
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([python, "-c", IMPORT_ALL], check=True, cwd=tmp_path, env=alone)
     words = ["train.steps=3", "data.synthetic_examples=64", "data.eval_examples=8", "train.compare_mean_pooling=false"]

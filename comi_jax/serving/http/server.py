@@ -1,0 +1,139 @@
+"""The routes, and what answers them: from a request to a job of the engine, and from its happenings to a response."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from comi_jax.serving.contexts import Prepared, Reference
+from comi_jax.serving.engine import Engine, Piece
+from comi_jax.serving.http import api, errors, file_routes, info_routes, openapi
+from comi_jax.serving.http.errors import ApiError
+from comi_jax.serving.http.gate import Exchange, Gate, Keys
+from comi_jax.serving.http.responses import DONE, Reply, event
+from comi_jax.serving.http.uploads import Uploads
+from comi_jax.serving.http.work import EventStream, Work
+from comi_jax.version import __version__
+
+
+def build(engine: Engine, keys: Sequence[str], fingerprint: str) -> ASGIApp:
+    """The application of a server. ``fingerprint``: of the weights, for /version."""
+    app = FastAPI(title="comi_jax", version=__version__, docs_url=None, redoc_url=None)
+    app.state.engine, app.state.fingerprint, app.state.started = engine, fingerprint, int(time.time())
+    app.state.uploads = Uploads(engine.settings.max_files, engine.preparer.store.drop)
+    for kind, handler in ((ApiError, _refused), (HTTPException, _not_routed), (Exception, _refused)):
+        app.add_exception_handler(kind, handler)
+    app.include_router(info_routes.router)
+    app.include_router(file_routes.router)
+    endpoints = (("/v1/chat/completions", api.ChatRequest, True), ("/v1/completions", api.CompletionRequest, False))
+    for path, kind, chat in endpoints:
+        described = {"responses": openapi.ERRORS, "openapi_extra": openapi.body(kind)}
+        app.add_api_route(path, _answerer(kind, chat), methods=["POST"], **described)
+    gate = Gate(app, engine, Keys(keys), engine.telemetry)
+    if not engine.settings.cors:
+        return gate
+    return CORSMiddleware(
+        gate, allow_origins=[engine.settings.cors], allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )  # fmt: skip
+
+
+def _answerer(kind: type[api.Request], chat: bool) -> Any:
+    """The handler of an endpoint."""
+
+    async def answer(request: Request) -> Response:
+        engine: Engine = request.app.state.engine
+        exchange: Exchange = request.state.exchange
+        asked = api.read(kind, await json_body(request))
+        ask = api.ask_of(asked, engine.settings, engine.defaults)
+        for piece in ask.pieces:
+            if isinstance(piece, Reference):
+                request.app.state.uploads.get(request.state.owner, piece.name, "file_id")
+        if names := api.unknown_fields(asked):
+            exchange.about["ignored"] = ",".join(names)
+        work = Work(engine, ask, request)
+        try:
+            prepared = await work.next(Prepared)
+            reply = Reply(chat, engine.settings.name, ask, work.job, prepared)
+            exchange.about |= {"context": prepared.context_tokens, "vectors": prepared.memory_vectors}
+            first = await work.next(Piece)
+            if asked.stream:
+                usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+                return EventStream(_events(work, reply, first, usage, exchange, engine), work)
+            return JSONResponse(await _whole(work, reply, first, exchange))
+        except BaseException:
+            work.close()
+            raise
+
+    answer.__doc__ = kind.__doc__
+    answer.__name__ = "chat_completions" if chat else "completions"
+    return answer
+
+
+async def _whole(work: Work, reply: Reply, piece: Piece, exchange: Exchange) -> dict[str, Any]:
+    """The body of a whole answer."""
+    texts = [piece.text]
+    while piece.finish_reason is None:
+        piece = await work.next(Piece)
+        texts.append(piece.text)
+    reply.tokens = exchange.about["tokens"] = piece.tokens
+    work.close()
+    return reply.whole("".join(texts), piece.finish_reason)
+
+
+async def _events(
+    work: Work, reply: Reply, piece: Piece, usage: bool, exchange: Exchange, engine: Engine
+) -> AsyncIterator[bytes]:
+    """The events of a stream, from its first token on. What goes wrong is an event too."""
+    try:
+        yield reply.opening()
+        while True:
+            yield reply.piece(piece)
+            if piece.finish_reason is not None:
+                break
+            piece = await work.next(Piece)
+        if usage:
+            yield reply.usage_event()
+    except ClientDisconnect:
+        return
+    except Exception as error:
+        refused = errors.of(error, engine.retry_after)
+        exchange.status = refused.status  # for the log; the client has had 200
+        yield event(refused.body(exchange.request_id))
+    finally:
+        exchange.about["tokens"] = reply.tokens
+    yield DONE
+
+
+async def json_body(request: Request) -> bytes:
+    """The body of a request in JSON. Raises ApiError, 415, if its header says that it is something else."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "the body must be JSON; send it with Content-Type: application/json", code="content_type")
+    return await request.body()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """The response to any error."""
+    if isinstance(error, ClientDisconnect):
+        raise error
+    refused = errors.of(error, request.app.state.engine.retry_after)
+    return JSONResponse(refused.body(request.state.request_id), refused.status, refused.headers)
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    """The response to a path or a method that there is not, or to a form that cannot be read."""
+    assert isinstance(error, HTTPException)
+    messages = {404: "there is no such route", 405: "this route has no such method"}
+    status = error.status_code if error.status_code in messages else 400
+    refused = ApiError(status, messages.get(status, str(error.detail)), headers=error.headers)
+    return JSONResponse(refused.body(request.state.request_id), refused.status, refused.headers)
