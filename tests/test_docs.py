@@ -23,7 +23,9 @@ TEXTS = DOCS | {
 }  # fmt: skip
 CONFIGS = (Config(), *(load(path.stem) for path in sorted((ROOT / "configs").glob("*.py"))))
 SECTIONS = {name: set(values) for name, values in to_dict(Config()).items() if isinstance(values, dict)}
-COMMANDS = ("train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare")
+COMMANDS = (
+    "train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare", "serve",
+)  # fmt: skip
 CONVERSIONS = ("import-hf", "import-official", "export-official", "export-hf", "inspect")
 # Of tensorboard, hf, vLLM, pytest-xdist, kubectl and pyright.
 OF_OTHERS = {"--logdir", "--local-dir", "--enable-prompt-embeds", "--dist", "--force", "--pythonpath"}
