@@ -178,8 +178,8 @@ class Comi:
         Args:
             dtype: of what is kept: "float32", "bfloat16" or "int8" (with one scale per vector); None: the model's
                 dtype, which is exact.
-            keep_kv: keep the encoder's keys and values. Without them, questions are encoded without their context: an
-                approximation, in a fraction of the bytes.
+            keep_kv: keep the encoder's keys and values. Without them, in a fraction of the bytes, questions are encoded
+                without their context: an approximation that a model must be trained for. Others lose most answers.
             place: "device", or "host": then at most one segment is on the device at a time, here and in answering, so
                 that a document may be larger than the device's memory.
         """
