@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.question is None and options.questions is None and "-" in options.context:
             raise ConfigError("--context=- reads standard input, where questions are typed too; give --question")
         questions = _read_questions(options.questions) if options.questions else []
-        text = Record(tuple(_read_text(path) for path in _files(options.context)), "", ()).context_text()
+        text = Record(tuple(cli.read_text(path) for path in cli.files(options.context)), "", ()).context_text()
         step = choose_step(options.checkpoint, options.step)
         rows = BATCH if options.questions else 1
         model = Comi.load(options.checkpoint, overrides=options.set, step=step, batch_size=rows)
@@ -195,31 +195,6 @@ def _row(question: str, answer: Answer) -> dict[str, Any]:
         "context_tokens": answer.context_tokens,
         "memory_vectors": answer.memory_vectors,
     } | ({"truncated": answer.cut} if answer.truncated else {})
-
-
-def _files(given: Sequence[str]) -> Iterator[str]:
-    """The files of ``given``; of a folder all in it and below, by name, but those that begin with a dot."""
-    for name in given:
-        folder = Path(name)
-        if name == "-" or not folder.is_dir():
-            yield name
-            continue
-        below = sorted(path for path in folder.rglob("*") if path.is_file())
-        found = [str(path) for path in below if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
-        if not found:
-            raise ConfigError(f"--context={name} is a folder without files; give one that holds text files")
-        yield from found
-
-
-def _read_text(path: str) -> str:
-    try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = content.decode("utf-8-sig")  # whatever the locale; a byte order mark is no text
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--context={path} cannot be read as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise ConfigError(f"--context={path} is empty; give a file that holds text")
-    return text
 
 
 def _read_questions(path: str) -> list[str]:

@@ -6,8 +6,10 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from comi_jax.config import ConfigError
 from comi_jax.errors import UserError
 
 
@@ -92,6 +94,32 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def files(given: Sequence[str]) -> Iterator[str]:
+    """The files of --context; of a folder all in it and below, by name, but those that begin with a dot."""
+    for name in given:
+        folder = Path(name)
+        if name == "-" or not folder.is_dir():
+            yield name
+            continue
+        below = sorted(path for path in folder.rglob("*") if path.is_file())
+        found = [str(path) for path in below if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
+        if not found:
+            raise ConfigError(f"--context={name} is a folder without files; give one that holds text files")
+        yield from found
+
+
+def read_text(path: str) -> str:
+    """The text of a file of --context, or of standard input for "-". Raises ConfigError if it has none."""
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = content.decode("utf-8-sig")  # whatever the locale; a byte order mark is no text
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--context={path} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"--context={path} is empty; give a file that holds text")
+    return text
 
 
 def add_ignore_config(parser: argparse.ArgumentParser) -> None:
