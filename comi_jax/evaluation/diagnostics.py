@@ -30,6 +30,7 @@ from comi_jax.model.compress import Aux, Representatives, representatives
 from comi_jax.model.encoder import encode_pairs, segments
 from comi_jax.serving import batching
 from comi_jax.serving.compressor import Comi
+from comi_jax.serving.explanation import SCORES, check_system, without_padding
 
 NOT_COMPARABLE = "not comparable with ours: other data and model"
 RESAMPLES = 1000  # of the bootstrap, for intervals
@@ -168,13 +169,6 @@ def examine(params: Any, batch: Batch, arch: Architecture, rate: int) -> tuple[E
     return tuple(found)
 
 
-def check_system(model: Comi) -> None:
-    """Raise DiagnosisError unless ``model`` is COMI, whose encoder reads the question after the context."""
-    system = model.run.config.system
-    if system != "comi":
-        raise DiagnosisError(f"this checkpoint is of system={system}, which has no MIG; pass one of system=comi")
-
-
 def anatomies(
     model: Comi, subjects: Sequence[Subject], rate: SupportsIndex | None, params: Any = None
 ) -> Iterator[Anatomy]:
@@ -214,19 +208,16 @@ def _anatomy(subject: Subject, segments: Sequence[Any], rate: int) -> Anatomy:
 
 def _without_padding(part: Any, rate: int, number: int) -> dict[str, np.ndarray]:
     """The arrays of segment ``number``, cut to its tokens and groups."""
-    coarse, final, aux, length = part.aux.coarse, part.final, part.aux, int(part.length)
-    count, kept = int(coarse.exists.sum()), int(final.exists.sum())
-    allocated = aux.group_sizes[:count]
+    found, final = without_padding(part.aux, int(part.length), rate, number), part.final
+    initial, kept = found["initial"], int(final.exists.sum())
     made = {
-        "segment": np.full(count, number),
-        "share": aux.share[:count],
-        "allocated": allocated,
-        "weights": aux.weights[:length],
-        "representatives": part.representatives[:count],
+        **{name: initial[name] for name in ("segment", "share", "allocated")},
+        "weights": found["tokens"]["weights"],
+        "representatives": part.representatives[: len(initial["size"])],
         "merged": part.merged[:kept],
-        "initial_sizes": np.minimum(rate, length - rate * np.arange(count)),
-        "final_sizes": allocated[allocated > 0],
+        "initial_sizes": initial["size"],
+        "final_sizes": initial["allocated"][initial["allocated"] > 0],
     }
-    for name in ("relevance", "redundancy", "mig"):
-        made |= {f"initial_{name}": getattr(coarse, name)[:count], f"final_{name}": getattr(final, name)[:kept]}
+    for name in SCORES:
+        made |= {f"initial_{name}": initial[name], f"final_{name}": getattr(final, name)[:kept]}
     return made

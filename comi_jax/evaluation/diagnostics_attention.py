@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax.config import Backbone
 from comi_jax.data.encode import LengthError
-from comi_jax.evaluation.diagnostics import NOT_COMPARABLE, RESAMPLES, DiagnosisError, Subject, Table, check_system
+from comi_jax.evaluation.diagnostics import NOT_COMPARABLE, RESAMPLES, DiagnosisError, Subject, Table
 from comi_jax.evaluation.diagnostics_tables import mean_cosine
 from comi_jax.evaluation.metrics import summarize
 from comi_jax.model import backbone as lm
@@ -26,6 +26,7 @@ from comi_jax.model.encoder import encode_pairs, join_rows, segments
 from comi_jax.params import Tree
 from comi_jax.serving import batching
 from comi_jax.serving.compressor import Comi
+from comi_jax.serving.explanation import check_system
 
 QUESTION_TOKENS = 8  # whose attention probabilities are held at a time
 SINKS = 4  # first tokens of the context that models attend to whatever they say (StreamingLLM)

@@ -22,6 +22,7 @@ from comi_jax.model import comi_memory, encoder
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.model.cache import KVCache
+from comi_jax.model.compress import Aux
 from comi_jax.model.memory import Memory
 from comi_jax.serving import batching
 from comi_jax.serving.documents import Document
@@ -237,6 +238,14 @@ def memory(model: Model, question: Question) -> np.ndarray:
             out = _remember(model, question, segment, apart)
             parts.append((out.vectors[0], out.length[0]))
     return np.concatenate([np.asarray(vectors)[: int(count)] for vectors, count in parts])
+
+
+def examine(model: Model, question: Question) -> list[Aux]:
+    """What lies behind the memory of a question at a rate above 1: for each segment, its ``Aux``, without the batch
+    axis and with padding."""
+    pairs = zip(question.contents.segments, question.kept, strict=True)
+    found = (_remember(model, question, segment, apart).aux[0] for segment, apart in pairs)
+    return [jax.tree.map(lambda x: np.asarray(x)[0], aux) for aux in found]
 
 
 def _remember(model: Model, question: Question, segment: Segment, apart: np.ndarray | None) -> Memory:

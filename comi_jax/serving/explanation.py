@@ -1,0 +1,171 @@
+"""What compression kept of a document for a question: each token's weight and scores, the groups, and the answer.
+
+The values are those of the memory that the answer was decoded from: the ``Aux`` of ``asking``'s own program. A document
+of several segments has the groups of all of them, in order; scores, weights and shares are within a segment.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import numpy as np
+from jaxtyping import Int
+
+from comi_jax.config import ConfigError
+from comi_jax.data.encode import token_spans
+from comi_jax.serving import asking, generation
+from comi_jax.serving.compressor import Answer, Comi
+from comi_jax.serving.documents import Document
+from comi_jax.serving.generation import Options
+
+FORMAT = 1  # increment when the JSON has other fields
+SCORES = ("relevance", "redundancy", "mig")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text and the document that it was encoded into."""
+
+    text: str
+    document: Document
+    characters: Int[np.ndarray, "X 2"]  # of each token, the first character and one past the last
+    seconds: float  # that encoding took, compilation included
+
+
+@dataclass(frozen=True)
+class View:
+    """One question about a document at one rate."""
+
+    question: str
+    rate: int
+    answer: Answer
+    timings: dict[str, float]  # seconds from the question to its memory, its first token and its end
+    tokens: dict[str, np.ndarray]  # by name, a value of each of the X tokens; see ``without_padding``
+    groups: dict[str, np.ndarray]  # of the M memory slots: segment, first token, number of tokens
+    initial: dict[str, np.ndarray] | None  # of the groups before re-allocation; None with compression.coarse off
+    notes: tuple[tuple[str, str], ...] = ()  # titles and texts to show beside the answer
+
+
+def check_system(model: Comi) -> None:
+    """Raise ConfigError unless ``model`` is COMI, whose encoder reads the question after the context."""
+    system = model.run.config.system
+    if system != "comi":
+        raise ConfigError(f"this checkpoint is of system={system}, which has no MIG; pass one of system=comi")
+
+
+def encode(model: Comi, text: str) -> Source:
+    """``text`` encoded. Raises ConfigError for another system than COMI, LengthError for a text that is too long or has
+    no tokens, TextError if the tokenizer does not tell which characters its tokens stand for."""
+    check_system(model)
+    begun = time.perf_counter()
+    document = model.encode(text)
+    seconds = time.perf_counter() - begun
+    spans = token_spans(model.tokenizer, text)[: document.tokens]
+    return Source(text, document, np.asarray(spans, np.int32).reshape(-1, 2), seconds)
+
+
+def explain(model: Comi, source: Source, question: str, rate: int | None = None, **options: Unpack[Options]) -> View:
+    """Answer ``question`` at ``rate`` (None: the first of the run's) and keep what lies between. The answer is decoded
+    twice: the timings are those of the second time, when all programs are compiled. Raises UserErrors for what cannot
+    be asked, and ConfigError for rate 1, at which nothing is compressed."""
+    chosen = generation.chosen(model.run.config.generation, options)
+    (asked,) = asking.ask(model, [source.document], [question], {"rate": rate}, chosen.max_new_tokens)
+    if asked.rate == 1:
+        raise ConfigError("at rate 1 nothing is compressed, so there is nothing to explain; give a rate of at least 2")
+    parts = [
+        without_padding(aux, segment.tokens, asked.rate, number)
+        for number, (aux, segment) in enumerate(
+            zip(asking.examine(model, asked), source.document.segments, strict=True)
+        )
+    ]
+    if not all(np.isfinite(part["tokens"][name]).all() for part in parts for name in ("weights", *SCORES)):
+        raise ConfigError(
+            "the scores of this text are not finite, so the model's weights or activations are not; choose another "
+            "--step, or set model.dtype=float32"
+        )
+    "".join(model.stream(source.document, question, rate=asked.rate, **options))
+    stream = model.stream(source.document, question, rate=asked.rate, **options)
+    "".join(stream)
+    if stream.answer is None:
+        raise RuntimeError("the stream ended without an answer")
+    tokens, groups, initial = _joined(parts)
+    return View(question, asked.rate, stream.answer, stream.timings, tokens, groups, initial)
+
+
+def without_padding(aux: Any, length: int, rate: int, number: int) -> dict[str, dict[str, np.ndarray]]:
+    """The ``Aux`` of segment ``number``, one row without its batch axis, cut to its ``length`` tokens and its groups.
+
+    - "tokens": group (the memory slot within the segment), weights, relevance, redundancy and mig of each token.
+    - "initial", with compression.coarse on: of each group of ``rate`` tokens before re-allocation, its segment, first
+      token, size, representative (a token of the segment) with its scores, share (5) and the allocated size; 0: it has
+      no memory vector.
+    """
+    tokens = {name: np.asarray(getattr(aux, name))[:length] for name in ("group", "weights", *SCORES)}
+    if aux.coarse is None:
+        return {"tokens": tokens}
+    coarse, count = aux.coarse, int(aux.coarse.exists.sum())
+    first = rate * np.arange(count)
+    initial = {"segment": np.full(count, number), "first": first, "size": np.minimum(rate, length - first)}
+    initial |= {name: np.asarray(getattr(coarse, name))[:count] for name in ("token", *SCORES)}
+    initial |= {"share": np.asarray(aux.share)[:count], "allocated": np.asarray(aux.group_sizes)[:count]}
+    return {"tokens": tokens, "initial": initial}
+
+
+def _joined(parts: Sequence[dict[str, dict[str, np.ndarray]]]) -> tuple[dict, dict, dict | None]:
+    """Tokens, groups and initial groups of a document from those of its segments; slots and tokens are counted through
+    the document."""
+    lengths = [len(part["tokens"]["group"]) for part in parts]
+    before = np.cumsum([0, *lengths[:-1]])
+    slots = [int(part["tokens"]["group"][-1]) + 1 for part in parts]
+    slots_before = np.cumsum([0, *slots[:-1]])
+    tokens = {name: np.concatenate([part["tokens"][name] for part in parts]) for name in parts[0]["tokens"]}
+    tokens["group"] = tokens["group"] + np.repeat(slots_before, lengths)
+    size = np.bincount(tokens["group"])
+    groups = {"segment": np.repeat(np.arange(len(parts)), slots), "first": np.cumsum(size) - size, "size": size}
+    if "initial" not in parts[0]:
+        return tokens, groups, None
+    initial = {name: np.concatenate([part["initial"][name] for part in parts]) for name in parts[0]["initial"]}
+    for name in ("first", "token"):
+        initial[name] = initial[name] + before[initial["segment"]]
+    return tokens, groups, initial
+
+
+def as_json(source: Source, views: Sequence[View], account: dict[str, Any]) -> dict[str, Any]:
+    """All of ``views`` as JSON values. Characters are counted in Unicode code points, tokens and slots through the
+    document. Numbers have as many digits as their dtype needs to be read back exactly."""
+    return {
+        "format": FORMAT,
+        **account,
+        "text": source.text,
+        "tokens": {"start": _values(source.characters[:, 0]), "end": _values(source.characters[:, 1])},
+        "segments": [segment.tokens for segment in source.document.segments],
+        "encode_seconds": source.seconds,
+        "views": [_view(view) for view in views],
+    }
+
+
+def _view(view: View) -> dict[str, Any]:
+    answer = view.answer
+    return {
+        "question": view.question,
+        "rate": view.rate,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "answer_tokens": len(answer.tokens),
+        "context_tokens": answer.context_tokens,
+        "memory_vectors": answer.memory_vectors,
+        "ratio": answer.ratio,
+        "cut": answer.cut,
+        "timings": view.timings,
+        "notes": [list(note) for note in view.notes],
+        "tokens": {name: _values(values) for name, values in view.tokens.items()},
+        "groups": {name: _values(values) for name, values in view.groups.items()},
+        "initial": view.initial and {name: _values(values) for name, values in view.initial.items()},
+    }
+
+
+def _values(array: np.ndarray) -> list[int] | list[float]:
+    if np.issubdtype(array.dtype, np.integer):
+        return array.tolist()
+    return [float(str(value)) for value in array]  # the fewest digits that give the same value of this dtype
