@@ -23,6 +23,7 @@ WINGS = (
 # Nobody imports a command; a command imports anything.
 COMMANDS = (
     "train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare", "serve",
+    "explain",
 )  # fmt: skip
 # Of the wings to the left, these see only so much.
 DOORS = {"data": {"model": {"model.batch"}}, "evaluation": {"runs": set(), "weights": set()}}
@@ -141,7 +142,10 @@ def test_the_folders_that_become_subpackages_have_no_init():
 
 def test_matplotlib_is_imported_where_it_is_used_alone():
     """It is an extra: everything but drawing works without it."""
-    users = ["comi_jax.evaluation.comparison_tables", "comi_jax.evaluation.diagnostics_plots", "comi_jax.runs.report"]
+    users = [
+        "comi_jax.evaluation.comparison_tables", "comi_jax.evaluation.diagnostics_plots", "comi_jax.runs.report",
+        "comi_jax.serving.explanation_picture",
+    ]  # fmt: skip
     assert sorted(name for name in SOURCES if "matplotlib" in OUTSIDE[name]) == users
     for name in users:
         top = [
