@@ -9,6 +9,7 @@ from rich.console import Console
 from comi_jax import cli
 from comi_jax.config import ConfigError, Mesh
 from comi_jax.devices import compilations, sharding
+from comi_jax.evaluation import worst
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.predictions import evaluate
 from comi_jax.evaluation.tables import print_table, save_table
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--closed-book", action="store_true", help="answer without the contexts")
     parser.add_argument("--skip-bad-records", action="store_true")
+    parser.add_argument("--explain-worst", type=cli.at_least(1), metavar="N",
+        help="show what was kept for the N answers of lowest f1_max: pages in OUTPUT/explanations")  # fmt: skip
     parser.add_argument(
         "--set",
         action="append",
@@ -62,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         until_end.enter_context(lock.held(output, console.print))
         mesh = sharding.make_mesh(Mesh(data=1, fsdp=0)) if jax.device_count() > 1 else None
         model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step, mesh=mesh)
+        if given.explain_worst:
+            worst.check(model, given.rate, given.closed_book)
         records, skipped = read_held_out(of_data(model.run.config, given.data, given.skip_bad_records), console)
         changes = {"max_new_tokens": given.max_new_tokens, "repetition_penalty": given.repetition_penalty}
         changes = {name: value for name, value in changes.items() if value is not None}
@@ -72,6 +77,15 @@ def main(arguments: list[str] | None = None) -> None:
         result |= {"data": given.data, "of": len(records), "skipped_records": skipped}
         rows = {"closed book" if closed else model.run.config.title: result}
         save_table(rows, output.results)
+        if given.explain_worst:
+            # A document is encoded on one device, so a model that is on several is loaded once more, on one.
+            single = model if mesh is None else Comi.load(given.checkpoint, overrides=given.set, step=step)
+            found = worst.worst(output.predictions, given.explain_worst)
+            account = {"config": model.run.config.name, "checkpoint": given.checkpoint, "step": step}
+            pages = worst.write_pages(
+                single, records, found, output.explanations, rate=given.rate, decoding=decoding, account=account
+            )
+            console.print(f"what was kept for the {len(pages)} worst answers: {output.explanations}", highlight=False)
     print_table(rows, console, tuple(result["metrics"]))
     console.print(
         f"mean output {result['mean_output_tokens']:.1f} tokens, {result['truncated_contexts']} contexts and "

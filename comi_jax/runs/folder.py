@@ -138,6 +138,11 @@ class Folder(os.PathLike):
         return self.path / "evaluation"
 
     @property
+    def explanations(self) -> Path:
+        """The pages of ``comi_jax.evaluate --explain-worst``."""
+        return self.path / "explanations"
+
+    @property
     def diagnostics(self) -> Path:
         """The default output folder of ``comi_jax.diagnose``."""
         return self.path / "diagnostics"
