@@ -25,10 +25,14 @@ CONFIGS = (Config(), *(load(path.stem) for path in sorted((ROOT / "configs").glo
 SECTIONS = {name: set(values) for name, values in to_dict(Config()).items() if isinstance(values, dict)}
 COMMANDS = (
     "train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare", "serve",
+    "explain",
 )  # fmt: skip
 CONVERSIONS = ("import-hf", "import-official", "export-official", "export-hf", "inspect")
-# Of tensorboard, hf, vLLM, pytest-xdist, kubectl and pyright.
-OF_OTHERS = {"--logdir", "--local-dir", "--enable-prompt-embeds", "--dist", "--force", "--pythonpath"}
+# Of tensorboard, hf, vLLM, pytest-xdist, kubectl, pyright and chromium.
+OF_OTHERS = {
+    "--logdir", "--local-dir", "--enable-prompt-embeds", "--dist", "--force", "--pythonpath", "--headless",
+    "--hide-scrollbars", "--window-size", "--screenshot",
+}  # fmt: skip
 PATH = re.compile(r"(?<![\w./*-])(?:comi_jax|kernels|configs|launch|tests|docs|\.ci)/[\w./*-]*")
 SETTING = re.compile(
     rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.(?!(?:py|jsonl?|safetensors)\b|model\.)\w+(?:=[^\s`'\")]+)?"
