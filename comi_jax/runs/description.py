@@ -19,10 +19,9 @@ FORMAT = 1
 # Settings that may be overridden when a trained model is loaded.
 CHANGEABLE = (
     "data.max_context", "data.max_query", "data.on_long", "data.buckets", "model.attention", "model.kernels",
-    "model.dtype",
-    "compression.rates", "compression.segment_size", "compression.coarse", "compression.fine", "compression.exact_groups",
-    "compression.coarse_redundancy", "compression.fine_redundancy", "generation.max_new_tokens",
-    "generation.repetition_penalty", "generation.temperature", "generation.top_k", "generation.top_p",
+    "model.dtype", "compression.rates", "compression.segment_size", "compression.coarse", "compression.fine",
+    "compression.exact_groups", "compression.coarse_redundancy", "compression.fine_redundancy",
+    "generation.max_new_tokens", "generation.repetition_penalty", "generation.temperature", "generation.top_k", "generation.top_p",
     "generation.seed", "generation.stop_strings",
 )  # fmt: skip
 # Settings that may change when a run is resumed, as they do not affect the trained weights.
