@@ -10,6 +10,7 @@ from pathlib import Path
 
 from comi_jax import cli
 from comi_jax.config import ConfigError
+from comi_jax.devices import compilations
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.settings import SINGLE_MESSAGE, Settings, trained_rates
@@ -24,15 +25,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     with cli.one_way_out():
         check_extra()
+        compilations.keep()
         keys = keys_of(options)
         step = choose_step(options.checkpoint, options.step)
         model = Comi.load(options.checkpoint, overrides=options.set, step=step)
         settings = settings_of(options, model)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+        start_log()
         from comi_jax.serving.http import lifecycle  # needs the extra
 
-        whole = lifecycle.serve(model, settings, options.host, options.port, keys)
-    sys.exit(0 if whole else 1)
+        ended = lifecycle.serve(model, settings, options.host, options.port, keys)
+    if not ended:
+        os._exit(1)  # the engine is in a program, or has failed: Python's own end would wait for it, or crash beside it
 
 
 def parser() -> cli.Parser:
@@ -70,6 +73,17 @@ def parser() -> cli.Parser:
     ):
         made.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     return made
+
+
+def start_log() -> None:
+    """Write what this package and uvicorn have to say to standard error; other libraries keep their own ways."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name in ("comi_jax", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def check_extra() -> None:

@@ -89,7 +89,7 @@ def with_buckets(comi: Comi) -> Comi:
 
 
 def serve(comi: Comi, settings: Settings, host: str, port: int, keys: Sequence[str]) -> bool:
-    """Serve until a signal. Returns whether the engine ended whole."""
+    """Serve until a signal. Returns whether the engine has ended, and not by a failure."""
     engine = engine_of(with_buckets(comi), settings)
     app = build(engine, keys, comi.origin.weights)
     programs = engine.preparer.programs
