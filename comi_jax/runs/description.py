@@ -21,8 +21,8 @@ CHANGEABLE = (
     "data.max_context", "data.max_query", "data.on_long", "data.buckets", "model.attention", "model.kernels",
     "model.dtype", "compression.rates", "compression.segment_size", "compression.coarse", "compression.fine",
     "compression.exact_groups", "compression.coarse_redundancy", "compression.fine_redundancy",
-    "generation.max_new_tokens", "generation.repetition_penalty", "generation.temperature", "generation.top_k", "generation.top_p",
-    "generation.seed", "generation.stop_strings",
+    "generation.max_new_tokens", "generation.repetition_penalty", "generation.temperature", "generation.top_k",
+    "generation.top_p", "generation.seed", "generation.stop_strings",
 )  # fmt: skip
 # Settings that may change when a run is resumed, as they do not affect the trained weights.
 HARMLESS = (
