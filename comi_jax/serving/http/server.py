@@ -11,11 +11,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from comi_jax.errors import UserError
 from comi_jax.serving.contexts import Prepared, Reference
 from comi_jax.serving.engine import Engine, Piece
 from comi_jax.serving.http import api, errors, file_routes, info_routes, openapi
 from comi_jax.serving.http.errors import ApiError
-from comi_jax.serving.http.gate import Exchange, Gate, Keys
+from comi_jax.serving.http.gate import LOG, Exchange, Gate, Keys
 from comi_jax.serving.http.responses import DONE, Reply, event
 from comi_jax.serving.http.uploads import Uploads
 from comi_jax.serving.http.work import EventStream, Work
@@ -103,6 +104,8 @@ async def _events(
     except ClientDisconnect:
         return
     except Exception as error:
+        if not isinstance(error, UserError | ApiError):  # the client is told nothing about it
+            LOG.exception("request %s failed in its stream", exchange.request_id)
         refused = errors.of(error, engine.retry_after)
         exchange.status = refused.status  # for the log; the client has had 200
         yield event(refused.body(exchange.request_id))
