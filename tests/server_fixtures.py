@@ -8,6 +8,7 @@ import threading
 import time
 
 import httpx2
+import jax
 import numpy as np
 import tiny_models
 import train_fixtures
@@ -37,7 +38,9 @@ def comi():
              "compression.encoder_layers=1", "compression.rates=4,2", "compression.segment_size=32",
              "data.max_context=64", "data.max_query=8", "data.buckets=32", "generation.max_new_tokens=6"]  # fmt: skip
     run = Run(overrides.load("qwen2", words), backbone, (2,))
-    return Comi(run, tiny_models.shaken(architecture.specs(run.architecture), seed=4), tokenizer, batch_size=1)
+    params = tiny_models.shaken(architecture.specs(run.architecture), seed=4)
+    # As loaded weights are: bound to their device, which makes them other arguments to JAX.
+    return Comi(run, jax.device_put(params, jax.devices()[0]), tokenizer, batch_size=1)
 
 
 class Held:

@@ -232,7 +232,8 @@ class Preparer:
         for width in segments:
             ids, arch = np.zeros(width, np.int32), comi.architecture
             kept = read_segment(comi.params, ids[None], np.full(1, width, np.int32), arch, arch.dtype, True)
-            contents = Contents(comi.origin, (Segment(ids, None, kept),), 0, False)
+            segment = Segment(ids, None, kept).to_device()  # as the store does, by a copying program of each shape
+            contents = Contents(comi.origin, (segment,), 0, False)
             for rate in self._settings.rates:
                 masks = (None, np.arange(width) == 0) if rate > 1 and max_groups(width, rate) > 1 else (None,)
                 for question, mask in itertools.product(questions if rate > 1 else questions[:1], masks):

@@ -157,9 +157,11 @@ class SlotDecoder:
         """Compile every program, so that no question waits for one. Raises ConfigError while answers are decoded."""
         if self.live:
             raise ConfigError("the programs are compiled while answers are being decoded; compile them before")
-        width = min(NARROWEST, self.length)
+        width, hidden = min(NARROWEST, self.length), self._arch.backbone.hidden_size
+        # The first program leaves the state bound to the device of the weights, which makes it another argument to JAX.
+        self._prefill(0, np.zeros((width, hidden), np.float32), self.defaults)
         while True:
-            vectors = np.zeros((width, self._arch.backbone.hidden_size), np.float32)
+            vectors = np.zeros((width, hidden), np.float32)
             self._prefill(0, vectors, self.defaults)
             if width == self.length:
                 break
