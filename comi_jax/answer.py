@@ -16,10 +16,9 @@ import jax
 from rich.console import Console
 
 from comi_jax import cli
-from comi_jax.config import ConfigError
 from comi_jax.data.records import Record
 from comi_jax.devices import compilations
-from comi_jax.errors import UserError
+from comi_jax.errors import ConfigError, UserError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Answer, Comi
 from comi_jax.serving.documents import Document

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from comi_jax.config import ConfigError
-from comi_jax.errors import UserError
+from comi_jax.errors import ConfigError, UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,9 +11,10 @@ import jax
 from rich.console import Console
 
 from comi_jax import cli
-from comi_jax.config import Config, ConfigError, Mesh
+from comi_jax.config import Config, Mesh
 from comi_jax.data.records import Record
 from comi_jax.devices import compilations, sharding
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import comparison_tables
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.comparison import Contender, Row, compare

@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses that validate their values.
+"""Every setting of a run with its default, as frozen dataclasses; ``checks`` has their limits.
 
 The letters of array shapes, used in annotations, einsums and name suffixes:
 
@@ -15,97 +15,12 @@ A config file ``configs/<name>.py`` has one function, ``get_config() -> Config``
 ["train.steps=10"])`` imports it and applies typed overrides.
 """
 
-import dataclasses
-import difflib
-import math
-import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from comi_jax.errors import UserError
-
-
-class ConfigError(UserError):
-    """An unknown setting or an invalid value; the message names it and the valid ones."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 80
-
-
-def shown(value: Any) -> str:
-    """A short, printable ``repr`` for messages, however large or deeply nested ``value`` is."""
-    return _SHOWN.repr(value)
-
-
-def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    require(value in choices, f"{name} is {shown(value)}; it can be {', '.join(map(repr, choices))}")
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """LLaMA-3.1's frequency scaling of rotary embeddings (Hugging Face's ``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self):
-        require(
-            self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor,
-            f"the backbone's rope_scaling has factor {self.factor} and frequency factors {self.low_freq_factor} and "
-            f"{self.high_freq_factor}; they must be positive, and the high one above the low one",
-        )
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """The shape of a causal language model, in the names of Hugging Face's config.json (see ``weights.hf_config``)."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Rope | None
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
-
-    def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "rope_theta",
-            "rms_norm_eps",
-        ):
-            require(getattr(self, name) > 0, f"the backbone's {name} is {getattr(self, name)}; it must be positive")
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"the backbone has {self.num_attention_heads} attention heads over {self.num_key_value_heads} key/value "
-            "heads; the number of attention heads must be a multiple of the number of key/value heads",
-        )
-        require(
-            self.head_dim % 2 == 0, f"the backbone's head_dim is {self.head_dim}; rotary embeddings need an even one"
-        )
+from comi_jax import checks
+from comi_jax.backbone import Backbone
+from comi_jax.checks import require
 
 
 @dataclass(frozen=True)
@@ -129,22 +44,7 @@ class Compression:
     learn_mig: bool = False  # train the four scalars above (the coarse two have no gradient: sizes are integers)
 
     def __post_init__(self):
-        require(bool(self.rates), "compression.rates is empty; give at least one rate, e.g. 16,32")
-        for rate in self.rates:
-            require(rate >= 1, f"compression.rates holds {rate}; a rate is a whole number of at least 1")
-        require(self.encoder_layers >= 1, f"compression.encoder_layers is {self.encoder_layers}; at least 1 is needed")
-        require(
-            self.lsa_layers >= 1, f"compression.lsa_layers is {self.lsa_layers}; at least 1 (or compression.lsa=false)"
-        )
-        require(
-            self.segment_size >= max(self.rates),
-            f"compression.segment_size is {self.segment_size}, below the largest rate {max(self.rates)}: "
-            "a segment would be less than one group",
-        )
-        require(
-            not (self.coarse and self.exact_groups),
-            "compression.exact_groups=true sizes groups by the rate alone; set compression.coarse=false with it",
-        )
+        checks.compression(self)
 
     def segments(self, context: int) -> list[int]:
         """The lengths of the segments of a context of ``context`` tokens."""
@@ -169,13 +69,7 @@ class Lora:
     targets: tuple[str, ...] = ("q", "k", "v", "o")
 
     def __post_init__(self):
-        require(self.rank >= 0, f"lora.rank is {self.rank}; it is 0 (off) or positive")
-        require(math.isfinite(self.alpha), f"lora.alpha is {self.alpha}; it must be finite")
-        require(
-            bool(self.targets) and set(self.targets) <= set("qkvo") and len(set(self.targets)) == len(self.targets),
-            f"lora.targets is {','.join(self.targets)!r}; give some of q,k,v,o, each once",
-        )
-        require(0.0 <= self.dropout < 1.0, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        checks.lora(self)
 
     @property
     def scale(self) -> float:
@@ -189,7 +83,7 @@ class Gmsa:
     autoencoding: float = 1 / 3  # fraction of train.steps in which the context is reconstructed from its memory
 
     def __post_init__(self):
-        check_autoencoding("gmsa.autoencoding", self.autoencoding)
+        checks.gmsa(self)
 
 
 @dataclass(frozen=True)
@@ -203,20 +97,12 @@ class Icae:
     dropout: float = 0.05
 
     def __post_init__(self):
-        check_autoencoding("icae.autoencoding", self.autoencoding)
-        for name in ("memory_tokens", "rank"):
-            require(getattr(self, name) >= 1, f"icae.{name} is {getattr(self, name)}; it must be at least 1")
-        require(math.isfinite(self.alpha), f"icae.alpha is {self.alpha}; it must be finite")
-        require(0.0 <= self.dropout < 1.0, f"icae.dropout is {self.dropout}; it must lie in [0, 1)")
+        checks.icae(self)
 
     @property
     def lora(self) -> Lora:
         """The encoder's adapters."""
         return Lora(self.rank, self.alpha, self.dropout)
-
-
-def check_autoencoding(name: str, fraction: float) -> None:
-    require(0.0 <= fraction < 1.0, f"{name} is {fraction}; it is a fraction of all steps, in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -234,14 +120,7 @@ class Model:
     remat: str = "attention"
 
     def __post_init__(self):
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        one_of("model.attention", self.attention, ("", "dense", "blocked", "cudnn", "splash"))
-        one_of("model.kernels", self.kernels, ("", "xla", "tpu", "gpu", "interpret"))
-        require(
-            self.dtype == "bfloat16" or self.attention not in ("cudnn", "splash"),
-            f"model.attention={self.attention} needs bfloat16, but model.dtype is {self.dtype}; change one of them",
-        )
-        one_of("model.remat", self.remat, ("off", "projections", "attention", "full", "offload"))
+        checks.model(self)
 
     @staticmethod
     def upgraded(values: dict[str, Any]) -> dict[str, Any]:
@@ -287,22 +166,7 @@ class Data:
     max_buckets: int = 12
 
     def __post_init__(self):
-        one_of("data.on_long", self.on_long, ("refuse", "truncate"))
-        parts = [word.partition(":")[0] for word in self.fields if word.partition(":")[2]]
-        require(
-            sorted(parts) in ([], ["answer", "context"], ["answer", "context", "question"])
-            and len(parts) == len(self.fields),
-            f"data.fields is {shown(','.join(self.fields))}; say once each where context, question and answer stand, "
-            "e.g. context:passage,question:q,answer:gold",
-        )
-        for name in ("max_context", "max_query", "max_answer", "max_buckets"):
-            require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("examples_per_source", "eval_examples", "synthetic_examples"):
-            require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
-        require(
-            tuple(sorted(set(self.buckets))) == self.buckets and all(b > 0 for b in self.buckets),
-            f"data.buckets is {self.buckets}; give rising positive lengths",
-        )
+        checks.data(self)
 
 
 @dataclass(frozen=True)
@@ -317,18 +181,7 @@ class Optimizer:
     accumulate: int = 1  # micro-batches per update; 0: as many as leave each device one context at a time
 
     def __post_init__(self):
-        one_of("optimizer.schedule", self.schedule, ("linear", "cosine", "constant"))
-        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        require(
-            0.0 <= self.warmup < 1.0, f"optimizer.warmup is {self.warmup}; it is a fraction of all steps, in [0, 1)"
-        )
-        for name in ("weight_decay", "clip_norm"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("beta1", "beta2"):
-            require(
-                0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)"
-            )
-        require(self.accumulate >= 0, f"optimizer.accumulate is {self.accumulate}; it must be at least 1, or 0")
+        checks.optimizer(self)
 
 
 @dataclass(frozen=True)
@@ -341,10 +194,7 @@ class Mesh:
     context: int = 1  # splits the tokens of a row, and weights
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
-        require(
-            min(sizes) >= 0 and sizes.count(0) <= 1, f"mesh sizes must be positive, and at most one of them 0: {self}"
-        )
+        checks.mesh(self)
 
 
 MEASURES = ("em", "f1_max", "f1_first", "acc_subspan", "acc_subspan_firstline", "rougeL")  # of evaluation.metrics
@@ -368,15 +218,7 @@ class Train:
     compare_mean_pooling: bool = False  # also train group mean-pooling on the same data, for the closing table
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "share_context", "log_every", "keep_checkpoints", "max_skipped"):
-            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_every", "checkpoint_every"):
-            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it is 0 (at the end) or more")
-        require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; it is a whole number from 0 to 2**32 - 1")
-        one_of("train.best_by", self.best_by, MEASURES)
-
-
-MAX_STOP_STRINGS = 16
+        checks.train(self, MEASURES)
 
 
 @dataclass(frozen=True)
@@ -393,23 +235,7 @@ class Generation:
     stop_strings: tuple[str, ...] = ()  # an answer ends before the first of them
 
     def __post_init__(self):
-        require(self.max_new_tokens >= 1, f"generation.max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
-        require(
-            0 < self.repetition_penalty < math.inf,
-            f"generation.repetition_penalty is {self.repetition_penalty}; it must be positive, and 1 means none",
-        )
-        require(
-            0 <= self.temperature < math.inf,
-            f"generation.temperature is {self.temperature}; it is 0 (greedy) or positive",
-        )
-        require(self.top_k >= 0, f"generation.top_k is {self.top_k}; it is 0 (all tokens) or positive")
-        require(0 < self.top_p <= 1, f"generation.top_p is {self.top_p}; it must lie in (0, 1], and 1 means all tokens")
-        require(0 <= self.seed < 2**63, f"generation.seed is {self.seed}; it is a whole number from 0 to 2**63 - 1")
-        require(
-            len(self.stop_strings) <= MAX_STOP_STRINGS,
-            f"generation.stop_strings holds {len(self.stop_strings)} texts; give at most {MAX_STOP_STRINGS}",
-        )
-        require(all(self.stop_strings), "generation.stop_strings holds an empty text; every answer would end at once")
+        checks.generation(self)
 
     @property
     def method(self) -> str:
@@ -419,8 +245,6 @@ class Generation:
 
 # The trained systems by name, with their titles in tables; model/systems.py has what each computes.
 SYSTEMS = {"comi": "COMI", "full_prompt": "full prompt, tuned", "gmsa": "GMSA", "icae": "ICAE"}
-# COMI's steps, which may be off only where they exist.
-SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy")
 
 
 @dataclass(frozen=True)
@@ -439,32 +263,7 @@ class Config:
     generation: Generation = field(default_factory=Generation)
 
     def __post_init__(self):
-        nearest = ", ".join(difflib.get_close_matches(self.system, SYSTEMS, cutoff=0.4))
-        require(
-            self.system in SYSTEMS,
-            f"there is no system {shown(self.system)}{'; the nearest are ' if nearest else ''}{nearest}; there are: "
-            f"{', '.join(SYSTEMS)}",
-        )
-        if self.system != "comi":
-            self._check_rival()
-        require(
-            self.train.batch_size % (max(self.optimizer.accumulate, 1) * self.train.share_context) == 0,
-            f"train.batch_size {self.train.batch_size} is not a multiple of optimizer.accumulate "
-            f"{self.optimizer.accumulate or 1} x train.share_context {self.train.share_context}",
-        )
-
-    def _check_rival(self) -> None:
-        """Refuse settings that only COMI has."""
-        off = [f"compression.{name}=false" for name in SWITCHES if not getattr(self.compression, name)]
-        off += ["compression.lsa=false"] * (self.system != "gmsa" and not self.compression.lsa)
-        set_true = [f"compression.{n}=true" for n in ("learn_mig", "exact_groups") if getattr(self.compression, n)]
-        for word in off + set_true:
-            raise ConfigError(f"{word} changes COMI, not system={self.system}; leave one of them out")
-        require(
-            self.mesh.context == 1,
-            f"mesh.context is {self.mesh.context}, but system={self.system} cannot split the tokens of a row over "
-            "devices; set mesh.context=1",
-        )
+        checks.config(self, SYSTEMS)
 
     @property
     def title(self) -> str:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import cli
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
+from comi_jax.errors import ConfigError
 from comi_jax.overrides import override
 from comi_jax.weights import export_models, inspection
 from comi_jax.weights.export_models import export_official

@@ -16,9 +16,10 @@ import jax
 from rich.console import Console
 
 from comi_jax import cli
-from comi_jax.config import ConfigError, Mesh
+from comi_jax.config import Mesh
 from comi_jax.data.fingerprint import fingerprint_of
 from comi_jax.devices import compilations, sharding
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import diagnostics_attention, diagnostics_plots
 from comi_jax.evaluation.diagnosis import TABLES, Diagnosis, Sweep
 from comi_jax.evaluation.diagnostics import Table

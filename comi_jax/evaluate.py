@@ -7,8 +7,9 @@ import jax
 from rich.console import Console
 
 from comi_jax import cli
-from comi_jax.config import ConfigError, Mesh
+from comi_jax.config import Mesh
 from comi_jax.devices import compilations, sharding
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import worst
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.predictions import evaluate

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from comi_jax import cli
-from comi_jax.config import ConfigError
 from comi_jax.data.records import Record
 from comi_jax.devices import compilations
+from comi_jax.errors import ConfigError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving import explanation, explanation_picture
 from comi_jax.serving.compressor import Comi

@@ -13,7 +13,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from comi_jax.config import Config, ConfigError, Model, one_of, require, shown
+from comi_jax.checks import one_of, require, shown
+from comi_jax.config import Config, Model
+from comi_jax.errors import ConfigError
 
 PATHS = (
     "model.path",

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import cli
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
 from comi_jax.devices import topology
+from comi_jax.errors import ConfigError
 from comi_jax.model.architecture import Stage
 from comi_jax.overrides import load
 from comi_jax.planning import sweep

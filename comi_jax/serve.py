@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from comi_jax import cli
-from comi_jax.config import ConfigError
 from comi_jax.devices import compilations
+from comi_jax.errors import ConfigError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.settings import SINGLE_MESSAGE, Settings, trained_rates

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from comi_jax import overrides
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
 from comi_jax.data import adapters
 from comi_jax.data.records import DataError, Record, Refused, numbered_records
+from comi_jax.errors import ConfigError
 
 TITLES = ["Ed Wood (film)", "Scott Derrickson", "Nothing Said"]
 SENTENCES = [["Ed Wood is a film.", " It was made in 1994."], ["Scott Derrickson is American.", "He directs."], []]

@@ -13,7 +13,7 @@ import train_fixtures
 from transformers import AutoModelForCausalLM
 
 from comi_jax import convert
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.serving import generation
 from comi_jax.serving.compressor import Comi
 

@@ -8,7 +8,7 @@ import pytest
 import train_fixtures
 
 from comi_jax import convert, evaluate
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.params import flatten
 from comi_jax.runs import stored_weights
 from comi_jax.serving.compressor import Comi

@@ -11,8 +11,9 @@ import tiny_models
 from jax.sharding import NamedSharding, PartitionSpec
 
 from comi_jax import config as config_module
-from comi_jax.config import Compression, Config, ConfigError, Gmsa, Icae, Lora, Mesh, Optimizer
+from comi_jax.config import Compression, Config, Gmsa, Icae, Lora, Mesh, Optimizer
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import backbone as lm
 from comi_jax.model import comi, flops, lora, systems
 from comi_jax.model.architecture import Architecture, is_trained, specs

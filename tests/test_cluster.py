@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from comi_jax import train
-from comi_jax.config import ConfigError
 from comi_jax.devices import census, cluster, machine
 from comi_jax.devices.census import Seen
 from comi_jax.devices.cluster import Member
+from comi_jax.errors import ConfigError
 
 STEP = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[3-5,9],b1", "SLURM_NTASKS": "8",

@@ -8,9 +8,10 @@ import train_fixtures
 
 import comi_jax
 from comi_jax import answer
-from comi_jax.config import ConfigError, Mesh
+from comi_jax.config import Mesh
 from comi_jax.data.encode import LengthError
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.runs.checksums import CheckpointError
 from comi_jax.serving.compressor import Comi
 

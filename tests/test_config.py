@@ -12,6 +12,8 @@ import tiny_models
 import comi_jax.configs
 from comi_jax import config as c
 from comi_jax import overrides
+from comi_jax.backbone import Backbone
+from comi_jax.errors import ConfigError
 
 # class, settings, what the message must name
 REFUSED = [
@@ -56,7 +58,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("cls, values, named", REFUSED)
 def test_numbers_that_cannot_work_are_refused_by_name(cls, values, named):
-    with pytest.raises(c.ConfigError, match=named):
+    with pytest.raises(ConfigError, match=named):
         cls(**values)
 
 
@@ -70,7 +72,7 @@ def test_numbers_that_cannot_work_are_refused_by_name(cls, values, named):
     ],
 )
 def test_backbones_that_cannot_be_are_refused(change, named):
-    with pytest.raises(c.ConfigError, match=named):
+    with pytest.raises(ConfigError, match=named):
         dataclasses.replace(tiny_models.BACKBONES["qwen2"], **change)
 
 
@@ -79,7 +81,7 @@ def test_layer_counts_go_up_to_all_of_the_backbones(field):
     backbone = tiny_models.BACKBONES["qwen2"]
     most = backbone.num_hidden_layers
     c.Compression(**({"encoder_layers": 1} | {field: most})).check(backbone)
-    with pytest.raises(c.ConfigError, match=f"{field} is {most + 1}.* {most} layers"):
+    with pytest.raises(ConfigError, match=f"{field} is {most + 1}.* {most} layers"):
         c.Compression(**({"encoder_layers": 1} | {field: most + 1})).check(backbone)
 
 
@@ -97,9 +99,9 @@ def test_dict_and_back_is_the_identity():
     assert CHANGED != c.Config()
     backbone = tiny_models.BACKBONES["llama3"]  # a nested dataclass that may be None
     assert backbone.rope_scaling is not None
-    assert overrides.from_dict(c.Backbone, overrides.to_dict(backbone)) == backbone
+    assert overrides.from_dict(Backbone, overrides.to_dict(backbone)) == backbone
     assert (
-        overrides.from_dict(c.Backbone, overrides.to_dict(tiny_models.BACKBONES["qwen2"]))
+        overrides.from_dict(Backbone, overrides.to_dict(tiny_models.BACKBONES["qwen2"]))
         == tiny_models.BACKBONES["qwen2"]
     )
 
@@ -119,7 +121,7 @@ def test_dict_and_back_is_the_identity():
     ],
 )
 def test_wrong_entries_of_a_file_are_refused_with_their_place(change, message):
-    with pytest.raises(c.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         overrides.from_dict(c.Config, overrides.to_dict(c.Config()) | change)
 
 
@@ -168,7 +170,7 @@ def test_overrides_that_need_each_other_go_together():
     ],
 )
 def test_wrong_overrides_are_refused_with_what_would_do(word, message):
-    with pytest.raises(c.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         overrides.override(c.Config(), [word])
 
 
@@ -192,7 +194,7 @@ def test_load_names_the_config_and_applies_overrides(toy_configs):
 
 
 def test_an_unknown_config_is_refused_with_the_nearest_and_all(toy_configs):
-    with pytest.raises(c.ConfigError, match="there is no config 'toyy'; the nearest are toy; there are: toy"):
+    with pytest.raises(ConfigError, match="there is no config 'toyy'; the nearest are toy; there are: toy"):
         overrides.load("toyy")
 
 

@@ -16,8 +16,9 @@ import train_fixtures
 from safetensors.numpy import load_file, save_file
 
 from comi_jax import Comi, convert
-from comi_jax.config import Compression, ConfigError, Generation, Lora
+from comi_jax.config import Compression, Generation, Lora
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture, comi, generate
 from comi_jax.model.architecture import SCALARS
 from comi_jax.model.batch import Batch

@@ -12,8 +12,9 @@ import tiny_models
 import train_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import Compression, Config, ConfigError, Lora, Mesh, Model, Train
+from comi_jax.config import Compression, Config, Lora, Mesh, Model, Train
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
 from comi_jax.params import flatten, partition
 from comi_jax.runs import checksums, description, selection, stored_weights

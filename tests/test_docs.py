@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
+from comi_jax.errors import ConfigError
 from comi_jax.overrides import load, override, to_dict
 from comi_jax.version import __version__
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax.config import ConfigError, Mesh
+from comi_jax.config import Mesh
 from comi_jax.data.encode import LengthError, token_ids
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.runs.checksums import DamageError
 from comi_jax.serving import batching, document_files
 from comi_jax.serving.compressor import Comi

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from comi_jax import evaluate, explain
-from comi_jax.config import ConfigError
 from comi_jax.data.encode import token_spans
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation.diagnostics import anatomies, subjects
 from comi_jax.serving import asking, explanation, explanation_picture
 from comi_jax.serving.compressor import Comi

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from comi_jax.config import Backbone, Compression, Lora
+from comi_jax.backbone import Backbone
+from comi_jax.config import Compression, Lora
 from comi_jax.devices import chips
 from comi_jax.model import backbone as lm
 from comi_jax.model import flops

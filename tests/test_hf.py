@@ -14,7 +14,9 @@ import tiny_models
 import train_fixtures
 from safetensors.numpy import load_file, save_file
 
-from comi_jax.config import Config, ConfigError, Llama3Rope
+from comi_jax.backbone import Llama3Rope
+from comi_jax.config import Config
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
 from comi_jax.overrides import override

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comi_jax import overrides
-from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.backbone import Backbone
+from comi_jax.config import Config
 from comi_jax.data import adapters, sources
 from comi_jax.data.records import DataError, Record, Skipped, numbered_records, read_records, record_of
+from comi_jax.errors import ConfigError
 from comi_jax.weights import hf_config
 from comi_jax.weights.hf_config import MAX_CONFIG_BYTES
 

@@ -16,7 +16,7 @@ SOURCES = {
 }
 
 # Every module imports the ground, its own wing and the wings to the left of its own.
-GROUND = ("errors", "version", "params", "config", "overrides", "cli")
+GROUND = ("errors", "version", "params", "checks", "backbone", "config", "overrides", "cli")
 WINGS = (
     "devices", "model", "data", "runs", "weights", "serving", "evaluation", "training", "planning", "benchmarks",
 )  # fmt: skip

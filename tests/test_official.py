@@ -9,7 +9,8 @@ import pytest
 import tiny_models
 from safetensors.numpy import load_file, save_file
 
-from comi_jax.config import Compression, ConfigError
+from comi_jax.config import Compression
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
 from comi_jax.params import flatten
 from comi_jax.weights import hf, hf_config, official

@@ -15,8 +15,9 @@ import pytest
 import train_fixtures
 
 from comi_jax import plan
-from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Model, Optimizer, Train
+from comi_jax.config import Compression, Config, Data, Mesh, Model, Optimizer, Train
 from comi_jax.devices import chips, sharding, topology
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture, flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import load

@@ -11,10 +11,10 @@ import train_fixtures
 from test_adapters import HOTPOT, NEWS, STORY
 
 from comi_jax import prepare
-from comi_jax.config import ConfigError
 from comi_jax.data import sources
 from comi_jax.data.mixture import NAMED, _there_already
 from comi_jax.data.records import DataError
+from comi_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

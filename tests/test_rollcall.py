@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from comi_jax.config import ConfigError
 from comi_jax.devices import rollcall
 from comi_jax.devices.cluster import Member
+from comi_jax.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

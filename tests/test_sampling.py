@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import Generation
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture, generate, sampling
 from comi_jax.model import backbone as lm
 

@@ -15,7 +15,7 @@ import server_fixtures
 import train_fixtures
 
 from comi_jax import serve
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.serving.settings import Settings
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world

@@ -13,10 +13,11 @@ import pytest
 import train_fixtures
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from comi_jax.config import Compression, Config, ConfigError, Data, Mesh, Optimizer, Train
+from comi_jax.config import Compression, Config, Data, Mesh, Optimizer, Train
 from comi_jax.data import batches, encode
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture

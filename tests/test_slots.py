@@ -10,8 +10,9 @@ import pytest
 import test_detokenizer
 import tiny_models
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import Generation
 from comi_jax.data.encode import LengthError
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture, generate, sampling
 from comi_jax.serving import batching
 from comi_jax.serving.slots import BusyError, SlotDecoder

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from comi_jax import overrides
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
 from comi_jax.data import sources
 from comi_jax.data.records import DataError, Record
+from comi_jax.errors import ConfigError
 
 NEWS = {"document": "First. ||||| Second.", "summary": "Both."}
 NEWS_RECORD = Record(("First.", "Second."), sources.adapters.SUMMARIZE, ("Both.",))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.model.mig import Norms
 from comi_jax.runs.checksums import DamageError
 from comi_jax.serving.compressor import Comi

@@ -12,10 +12,11 @@ import torch
 import train_fixtures
 from transformers import AutoModelForCausalLM
 
-from comi_jax.config import ConfigError, Generation, Mesh
+from comi_jax.config import Generation, Mesh
 from comi_jax.data.encode import LengthError, token_ids
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import predictions
 from comi_jax.evaluation.systems import SYSTEMS, check_names, llmlingua2
 from comi_jax.evaluation.systems.answerer import SystemAnswerer

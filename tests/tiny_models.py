@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax.config import Backbone, Compression, Llama3Rope, Lora
+from comi_jax.backbone import Backbone, Llama3Rope
+from comi_jax.config import Compression, Lora
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import flatten, unflatten
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from comi_jax import train
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 from comi_jax.model import backbone as backbone_module
 from comi_jax.weights import hf
 from comi_jax.weights.hf_attributes import ATTRIBUTES

@@ -29,8 +29,9 @@ from rich.table import Table
 from safetensors import safe_open
 
 from comi_jax import cli
+from comi_jax.backbone import Backbone
 from comi_jax.benchmarks.speed import peak_memory
-from comi_jax.config import Backbone, Compression, Config, Mesh
+from comi_jax.config import Compression, Config, Mesh
 from comi_jax.devices import sharding
 from comi_jax.model import architecture
 from comi_jax.params import count

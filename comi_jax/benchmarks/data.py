@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import cli
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
 from comi_jax.data import batches, order
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.overrides import load
 from comi_jax.runs.description import Run
 from comi_jax.runs.examples import Examples, make

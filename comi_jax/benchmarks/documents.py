@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import cli
-from comi_jax.config import ConfigError
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import metrics
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.segments import DTYPES

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import cli
+from comi_jax.backbone import Backbone
 from comi_jax.cli import at_least
-from comi_jax.config import Backbone, Compression, Generation, Optimizer
+from comi_jax.config import Compression, Generation, Optimizer
 from comi_jax.model import architecture, comi, generate
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.config import Backbone, Config, Data, max_groups, memory_length, shown
+from comi_jax.backbone import Backbone
+from comi_jax.checks import shown
+from comi_jax.config import Config, Data, max_groups, memory_length
 from comi_jax.data.records import BYTE_ORDER_MARK, Record
 from comi_jax.errors import UserError
 

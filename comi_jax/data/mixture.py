@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
 from comi_jax.data import encode, sources
 from comi_jax.data.encode import CHUNK, LengthError
 from comi_jax.data.fingerprint import Fingerprint, question_key
 from comi_jax.data.records import Record, Skipped
+from comi_jax.errors import ConfigError
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
 

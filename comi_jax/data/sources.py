@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.config import ConfigError, shown
+from comi_jax.checks import shown
 from comi_jax.data import adapters
 from comi_jax.data.fingerprint import Fingerprint
 from comi_jax.data.records import Adapt, DataError, Record, Skipped, adapted, numbered_records
+from comi_jax.errors import ConfigError
 
 HUB = "hf://"
 MOST = 100  # maximum copies of an example in an epoch

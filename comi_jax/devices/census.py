@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 
 import jax
 
-from comi_jax.config import ConfigError
 from comi_jax.devices import distributed, machine
 from comi_jax.devices.cluster import number
+from comi_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from comi_jax.config import ConfigError
 from comi_jax.devices import machine
+from comi_jax.errors import ConfigError
 
 COORDINATOR, PROCESSES, PROCESS = "COMI_COORDINATOR", "COMI_PROCESSES", "COMI_PROCESS"
 SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID")  # srun sets all of them

@@ -23,8 +23,8 @@ import jax
 from jax._src import distributed as jax_distributed  # the coordinator's key-value store has no public name
 from jax.experimental import multihost_utils
 
-from comi_jax.config import ConfigError
 from comi_jax.devices import cluster, rollcall
+from comi_jax.errors import ConfigError
 
 HEARTBEAT = 60  # seconds; JAX's own default is 100
 AGAIN = 75  # exit status when a peer process is gone: EX_TEMPFAIL of sysexits.h, "try again"

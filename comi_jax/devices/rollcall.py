@@ -11,9 +11,9 @@ import socket
 import threading
 import time
 
-from comi_jax.config import ConfigError
 from comi_jax.devices import cluster
 from comi_jax.devices.cluster import Member
+from comi_jax.errors import ConfigError
 
 HELLO, GO, REFUSED = "comi", "go", "refused "
 TRY = 5.0  # seconds to connect, to receive one line, and to outwait process 0's deadline

@@ -8,7 +8,9 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import Backbone, Config, ConfigError, Mesh
+from comi_jax.backbone import Backbone
+from comi_jax.config import Config, Mesh
+from comi_jax.errors import ConfigError
 from comi_jax.params import ParamSpec, Tree, flatten
 
 AXES = ("data", "fsdp", "tensor", "context")

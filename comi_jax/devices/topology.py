@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from comi_jax.config import ConfigError
 from comi_jax.devices import chips
+from comi_jax.errors import ConfigError
 
 GPUS_PER_NODE = 8
 # Streaming multiprocessors, bytes of L2 cache and GHz of each GPU. All have compute capability 9.0, which fixes the

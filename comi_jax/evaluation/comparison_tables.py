@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation.comparison import Row
 
 # The metrics of the paper's tables, as this project names them, and their headings.

@@ -9,8 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from comi_jax.config import ConfigError
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import diagnostics_attention as attention
 from comi_jax.evaluation import diagnostics_auc as auc
 from comi_jax.evaluation import diagnostics_memory, diagnostics_segments, diagnostics_tables

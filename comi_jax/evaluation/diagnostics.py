@@ -16,11 +16,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from comi_jax.config import ConfigError, max_groups
+from comi_jax.config import max_groups
 from comi_jax.data import encode
 from comi_jax.data.encode import Example
 from comi_jax.data.records import Record
-from comi_jax.errors import UserError
+from comi_jax.errors import ConfigError, UserError
 from comi_jax.evaluation import answer_spans
 from comi_jax.model import mig
 from comi_jax.model.architecture import Architecture

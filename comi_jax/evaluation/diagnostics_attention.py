@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 from comi_jax.data.encode import LengthError
 from comi_jax.evaluation.diagnostics import NOT_COMPARABLE, RESAMPLES, DiagnosisError, Subject, Table
 from comi_jax.evaluation.diagnostics_tables import mean_cosine

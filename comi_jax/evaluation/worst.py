@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import Generation
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.serving import batching, explanation
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.explanation_page import page

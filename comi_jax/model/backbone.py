@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 from comi_jax.devices import sharding
 from comi_jax.devices.sharding import platform
 from comi_jax.model import lora as lora_module

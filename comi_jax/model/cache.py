@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 
 
 @no_type_check

@@ -7,7 +7,8 @@ Norms, rotations, softmax and the embedding lookup are left out: together they a
 
 import dataclasses
 
-from comi_jax.config import Backbone, Lora
+from comi_jax.backbone import Backbone
+from comi_jax.config import Lora
 from comi_jax.model.shape import Architecture
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from comi_jax.config import Backbone, Lora
+from comi_jax.backbone import Backbone
+from comi_jax.config import Lora
 from comi_jax.params import ParamSpec, Tree
 
 TARGETS = ("q", "k", "v", "o")

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import jax
 
-from comi_jax.config import Backbone, Compression, Config, Icae, Lora
+from comi_jax.backbone import Backbone
+from comi_jax.config import Compression, Config, Icae, Lora
 from comi_jax.model import backbone as lm
 from comi_jax.params import ParamSpec
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import Backbone, Config
+from comi_jax.backbone import Backbone
+from comi_jax.config import Config
 from comi_jax.data import batches
 from comi_jax.data.encode import Example
 from comi_jax.devices import sharding, topology

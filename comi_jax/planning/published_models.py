@@ -1,6 +1,6 @@
 """The shapes of the language models in the configs, from their config.json on the hub, to plan without a download."""
 
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 
 BACKBONES = {
     "Qwen/Qwen2-7B-Instruct": Backbone(

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.backbone import Backbone
+from comi_jax.config import Config
 from comi_jax.devices import sharding
 from comi_jax.devices.topology import Topology
+from comi_jax.errors import ConfigError
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.planning import estimate

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.backbone import Backbone
+from comi_jax.config import Config
+from comi_jax.errors import ConfigError
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import from_dict, override, to_dict
 from comi_jax.params import flatten

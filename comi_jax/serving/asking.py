@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from comi_jax.config import ConfigError, max_groups
+from comi_jax.config import max_groups
 from comi_jax.data.encode import LengthError, token_ids
+from comi_jax.errors import ConfigError
 from comi_jax.model import backbone as lm
 from comi_jax.model import comi_memory, encoder
 from comi_jax.model.architecture import Architecture

@@ -14,10 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from comi_jax.config import ConfigError
 from comi_jax.data.batches import Shapes, collate
 from comi_jax.data.encode import Example, check_positions
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import backbone as lm
 from comi_jax.model import comi, comi_memory, generate, sampling
 from comi_jax.model.architecture import Architecture

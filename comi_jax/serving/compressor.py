@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import Generation
 from comi_jax.data import encode
 from comi_jax.data.encode import Example
 from comi_jax.data.records import Record
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model.batch import Batch
 from comi_jax.runs.description import Run
 from comi_jax.runs.folder import Folder

@@ -6,8 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import xxhash
 
-from comi_jax.config import Compression, ConfigError, Data, one_of
+from comi_jax.checks import one_of
+from comi_jax.config import Compression, Data
 from comi_jax.data.encode import LengthError, TextError, token_ids, token_spans
+from comi_jax.errors import ConfigError
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import flatten
 from comi_jax.runs.description import Run

@@ -12,8 +12,8 @@ from typing import Any, Unpack
 import numpy as np
 from jaxtyping import Int
 
-from comi_jax.config import ConfigError
 from comi_jax.data.encode import token_spans
+from comi_jax.errors import ConfigError
 from comi_jax.serving import asking, generation
 from comi_jax.serving.compressor import Answer, Comi
 from comi_jax.serving.documents import Document

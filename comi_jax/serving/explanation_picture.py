@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 
 COLUMNS = 84  # letters in a line
 LINES = 260  # of a text at most; what is beyond is told

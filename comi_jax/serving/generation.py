@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import Generation
+from comi_jax.errors import ConfigError
 from comi_jax.model import sampling
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch

@@ -13,8 +13,10 @@ import xxhash
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from comi_jax.config import Backbone, Compression, Config, ConfigError, Generation
+from comi_jax.backbone import Backbone
+from comi_jax.config import Compression, Config, Generation
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture, generate
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture

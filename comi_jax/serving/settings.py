@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from comi_jax.config import Config, ConfigError, one_of
+from comi_jax.checks import one_of
+from comi_jax.config import Config
+from comi_jax.errors import ConfigError
 
 SINGLE_MESSAGE = ("refuse", "plain")
 

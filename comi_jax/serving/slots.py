@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import Generation
 from comi_jax.data.encode import LengthError
-from comi_jax.errors import UserError
+from comi_jax.errors import ConfigError, UserError
 from comi_jax.model import sampling, slots
 from comi_jax.model.architecture import Architecture
 from comi_jax.serving import batching

@@ -5,7 +5,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from comi_jax.config import ConfigError, max_groups
+from comi_jax.config import max_groups
+from comi_jax.errors import ConfigError
 from comi_jax.serving.segments import Contents
 
 Spans = Sequence[tuple[SupportsIndex, SupportsIndex]]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.runs.checksums import DamageError
 from comi_jax.serving import document_files
 from comi_jax.serving.documents import Document

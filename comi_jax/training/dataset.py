@@ -10,11 +10,13 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.backbone import Backbone
+from comi_jax.config import Config
 from comi_jax.data import encode, sources, synthetic
 from comi_jax.data.encode import Example, LengthError, LengthReport
 from comi_jax.data.records import DataError, Record
 from comi_jax.devices import distributed
+from comi_jax.errors import ConfigError
 from comi_jax.runs import examples as stored
 
 

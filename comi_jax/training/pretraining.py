@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
 from comi_jax.params import Tree, count, initialize

@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
 from comi_jax.data.batches import Plan, Shapes, collate, training_batches
 from comi_jax.data.encode import check_positions
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import predictions, tables
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.runs import lock

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from comi_jax.config import ConfigError, Lora
+from comi_jax.config import Lora
+from comi_jax.errors import ConfigError
 from comi_jax.model import lora as lora_module
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten, unflatten

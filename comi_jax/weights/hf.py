@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 from comi_jax.model.backbone import specs as lm_specs
 from comi_jax.params import Placement, Tree, as_stored, flatten, unflatten
 from comi_jax.weights import files, hf_config, hf_folder, loading, writing

@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from comi_jax.config import Backbone, ConfigError, Llama3Rope, shown
+from comi_jax.backbone import Backbone, Llama3Rope
+from comi_jax.checks import shown
+from comi_jax.errors import ConfigError
 from comi_jax.overrides import from_dict
 from comi_jax.weights.hf_attributes import ATTRIBUTES, MODEL_TYPES, READ
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS, Architecture
 from comi_jax.params import flatten

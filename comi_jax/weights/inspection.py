@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from comi_jax.config import Backbone
+from comi_jax.backbone import Backbone
 from comi_jax.errors import UserError
 from comi_jax.model import architecture
 from comi_jax.params import flatten

@@ -18,7 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax.config import Backbone, Compression, ConfigError, Lora
+from comi_jax.backbone import Backbone
+from comi_jax.config import Compression, Lora
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import Placement, as_stored, flatten, unflatten

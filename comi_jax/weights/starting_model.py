@@ -9,8 +9,10 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from comi_jax.config import Backbone, Config, ConfigError
+from comi_jax.backbone import Backbone
+from comi_jax.config import Config
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
 from comi_jax.model.architecture import SCALARS
 from comi_jax.overrides import to_dict

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from comi_jax.config import Backbone, ConfigError
-from comi_jax.errors import UserError
+from comi_jax.backbone import Backbone
+from comi_jax.errors import ConfigError, UserError
 from comi_jax.weights import hf_folder, tokenizer_model
 from comi_jax.weights.layout import some
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types
 BPE = 2  # a value of model_type

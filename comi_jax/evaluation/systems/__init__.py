@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation.systems.bm25 import BM25
 from comi_jax.evaluation.systems.llmlingua2 import LLMLingua2
 from comi_jax.evaluation.systems.longllmlingua import LongLLMLingua

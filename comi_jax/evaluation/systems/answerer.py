@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from comi_jax.config import ConfigError, Data, Generation, max_groups
+from comi_jax.config import Data, Generation, max_groups
 from comi_jax.data import encode
 from comi_jax.data.encode import Example, LengthError, LengthReport
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation.systems.protocol import Question, System, bucket, padded
 from comi_jax.serving import batching
 from comi_jax.serving.account import account

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation.systems.protocol import Question
 from comi_jax.evaluation.systems.texts import TextSystem, joined, passages
 from comi_jax.serving.language_model import LanguageModel

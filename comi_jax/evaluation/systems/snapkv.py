@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from comi_jax.config import require
+from comi_jax.checks import require
 from comi_jax.evaluation.systems.kv_cache import CacheSystem, gather, prefill
 from comi_jax.evaluation.systems.protocol import Question, bucket
 from comi_jax.model import backbone as lm

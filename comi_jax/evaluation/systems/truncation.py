@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comi_jax.config import one_of
+from comi_jax.checks import one_of
 from comi_jax.evaluation.systems.protocol import Question
 from comi_jax.evaluation.systems.texts import TextSystem, joined
 from comi_jax.serving.language_model import LanguageModel

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from comi_jax.config import ConfigError, Generation
+from comi_jax.config import Generation
+from comi_jax.errors import ConfigError
 from comi_jax.serving import generation
 from comi_jax.serving.contexts import Ask, Reference
 from comi_jax.serving.http.errors import ApiError
