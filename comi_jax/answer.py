@@ -20,7 +20,8 @@ from comi_jax.data.records import Record
 from comi_jax.devices import compilations
 from comi_jax.errors import ConfigError, UserError
 from comi_jax.runs.selection import choose_step
-from comi_jax.serving.compressor import Answer, Comi
+from comi_jax.serving.answers import Answer
+from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
 from comi_jax.serving.generation import Options
 

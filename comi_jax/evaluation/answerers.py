@@ -13,7 +13,8 @@ from comi_jax.data import encode
 from comi_jax.data.encode import Example, LengthReport
 from comi_jax.data.records import Record
 from comi_jax.serving import batching
-from comi_jax.serving.compressor import Answer, Comi
+from comi_jax.serving.answers import Answer
+from comi_jax.serving.compressor import Comi
 
 BATCHES_AT_ONCE = 8
 

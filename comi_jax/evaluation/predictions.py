@@ -22,7 +22,7 @@ from comi_jax.data.fingerprint import fingerprint_of
 from comi_jax.data.records import Record
 from comi_jax.devices import distributed
 from comi_jax.evaluation import metrics
-from comi_jax.serving.compressor import Answer
+from comi_jax.serving.answers import Answer
 
 FORMAT = 2  # increment when predictions get other fields
 COSTS = ("kv_bytes", "ingest_flop", "question_flop")  # of serving.account.Account, beside its entries

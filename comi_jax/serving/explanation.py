@@ -15,7 +15,8 @@ from jaxtyping import Int
 from comi_jax.data.encode import token_spans
 from comi_jax.errors import ConfigError
 from comi_jax.serving import asking, generation
-from comi_jax.serving.compressor import Answer, Comi
+from comi_jax.serving.answers import Answer
+from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
 from comi_jax.serving.generation import Options
 

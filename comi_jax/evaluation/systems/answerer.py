@@ -16,7 +16,7 @@ from comi_jax.errors import ConfigError
 from comi_jax.evaluation.systems.protocol import Question, System, bucket, padded
 from comi_jax.serving import batching
 from comi_jax.serving.account import account
-from comi_jax.serving.compressor import Answer
+from comi_jax.serving.answers import Answer
 from comi_jax.serving.language_model import LanguageModel, reply
 
 BATCHES_AT_ONCE = 8
