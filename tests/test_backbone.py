@@ -12,6 +12,7 @@ import tiny_models
 
 from comi_jax.model import backbone as lm
 from comi_jax.model.cache import KVCache, empty_cache, write
+from comi_jax.model.rope import rope_frequencies, rotate, rotation
 from comi_jax.weights import hf
 
 KINDS = list(tiny_models.BACKBONES)
@@ -41,7 +42,7 @@ def run(params, x, backbone):
 def first_block(params, x, backbone):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     weights = jax.tree.map(lambda w: w[0], params["layers"])
-    rope = lm.rotation(backbone, positions)
+    rope = rotation(backbone, positions)
     return lm.block(
         weights, x, rope, backbone, index=jnp.int32(0), cache=None, start=None, lora=None, runtime=lm.Runtime()
     )[0]
@@ -84,7 +85,7 @@ def test_rms_norm_of_tiny_vectors_is_held_up_by_epsilon():
 def test_rotary_embedding_is_transformers(kind):
     p = pair(kind)
     theirs = p.model.model.rotary_emb
-    np.testing.assert_allclose(lm.rope_frequencies(p.backbone), theirs.inv_freq.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(rope_frequencies(p.backbone), theirs.inv_freq.numpy(), rtol=1e-6)
     heads, width = p.backbone.num_attention_heads, p.backbone.head_dim
     x = np.random.default_rng(1).standard_normal((2, 5, heads, width)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 4], [11, 100, 101, 300, 511]], np.int32)
@@ -93,13 +94,11 @@ def test_rotary_embedding_is_transformers(kind):
         module = __import__(type(p.model).__module__, fromlist=["apply_rotary_pos_emb"])
         q = p.torch.from_numpy(x).transpose(1, 2)
         want = module.apply_rotary_pos_emb(q, q, cos, sin)[0].transpose(1, 2).numpy()
-    np.testing.assert_allclose(
-        lm.rotate(jnp.asarray(x), lm.rotation(p.backbone, jnp.asarray(positions))), want, atol=1e-4
-    )
+    np.testing.assert_allclose(rotate(jnp.asarray(x), rotation(p.backbone, jnp.asarray(positions))), want, atol=1e-4)
 
 
 def test_llama3_scaling_leaves_fast_rotations_and_slows_slow_ones():
-    plain, scaled = (np.asarray(lm.rope_frequencies(tiny_models.BACKBONES[k])) for k in ("llama2", "llama3"))
+    plain, scaled = (np.asarray(rope_frequencies(tiny_models.BACKBONES[k])) for k in ("llama2", "llama3"))
     base = 1.0 / 500_000.0 ** (np.arange(0, 8, 2) / 8)
     assert plain[0] == scaled[0] == 1.0  # 64 / 2π = 10 turns, more than high_freq_factor
     np.testing.assert_allclose(scaled[2:], base[2:] / 8.0, rtol=1e-6)  # less than one turn: slowed by the whole factor

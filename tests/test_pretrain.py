@@ -11,6 +11,7 @@ import pytest
 from comi_jax import pretrain
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
+from comi_jax.model.rope import rotate, rotation
 from comi_jax.training import pretraining
 from comi_jax.training.pretraining import VOCABULARY, Stage
 from comi_jax.weights import hf, hf_config
@@ -27,8 +28,8 @@ def tokenizer():
 def test_the_first_block_starts_by_looking_at_the_tokens_just_before():
     backbone = pretraining.shape(300)
     layers = pretraining.initial(backbone, 0)["layers"]
-    rope = lm.rotation(backbone, jnp.arange(40)[None])
-    q, k = (lm.rotate(jnp.tile(layers[f"{name}_bias"][:1, None], (1, 40, 1, 1)), rope)[0] for name in ("q", "k"))
+    rope = rotation(backbone, jnp.arange(40)[None])
+    q, k = (rotate(jnp.tile(layers[f"{name}_bias"][:1, None], (1, 40, 1, 1)), rope)[0] for name in ("q", "k"))
     for head in range(backbone.num_attention_heads):
         scores = np.asarray(q[-1, head] @ k[:, head].T) * backbone.head_dim**-0.5
         weight = np.exp(scores - scores.max())

@@ -23,6 +23,7 @@ from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.model.encoder import encode_pairs, join_rows, segments
+from comi_jax.model.rope import rotation
 from comi_jax.params import Tree
 from comi_jax.serving import batching
 from comi_jax.serving.compressor import Comi
@@ -44,7 +45,7 @@ def attention_mass(
     layers and heads; 0 for padding. ``params`` are those of the whole language model; each row has its own context."""
     rows, _ = join_rows(batch.context, batch.context_length, batch.query, batch.query_length)
     x = lm.embed_tokens(params, rows, dtype, runtime)
-    rope = lm.rotation(backbone, jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], rows.shape))
+    rope = rotation(backbone, jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], rows.shape))
     offset = jnp.arange(batch.query.shape[1], dtype=jnp.int32)[None, :]
     asking, real = batch.context_length[:, None] + offset, offset < batch.query_length[:, None]
 

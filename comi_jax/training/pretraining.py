@@ -24,6 +24,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from comi_jax.backbone import Backbone
 from comi_jax.data import synthetic
 from comi_jax.model import backbone as lm
+from comi_jax.model.rope import rope_frequencies, rotate, rotation
 from comi_jax.params import Tree, count, initialize
 from comi_jax.weights import hf, hf_config
 
@@ -183,11 +184,11 @@ def initial(backbone: Backbone, seed: int) -> Tree:
         layers[name] = layers[name] * OUTPUT_SCALE
     for name in ("q", "k"):
         layers[name] = layers[name].at[0].multiply(0.2)
-    fast = lm.rope_frequencies(backbone) > 0.1  # slower ones hardly distinguish neighbours
+    fast = rope_frequencies(backbone) > 0.1  # slower ones hardly distinguish neighbours
     key_bias = jnp.concatenate([jnp.where(fast, PREVIOUS_TOKEN, 0.0), jnp.zeros(backbone.head_dim // 2)])
     key_bias = jnp.tile(key_bias, (1, 1, backbone.num_attention_heads, 1))
     back = jnp.arange(1, backbone.num_attention_heads + 1)
-    turned = [lm.rotate(key_bias[:, :, :1], lm.rotation(backbone, -back[None, n : n + 1])) for n in range(len(back))]
+    turned = [rotate(key_bias[:, :, :1], rotation(backbone, -back[None, n : n + 1])) for n in range(len(back))]
     layers["k_bias"] = layers["k_bias"].at[0].set(key_bias[0, 0, : backbone.num_key_value_heads])
     layers["q_bias"] = layers["q_bias"].at[0].set(jnp.concatenate(turned, axis=2)[0, 0])
     return {**params, "layers": layers}

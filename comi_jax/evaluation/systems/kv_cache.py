@@ -20,6 +20,7 @@ from comi_jax.model import backbone as lm
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.cache import KVCache, empty_cache
+from comi_jax.model.rope import rotate, rotation
 from comi_jax.params import Tree
 from comi_jax.serving.language_model import LanguageModel
 
@@ -42,9 +43,9 @@ def gather(cache: KVCache, kept: Int[Array, "L B K M"], places: Int[Array, "L B 
     layers, rows, heads, slots = kept.shape
     index = kept.swapaxes(2, 3)[..., None]
     k, v = (jnp.take_along_axis(x, index, axis=2) for x in (cache.k, cache.v))
-    rope = lm.rotation(arch.backbone, (places - kept).reshape(-1, slots))
+    rope = rotation(arch.backbone, (places - kept).reshape(-1, slots))
     each = k.swapaxes(2, 3).reshape(layers * rows * heads, slots, 1, -1)
-    return KVCache(lm.rotate(each, rope).reshape(layers, rows, heads, slots, -1).swapaxes(2, 3), v)
+    return KVCache(rotate(each, rope).reshape(layers, rows, heads, slots, -1).swapaxes(2, 3), v)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.attention import MASKED
 from comi_jax.model.cache import KVCache
+from comi_jax.model.rope import rotation
 from comi_jax.params import Tree
 from comi_jax.serving.language_model import LanguageModel
 
@@ -139,7 +140,7 @@ def pooled_votes(
     counts = ((at >= (length - window)[:, None]) & (at < length[:, None]))[:, None, None, :, None]
     before = (key[:, 0] < (length - window)[:, None])[:, None, :]
     share = (window * (backbone.num_attention_heads // backbone.num_key_value_heads)).astype(dtype)[:, None, None]
-    rope = lm.rotation(backbone, at)
+    rope = rotation(backbone, at)
 
     def layer(x, part):
         weights, k, v = part
