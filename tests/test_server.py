@@ -17,7 +17,7 @@ import server_fixtures
 import train_fixtures
 from server_fixtures import FACTS, KEYS, events, serving, wait_for, words
 
-from comi_jax.serving.compressor import Comi
+from comi_jax.serving import encoding
 from comi_jax.serving.contexts import joined
 from comi_jax.serving.documents import Document
 
@@ -503,7 +503,7 @@ def test_no_request_compiles_a_program(model):
 
 
 def test_a_failure_of_one_job_is_its_own_and_says_nothing_of_the_inside(served, http, monkeypatch, caplog):
-    monkeypatch.setattr(Comi, "encode", lambda *_: 1 // 0)
+    monkeypatch.setattr(encoding, "read_segment", lambda *_: 1 // 0)
     failed = http.post(CHAT, json=chat())
     error = error_of(failed, 500)
     assert error["type"] == "server_error" and "division" not in failed.text

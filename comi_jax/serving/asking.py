@@ -231,14 +231,17 @@ def embeddings(params: Any, ids: Int[Array, "1 S"], arch: Architecture) -> Float
 
 def memory(model: Model, question: Question) -> np.ndarray:
     """The memory [vectors, D] of a question, in the model's dtype."""
-    parts = []
+    return np.concatenate([np.asarray(vectors)[: int(count)] for vectors, count in memory_parts(model, question)])
+
+
+def memory_parts(model: Model, question: Question) -> Iterator[tuple[Any, Any]]:
+    """The memory of each segment of a question in turn: vectors, padded, and how many are real."""
     for segment, apart in zip(question.contents.segments, question.kept, strict=True):
         if question.rate == 1:
-            parts.append((embeddings(model.params, _padded(segment), model.architecture), segment.tokens))
+            yield embeddings(model.params, _padded(segment), model.architecture), segment.tokens
         else:
             out = _remember(model, question, segment, apart)
-            parts.append((out.vectors[0], out.length[0]))
-    return np.concatenate([np.asarray(vectors)[: int(count)] for vectors, count in parts])
+            yield out.vectors[0], out.length[0]
 
 
 def examine(model: Model, question: Question) -> list[Aux]:

@@ -6,20 +6,19 @@ A piece begins a new segment, as text that is appended to a document does.
 """
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
 
-from comi_jax.config import Generation, max_groups
+from comi_jax.config import Generation
 from comi_jax.data.encode import LengthError, token_ids
 from comi_jax.errors import UserError
-from comi_jax.serving import asking, batching, encoding
+from comi_jax.serving import asking, encoding, warm_up
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
-from comi_jax.serving.segments import Contents, DocumentError, Segment, read_segment
+from comi_jax.serving.segments import Contents, DocumentError
 from comi_jax.serving.settings import Settings
 from comi_jax.serving.store import DEVICE, DocumentStore
 from comi_jax.serving.telemetry import Telemetry
@@ -79,17 +78,36 @@ class Prepared:
     compress_seconds: float
 
 
+Steps = Generator[None, None, Prepared]
+
+
 class Preparer:
-    """All computation before the slots. One thread uses it, the engine's; ``store`` may be used from others."""
+    """All computation before the slots. One thread uses it, the engine's; ``store`` may be used from others.
+
+    ``ingest`` and ``ask`` are generators that return what they have made: they pause behind each segment that is
+    encoded or compressed, so that answers go on meanwhile."""
 
     def __init__(self, comi: Comi, store: DocumentStore, settings: Settings, telemetry: Telemetry):
         self._comi, self.store, self._settings, self._telemetry = comi, store, settings, telemetry
 
-    def ingest(self, work: Ingest) -> Prepared:
+    @property
+    def programs(self) -> int:
+        """How many programs ``compile`` compiles."""
+        return warm_up.count(self._comi, self._settings)
+
+    def compile(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Run every program once, so that no request waits for a compilation; ``enough`` ends that early."""
+        warm_up.run(self._comi, self._settings, enough)
+
+    def prepare(self, work: Ask | Ingest) -> Steps:
+        """The steps of ``work``."""
+        return self.ingest(work) if isinstance(work, Ingest) else self.ask(work)
+
+    def ingest(self, work: Ingest) -> Steps:
         """Encode a text and store it. Raises LengthError if it is too long, SizeError or FullError if the store cannot
         take it."""
         start = time.perf_counter()
-        document = self._encode(work.text)
+        document = yield from self._encode(work.text)
         if document.nbytes > self.store.budget[DEVICE]:
             raise SizeError(
                 f"the encoded file has {document.nbytes:,} bytes, more than the {self.store.budget[DEVICE]:,} of the "
@@ -104,7 +122,7 @@ class Preparer:
         none = np.zeros((0, self._comi.run.backbone.hidden_size), np.float32)
         return Prepared(none, document.tokens, 0, 0, 0, None, document.nbytes, seconds, 0.0)
 
-    def ask(self, work: Ask) -> Prepared:
+    def ask(self, work: Ask) -> Steps:
         """The prompt of a question. Raises LengthError for what is too long and MissingError for a document that is
         gone."""
         question = self._question(work)
@@ -112,7 +130,7 @@ class Preparer:
             self._telemetry.prompt_tokens.inc(len(question))
             return Prepared(self._embedded(question), 0, 0, len(question), 0, None, 0, 0.0, 0.0)
         start = time.perf_counter()
-        document, cached = self._document(work)
+        document, cached = yield from self._document(work)
         encoded = time.perf_counter()
         rate = self._rate(work, document.contents)
         amount: asking.Amount = {"rate": rate, "keep": work.keep}
@@ -123,7 +141,11 @@ class Preparer:
                 f"{work.options.max_new_tokens} do not fit into the {self._settings.slot_length} positions of this "
                 "server; use a higher rate, a shorter question or a smaller max_tokens"
             )
-        memory = asking.memory(self._comi, asked)
+        parts = []
+        for vectors, count in asking.memory_parts(self._comi, asked):
+            parts.append(np.asarray(vectors)[: int(count)])
+            yield
+        memory = np.concatenate(parts)
         prompt = np.concatenate([memory, self._embedded(question)])
         seconds, compressing = encoded - start, time.perf_counter() - encoded
         self._observe(document.tokens, cached, len(question), len(memory), seconds, compressing)
@@ -133,13 +155,13 @@ class Preparer:
 
     # --- pieces -------------------------------------------------------------------------------------------------------
 
-    def _encode(self, text: str) -> Document:
+    def _encode(self, text: str) -> Generator[None, None, Document]:
         """``text`` as a document. Raises LengthError if it has no tokens, or more than the server's contexts."""
         (ids,) = token_ids(self._comi.tokenizer, [text])  # checked here, as a run may be set to cut what is too long
         if not ids:
             raise LengthError("a text of the context has no tokens; leave it out")
         self._check_length(len(ids))
-        return self._comi.encode(text)
+        return (yield from encoding.encoded_in_steps(self._comi, text, "a text of the context"))
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self._settings.max_context:
@@ -161,16 +183,14 @@ class Preparer:
         return np.asarray(ids, np.int32)
 
     def _embedded(self, ids: np.ndarray) -> np.ndarray:
-        padded = np.zeros((1, self._width(len(ids))), np.int32)
-        padded[0, : len(ids)] = ids
-        return np.asarray(asking.embeddings(self._comi.params, padded, self._comi.architecture))[: len(ids)]
+        return warm_up.embedded(self._comi, ids)
 
-    def _document(self, work: Ask) -> tuple[Document, int]:
+    def _document(self, work: Ask) -> Generator[None, None, tuple[Document, int]]:
         """The pieces as one document, and how many of its tokens were encoded before."""
         documents, cached = [], 0
         for piece in work.pieces:
             if isinstance(piece, str):
-                documents.append(self._encode(piece))
+                documents.append((yield from self._encode(piece)))
                 continue
             if piece.name not in self.store:
                 raise MissingError(f"the file {piece.name} is gone")
@@ -201,53 +221,6 @@ class Preparer:
         self._telemetry.achieved_rate.observe(tokens / vectors)
         self._telemetry.encode.observe(encode)
         self._telemetry.compress.observe(compress)
-
-    # --- programs -----------------------------------------------------------------------------------------------------
-
-    def _width(self, length: int) -> int:
-        """The width that a question is padded to before it is embedded."""
-        return batching.bucket(length, 16)
-
-    def shapes(self) -> tuple[list[int], list[int]]:
-        """The widths of segments and of questions that the limits allow."""
-        config = self._comi.run.config
-        longest = min(self._settings.max_context, config.compression.segment_size)
-        segments = {encoding.bucket(length, config.data, config.compression) for length in range(1, longest + 1)}
-        questions = {batching.query_width(length) for length in range(1, self._settings.max_question + 1)}
-        return sorted(segments), sorted(questions)
-
-    @property
-    def programs(self) -> int:
-        """How many programs ``compile`` compiles: for each width of a segment, one that encodes it and, for each width
-        of a question and each rate but 1, at most one without and one with ``keep``; and the embeddings."""
-        segments, questions = self.shapes()
-        rates = sum(rate > 1 for rate in self._settings.rates)
-        return len(segments) * (2 + 2 * rates * len(questions)) + len(list(self._embedded_widths()))
-
-    def compile(self, enough: Callable[[], bool] = lambda: False) -> None:
-        """Run every program once, so that no request waits for a compilation; ``enough`` ends that early."""
-        comi, (segments, questions) = self._comi, self.shapes()
-        for width in self._embedded_widths():
-            self._embedded(np.zeros(width, np.int32))
-        for width in segments:
-            ids, arch = np.zeros(width, np.int32), comi.architecture
-            kept = read_segment(comi.params, ids[None], np.full(1, width, np.int32), arch, arch.dtype, True)
-            segment = Segment(ids, None, kept).to_device()  # as the store does, by a copying program of each shape
-            contents = Contents(comi.origin, (segment,), 0, False)
-            for rate in self._settings.rates:
-                masks = (None, np.arange(width) == 0) if rate > 1 and max_groups(width, rate) > 1 else (None,)
-                for question, mask in itertools.product(questions if rate > 1 else questions[:1], masks):
-                    if enough():
-                        return
-                    query = np.zeros(question, np.int32)
-                    asking.memory(comi, asking.Question(contents, query, rate, (mask,), ""))
-
-    def _embedded_widths(self) -> Iterator[int]:
-        width = self._width(1)
-        while width < self._settings.slot_length:
-            yield width
-            width *= 2
-        yield width
 
 
 def joined(parts: list[Contents]) -> Contents:

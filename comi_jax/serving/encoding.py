@@ -1,6 +1,6 @@
 """From a text to the segments of a document, one at a time: what a segment is does not depend on any other."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -58,6 +58,18 @@ def bucket(length: int, data: Data, compression: Compression) -> int:
 def document_of(model: Model, text: str, name: str, dtype: str | None, keep_kv: bool, place: str) -> Document:
     """``text`` encoded, with its arrays in ``dtype`` (None: that of the model) on the device or in host memory.
     ``name`` is that of the text in messages."""
+    steps = encoded_in_steps(model, text, name, dtype, keep_kv, place)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def encoded_in_steps(
+    model: Model, text: str, name: str, dtype: str | None = None, keep_kv: bool = True, place: str = "device"
+) -> Generator[None, None, Document]:
+    """``document_of`` as a generator that returns the document, and pauses behind each segment."""
     dtype = dtype or model.architecture.dtype
     one_of("dtype", dtype, DTYPES)
     one_of("place", place, PLACES)
@@ -67,7 +79,10 @@ def document_of(model: Model, text: str, name: str, dtype: str | None, keep_kv: 
     if mesh is not None and mesh.size > 1:
         raise ConfigError("a document is encoded on one device; load the model without a mesh")
     ids, characters, truncated = _tokens(model, text, name, 0)
-    segments = _segments(model, ids, characters, dtype, keep_kv, place)
+    segments = []
+    for segment in _segments(model, ids, characters, dtype, keep_kv, place):
+        segments.append(segment)
+        yield
     return adopt(model, Contents(model.origin, tuple(segments), len(text), truncated))
 
 
@@ -79,7 +94,7 @@ def adopt(model: Model, contents: Contents) -> Document:
     def encode(text: str, before: int, tokens: int) -> tuple[list[Segment], bool]:
         ids, characters, truncated = _tokens(model, text, "the appended text", tokens)
         characters = None if characters is None else characters + np.int32(before)
-        return _segments(model, ids, characters, dtype, keep_kv, "host"), truncated
+        return list(_segments(model, ids, characters, dtype, keep_kv, "host")), truncated
 
     return Document(contents, encode)
 
@@ -106,8 +121,9 @@ def _tokens(model: Model, text: str, name: str, before: int) -> tuple[np.ndarray
 
 def _segments(
     model: Model, ids: np.ndarray, characters: np.ndarray | None, dtype: str, keep_kv: bool, place: str
-) -> list[Segment]:
-    """``ids`` cut into segments and encoded; with ``place`` "host", no more than one is on the device at a time."""
+) -> Iterator[Segment]:
+    """``ids`` cut into segments, each encoded when it is asked for; with ``place`` "host", no more than one is on the
+    device at a time."""
     config, arch = model.run.config, model.architecture
     limit, size = model.run.backbone.max_position_embeddings, config.compression.segment_size
     if min(len(ids), size) > limit:
@@ -115,7 +131,6 @@ def _segments(
             f"a segment of {min(len(ids), size)} tokens is longer than the {limit} positions of the model; lower "
             f"compression.segment_size"
         )
-    segments = []
     for first in range(0, len(ids), size):
         own = ids[first : first + size]
         padded = np.zeros((1, bucket(len(own), config.data, config.compression)), np.int32)
@@ -123,8 +138,7 @@ def _segments(
         kept = read_segment(model.params, padded, np.array([len(own)], np.int32), arch, dtype, keep_kv)
         own_characters = None if characters is None else characters[first : first + size]
         segment = Segment(own, own_characters, kept)
-        segments.append(segment.to_host() if place == "host" else segment)
-    return segments
+        yield segment.to_host() if place == "host" else segment
 
 
 def check_origins(model: Model, documents: Sequence[Any]) -> None:

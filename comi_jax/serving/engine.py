@@ -2,8 +2,8 @@
 
     submit -> waiting -> prepared (encoded, compressed), when a slot is free -> one token a step -> closed
 
-Between two steps at most one job is prepared, so that a burst of long contexts does not stop the answers beside it. A
-job that is cancelled, late or aborted loses its slot before the next step.
+One job is prepared at a time, and between two steps one segment of it at most, so that a long context does not stop
+the answers beside it. A job that is cancelled, late or aborted loses its slot before the next step.
 """
 
 import logging
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comi_jax.errors import UserError
-from comi_jax.serving.contexts import Ask, Ingest, Prepared, Preparer
+from comi_jax.serving.contexts import Ask, Ingest, Prepared, Preparer, Steps
 from comi_jax.serving.settings import Settings
 from comi_jax.serving.slots import BusyError, Event, Handle, SlotDecoder
 from comi_jax.serving.telemetry import Telemetry
@@ -78,6 +78,7 @@ class Engine:
         self._decoder = decoder
         self._waiting: deque[Job] = deque()
         self._preparing: Job | None = None
+        self._steps: Steps | None = None  # of the job that is being prepared
         self._decoding: dict[Handle, Job] = {}
         self._wake = threading.Condition()  # its lock guards all of the above
         self._stopping = False
@@ -151,8 +152,9 @@ class Engine:
             while self._wait():
                 self._expire()
                 self._prepare()
-                for event in self._decoder.step():
-                    self._deliver(event)
+                if self._decoding:
+                    for event in self._decoder.step():
+                        self._deliver(event)
         except BaseException as error:  # whatever it was, nobody may wait for this thread any more
             logging.getLogger(__name__).exception("the engine has failed")
             with self._wake:
@@ -163,7 +165,7 @@ class Engine:
     def _wait(self) -> bool:
         """Wait for work. Returns False when the thread is to end."""
         with self._wake:
-            while not self._stopping and not self._waiting and not self._decoding:
+            while not self._stopping and not self._count():
                 self._wake.wait()
             return not self._stopping
 
@@ -175,28 +177,46 @@ class Engine:
                     self._fail(job, DeadlineError(f"no answer within {self.settings.deadline:g} seconds"))
 
     def _prepare(self) -> None:
-        """Take the first waiting job, if it needs no slot or one is free, and encode or compress."""
+        """One step of the job that is being prepared; else of the first waiting one, if it needs no slot or one is
+        free."""
         with self._wake:
-            if not self._waiting or isinstance(self._waiting[0].work, Ask) and self._full():
-                return
-            job = self._preparing = self._waiting.popleft()
-            self._report()
-        self.telemetry.queued.observe(time.perf_counter() - job.arrived)
+            job = self._preparing or self._taken()
+        if job is None:
+            return
+        if self._steps is None:
+            self.telemetry.queued.observe(time.perf_counter() - job.arrived)
+            self._steps = self.preparer.prepare(job.work)
+        if job.closed:
+            self._steps.close()
+            return self._prepared(job, None)
         try:
-            made = self.preparer.ingest(job.work) if isinstance(job.work, Ingest) else self.preparer.ask(job.work)
+            next(self._steps)
+        except StopIteration as end:
+            self._prepared(job, end.value)
         except Exception as error:  # of this job alone: the slots have no part in it
             if not isinstance(error, UserError):
                 logging.getLogger(__name__).exception("a job could not be prepared")
-            made = error
+            self._prepared(job, error)
+
+    def _taken(self) -> Job | None:
+        """Take the first waiting job, if it can be prepared. The lock is held."""
+        if not self._waiting or isinstance(self._waiting[0].work, Ask) and self._full():
+            return None
+        self._preparing = self._waiting.popleft()
+        self._report()
+        return self._preparing
+
+    def _prepared(self, job: Job, made: Prepared | Exception | None) -> None:
+        """Go on with what the job has become; None: it was closed meanwhile."""
         with self._wake:
-            self._preparing = None
+            self._preparing = self._steps = None
             if isinstance(made, Exception):
                 self._fail(job, made)
-            elif isinstance(job.work, Ask):
+            elif made is not None and isinstance(job.work, Ask):
                 self._begin(job, job.work, made)
-            elif job.closed:
+            elif made is not None and job.closed:  # in its last step
                 self.preparer.store.drop(job.work.name)
-            else:
+            elif made is not None:
                 job.closed = True
                 job.tell(made)
             self._report()
@@ -246,8 +266,7 @@ class Engine:
         return len(self._decoding) >= self.settings.slots
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        """End ``job`` with ``error``, if it is open. One that is being prepared holds the device until it is, and gets
-        no slot then."""
+        """End ``job`` with ``error``, if it is open. One that is being prepared is given up behind its present step."""
         if job.closed:
             return
         job.closed = True

@@ -1,0 +1,76 @@
+"""A long context is encoded segment by segment, and the answers beside it go on meanwhile."""
+
+import concurrent.futures
+import dataclasses
+import threading
+
+import httpx2
+import pytest
+import server_fixtures
+import train_fixtures
+from server_fixtures import FACTS, serving, wait_for
+
+from comi_jax.serving import encoding
+
+quick_compilation = train_fixtures.quick_compilation
+CHAT, FILES = "/v1/chat/completions", "/v1/files"
+LONG, SHORT = " ".join(FACTS * 4), " ".join(FACTS[:4])  # many segments of 32 tokens, and one
+SEGMENTS = -(-len(LONG.split()) // 32)
+QUESTION = "what does the red box hold ?"
+
+
+def asked(text):
+    messages = [{"role": "system", "content": text}, {"role": "user", "content": QUESTION}]
+    return {"messages": messages, "max_tokens": 48, "temperature": 2, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def served(quick_compilation):
+    model = server_fixtures.comi()
+    data = dataclasses.replace(model.run.config.data, max_context=256)
+    model.run = dataclasses.replace(model.run, config=dataclasses.replace(model.run.config, data=data))
+    with serving(model, max_context=256, store_bytes=10**7, rates=(4,)) as it:
+        yield it
+
+
+@pytest.mark.parametrize("upload", [True, False])
+def test_an_answer_gets_a_token_between_any_two_segments_of_a_long_context(served, monkeypatch, upload):
+    seen, real = [], encoding.read_segment
+
+    def counted(*words):
+        seen.append(max((len(handle.tokens) for handle in served.engine._decoding), default=0))
+        return real(*words)
+
+    with served.client() as http, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        want = [http.post(CHAT, json=asked(text)).json()["choices"] for text in (SHORT, LONG)]
+        with served.held():  # the first token of the short one waits until the long one is there
+            short = pool.submit(http.post, CHAT, json=asked(SHORT))
+            wait_for(lambda: served.engine._decoding)
+            monkeypatch.setattr(encoding, "read_segment", counted)
+            body = {"files": {"file": ("a", LONG.encode())}} if upload else {"json": asked(LONG)}
+            long = pool.submit(http.post, FILES if upload else CHAT, **body)
+            wait_for(lambda: served.engine.open == 2)
+        assert short.result().json()["choices"] == want[0] and long.result().status_code == 200
+        assert upload or long.result().json()["choices"] == want[1]
+    assert len(seen) == SEGMENTS > 4 and seen == list(range(seen[0], seen[0] + SEGMENTS))
+
+
+def test_a_long_document_whose_client_leaves_is_given_up_at_the_next_segment(served, monkeypatch):
+    gate, seen, real = threading.Event(), [], encoding.read_segment
+
+    def held(*words):
+        seen.append(1)
+        gate.wait(20)
+        return real(*words)
+
+    monkeypatch.setattr(encoding, "read_segment", held)
+    with served.client() as http:
+        before, stored = served.metric("cancelled_total"), len(served.engine.preparer.store)
+        with pytest.raises(httpx2.ReadTimeout):
+            http.post(FILES, files={"file": ("a", LONG.encode())}, timeout=0.3)
+        wait_for(lambda: served.metric("cancelled_total") == before + 1)
+        gate.set()
+        wait_for(lambda: served.engine.open == 0)
+        assert len(seen) == 1 and len(served.engine.preparer.store) == stored
+        monkeypatch.undo()
+        assert http.post(CHAT, json=asked(SHORT)).status_code == 200
