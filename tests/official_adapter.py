@@ -127,8 +127,8 @@ def _score(params, arch, memory, batch):
 
 @functools.partial(jax.jit, static_argnames=("arch", "options", "stop"))
 def _continue(params, arch, memory, batch, options, stop):
-    rows, length = comi.prompt(params, arch, memory, batch)
-    return generation.greedy(params, arch, rows, length, options, stop)
+    prompt = comi.prompt(params, arch, memory, batch)
+    return generation.greedy(params, arch, prompt.rows, prompt.length, options, stop)
 
 
 def _remember(model, batch):

@@ -267,9 +267,9 @@ def test_pytorch_replays_the_whole_pipeline(kind, replay, tmp_path):
     assert found.shape == want.shape
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-4 * np.abs(want).max())
     np.testing.assert_allclose(logits, want_logits, rtol=0, atol=1e-4 * np.abs(want_logits).max())
-    rows, length = comi.prompt(model.params, model.architecture, memory, batch_of(context, query))
+    prompt = comi.prompt(model.params, model.architecture, memory, batch_of(context, query))
     options = Generation(max_new_tokens=12)
-    out = generate.greedy(model.params, model.architecture, rows, length, options, model.run.stop)
+    out = generate.greedy(model.params, model.architecture, prompt.rows, prompt.length, options, model.run.stop)
     assert out.ids[0, : int(out.length[0])].tolist() == ids
 
 

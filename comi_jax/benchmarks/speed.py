@@ -77,8 +77,8 @@ def prepare(task: str, tokens: int, remat: bool) -> Callable[[], object]:
 
     @jax.jit
     def answer(params, memory, batch):
-        rows, length = comi.prompt(params, arch, memory, batch)
-        return generate.greedy(params, arch, rows, length, options, stop=()).ids
+        prompt = comi.prompt(params, arch, memory, batch)
+        return generate.greedy(params, arch, prompt.rows, prompt.length, options, stop=()).ids
 
     if task == "compress":
         return lambda: compress(params, batch).vectors

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from comi_jax.config import ConfigError
 from comi_jax.data import encode
 from comi_jax.data.records import Record
 from comi_jax.evaluation.diagnostics import RESAMPLES, Table
@@ -45,6 +46,8 @@ def memories(model: Comi, records: Sequence[Record], rate: int) -> Iterable[tupl
     batching.check(model.run, examples, rate, 1)
     for rows, batch in batching.batches(model.run, examples, rate, model.batch_size, model.mesh):
         memory = batching.remember(model.params, batch, model.architecture, rate)
+        if memory.before is not None:
+            raise ConfigError(f"the memory of {title(model)} is keys and values, not vectors; leave it out")
         vectors, lengths = batching.fetch(memory.vectors), batching.fetch(memory.length)
         for row, number in enumerate(rows):
             yield number, len(examples[number].context), vectors[row, : lengths[row]].astype(np.float32)

@@ -30,6 +30,13 @@ class ContextKV:
     length: Int[Array, " C"]
 
 
+def continued(context: ContextKV, rows: int, room: int) -> tuple[KVCache, Int[Array, " B"]]:
+    """A cache of ``rows`` that holds what each continues, with ``room`` more positions; and where each row goes on."""
+    share = rows // context.length.shape[0]
+    cache = jax.tree.map(lambda x: jnp.repeat(x, share, axis=1), KVCache(context.k, context.v))
+    return with_room(cache, room), jnp.repeat(context.length, share)
+
+
 def write(cache: KVCache, layer: Int[Array, ""], start: Int[Array, " B"] | None, k: Array, v: Array) -> KVCache:
     """``cache`` with the new tokens of row b written at positions start[b], start[b] + 1, ... (``start`` None: 0)."""
     batch, length = k.shape[:2]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from comi_jax.model import backbone as lm
 from comi_jax.model import lora as lora_module
 from comi_jax.model.batch import Batch
+from comi_jax.model.cache import ContextKV, KVCache, continued
 from comi_jax.model.encoder import join_rows
 from comi_jax.model.memory import Memory
 from comi_jax.model.shape import Architecture
@@ -37,28 +38,42 @@ class LossSums:
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     tokens: Float[Array, ""]
-    vectors: Float[Array, ""] | float = 0.0  # memory vectors of the examples that have an answer
+    vectors: Float[Array, ""] | float = 0.0  # memory vectors, or entries, of the examples that have an answer
+
+
+@no_type_check
+@struct.dataclass
+class Prompt:
+    """How the decoder begins: keys and values that are there ``before``, and the embedded ``rows`` that it reads next,
+    of which the first ``length`` tokens are real."""
+
+    rows: Float[Array, "B T D"]
+    length: Int[Array, " B"]
+    before: ContextKV | None = None
+
+    def cache(self, room: int) -> tuple[KVCache | None, Int[Array, " B"] | None]:
+        """What is before the rows, as a cache with ``room`` more positions, and where the rows start in it; None, None
+        if nothing is."""
+        return (None, None) if self.before is None else continued(self.before, self.length.shape[0], room)
 
 
 def memory_of(
     params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_key: Array | None = None
 ) -> Memory:
-    """What the decoder reads in place of the contexts, for each example of ``batch``, by the system of ``arch``.
+    """What stands for the contexts in the decoder, for each example of ``batch``, by the system of ``arch``.
 
     ``min_rate`` is the static lower bound of the rates in the batch; it sets the number of slots of a segment.
     """
     return system_of(arch).memory_of(params, arch, batch, min_rate, dropout_key)
 
 
-def prompt(
-    params: Tree, arch: Architecture, memory: Memory, batch: Batch
-) -> tuple[Float[Array, "B T D"], Int[Array, " B"]]:
-    """The decoder's prompt, [memory; embed(Q)], and its length. ICAE has a learned vector between the two."""
+def prompt(params: Tree, arch: Architecture, memory: Memory, batch: Batch) -> Prompt:
+    """The decoder's prompt, [memory; embed(Q)]. ICAE has a learned vector between the two."""
     query = lm.embed_tokens(params["decoder"], batch.query, arch.dtype, arch.runtime)
     length = batch.query_length
     if "answering" in params.get("tasks", {}):
         query, length = jnp.concatenate([task(params, arch, "answering", query.shape[0]), query], axis=1), length + 1
-    return join_rows(memory.vectors.astype(arch.dtype), memory.length, query, length)
+    return Prompt(*join_rows(memory.vectors.astype(arch.dtype), memory.length, query, length), memory.before)
 
 
 def task(params: Tree, arch: Architecture, name: str, rows: int) -> Float[Array, "B 1 D"]:
@@ -77,29 +92,29 @@ def answer_logits(
 ) -> Float[Array, "B A V"]:
     """The logits that predict each answer token from memory, query and the preceding answer tokens."""
     with jax.named_scope("decode"):
-        before, length = prompt(params, arch, memory, batch)
-        states = predicting(params, arch, before, length, batch.answer, batch.answer_length, dropout_key)
+        before = prompt(params, arch, memory, batch)
+        states = predicting(params, arch, before, batch.answer, batch.answer_length, dropout_key)
         return lm.logits(params["decoder"], states)
 
 
 def predicting(
     params: Tree,
     arch: Architecture,
-    before: Float[Array, "B T D"],
-    length: Int[Array, " B"],
+    before: Prompt,
     target: Int[Array, "B A"],
     target_length: Int[Array, " B"],
     dropout_key: Array | None = None,
 ) -> Float[Array, "B A D"]:
-    """The decoder's states from which each token of ``target`` is predicted, which follows the embedded rows
-    ``before``."""
+    """The decoder's states from which each token of ``target`` is predicted, which follows the prompt ``before``."""
     embedded = lm.embed_tokens(params["decoder"], target, arch.dtype, arch.runtime)
-    rows, _ = join_rows(before, length, embedded, target_length)
+    rows, _ = join_rows(before.rows, before.length, embedded, target_length)
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % arch.runtime.context_shards), (0, 0)))
     rows = lm.split_columns(rows, arch.runtime)
     lora = adapters(params, arch, dropout_key)
-    states, _ = lm.forward(params["decoder"], rows, arch.backbone, lora=lora, runtime=arch.runtime)
-    predicts = length[:, None] - 1 + jnp.arange(target.shape[1], dtype=jnp.int32)[None, :]
+    states, _ = lm.forward(
+        params["decoder"], rows, arch.backbone, context=before.before, lora=lora, runtime=arch.runtime
+    )
+    predicts = before.length[:, None] - 1 + jnp.arange(target.shape[1], dtype=jnp.int32)[None, :]
     return jnp.take_along_axis(states, predicts[:, :, None], axis=1)
 
 
@@ -107,7 +122,7 @@ def loss(params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_
     """(9): next-token cross-entropy on the answer tokens, summed, and the number of correct predictions."""
     memory = memory_of(params, arch, batch, min_rate, dropout_key)
     scores = answer_logits(params, arch, memory, batch, dropout_key)
-    vectors = jnp.sum(jnp.where(batch.answer_length > 0, memory.length, 0).astype(scores.dtype))
+    vectors = jnp.sum(jnp.where(batch.answer_length > 0, memory.entries, 0).astype(scores.dtype))
     return dataclasses.replace(sum_loss(scores, batch.answer, batch.answer_length), vectors=vectors)
 
 
@@ -121,13 +136,13 @@ def reconstruction_loss(
         memory = memory_of(params, arch, first, min_rate, dropout_key)
         one = jnp.ones_like(memory.length)
         asks = task(params, arch, "autoencoding", one.shape[0])
-        before, length = join_rows(memory.vectors.astype(arch.dtype), memory.length, asks, one)
+        rows, length = join_rows(memory.vectors.astype(arch.dtype), memory.length, asks, one)
         end = jnp.take_along_axis(first.answer, jnp.maximum(first.answer_length - 1, 0)[:, None], axis=1)
         target, target_length = join_rows(first.context, first.context_length, end, one)
-        states = predicting(params, arch, before, length, target, target_length, dropout_key)
+        states = predicting(params, arch, Prompt(rows, length, memory.before), target, target_length, dropout_key)
         asked = jnp.sum(batch.answer_length.reshape(-1, batch.share) > 0, axis=1)
         sums = sum_loss_in_slices(params, states, target, jnp.where(asked > 0, target_length, 0))
-    return dataclasses.replace(sums, vectors=jnp.sum((asked * memory.length).astype(sums.loss.dtype)))
+    return dataclasses.replace(sums, vectors=jnp.sum((asked * memory.entries).astype(sums.loss.dtype)))
 
 
 def one_per_context(batch: Batch) -> Batch:

@@ -1,4 +1,5 @@
-"""What the decoder reads in place of a context: vectors of all segments, aligned by the LSA and joined without gaps."""
+"""What stands for a context in the decoder: vectors of all segments, aligned by the LSA and joined without gaps, which
+it reads; or keys and values, which it continues."""
 
 from collections.abc import Sequence
 from typing import no_type_check
@@ -9,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from comi_jax.model import backbone as lm
+from comi_jax.model.cache import ContextKV
 from comi_jax.model.compress import Aux
 from comi_jax.model.encoder import join_rows
 from comi_jax.model.shape import Architecture
@@ -18,7 +20,8 @@ from comi_jax.params import Tree
 @no_type_check
 @struct.dataclass
 class Memory:
-    """What the decoder reads in place of the context, in order; the first ``length`` of each row are real.
+    """What stands for the context: keys and values ``before``, if any, then ``vectors`` that the decoder reads, in
+    order; the first ``length`` of each row are real.
 
     ``aux`` is empty for other systems than COMI. It has one entry for the full segments, with rows in the order of
     reshape(B * G), and one for the shorter last segments, if the width leaves any. If tokens are split over devices,
@@ -28,6 +31,14 @@ class Memory:
     vectors: Float[Array, "B M D"]
     length: Int[Array, " B"]
     aux: tuple[Aux, ...]
+    before: ContextKV | None = None
+
+    @property
+    def entries(self) -> Int[Array, " B"]:
+        """The entries of the decoder's KV cache that stand for the context of each row."""
+        if self.before is None:
+            return self.length
+        return self.length + jnp.repeat(self.before.length, self.length.shape[0] // self.before.length.shape[0])
 
 
 def align(params: Tree, arch: Architecture, memory: Float[Array, "B M D"]) -> Float[Array, "B M D"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from comi_jax.model import backbone as lm
 from comi_jax.model import sampling
 from comi_jax.model.architecture import Architecture
-from comi_jax.model.cache import KVCache, empty_cache
+from comi_jax.model.cache import ContextKV, KVCache, continued, empty_cache
 from comi_jax.model.comi import adapters
 from comi_jax.model.sampling import Rules
 from comi_jax.params import Tree
@@ -66,14 +66,19 @@ def prefill_into_slot(
     prompt: Float[Array, "1 T D"],
     prompt_length: Int[Array, " 1"],
     rules: Rules,
+    before: ContextKV | None = None,
 ) -> tuple[Slots, Chosen]:
     """``slots`` with ``slot`` holding a prompt and the first token of its answer, chosen by ``rules`` (of one row). The
-    prompt's padded width is at most the length of a slot."""
+    prompt follows the keys and values ``before``, if any; both fit into a slot without their padding, and each with
+    it."""
     decoder, width, length = params["decoder"], prompt.shape[1], slots.cache.k.shape[2]
     with jax.named_scope("prefill"):
+        start = None
         cache = empty_cache(arch.backbone, arch.backbone.num_hidden_layers, 1, width, arch.dtype)
+        if before is not None:
+            cache, start = continued(before, 1, width)
         states, cache = lm.forward(
-            decoder, prompt, arch.backbone, cache=cache, lora=adapters(params, arch), runtime=arch.runtime
+            decoder, prompt, arch.backbone, cache=cache, start=start, lora=adapters(params, arch), runtime=arch.runtime
         )
         last = jnp.take_along_axis(states, (prompt_length - 1)[:, None, None], axis=1)[:, 0]
     nothing = jnp.zeros((1, arch.backbone.vocab_size), bool)
@@ -83,12 +88,13 @@ def prefill_into_slot(
         return jax.lax.dynamic_update_slice(whole, row, (slot, *(0,) * (whole.ndim - 1)))
 
     def put_cache(whole, row):  # the rest of the slot becomes 0, so that nothing of the answer before is left in it
-        row = jnp.pad(row, ((0, 0), (0, 0), (0, length - width), (0, 0), (0, 0)))
+        row = row[:, :, :length]  # what is beyond is padding
+        row = jnp.pad(row, ((0, 0), (0, 0), (0, length - row.shape[2]), (0, 0), (0, 0)))
         return jax.lax.dynamic_update_slice(whole, row.astype(whole.dtype), (0, slot, 0, 0, 0))
 
     return Slots(
         cache=jax.tree.map(put_cache, slots.cache, cache),
-        position=put(slots.position, prompt_length),
+        position=put(slots.position, prompt_length if start is None else start + prompt_length),
         token=put(slots.token, token),
         step=put(slots.step, jnp.ones((1,), jnp.int32)),
         seen=put(slots.seen, nothing.at[0, token[0]].set(True)),

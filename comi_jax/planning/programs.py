@@ -133,8 +133,9 @@ def serving(config: Config, backbone: Backbone, where: topology.Topology, batch_
 
     @jax.jit
     def answer(params, memory, batch):
-        rows, length = comi.prompt(params, arch, memory, batch)
-        return generate.greedy(params, arch, rows, length, options, stop=(0,))
+        made = comi.prompt(params, arch, memory, batch)
+        before, start = made.cache(0)
+        return generate.greedy(params, arch, made.rows, made.length, options, stop=(0,), before=before, start=start)
 
     reply = answer.lower(params, memory, batch)
     held = {"parameters": estimate.on_one_device(params)}

@@ -38,9 +38,10 @@ def account(arch: Architecture, entries: int, query: int, ingest_flop: float, *,
     return Account(entries, entries * per_entry * jnp.dtype(arch.dtype).itemsize, ingest_flop, asked)
 
 
-def of_memory(arch: Architecture, context: int, query: int, rate: int, vectors: int) -> Account:
-    """COMI's account of a context compressed into ``vectors`` at ``rate``: encoder, compression, LSA and the decoder's
-    pass over the memory are its ingest. At rate 1, the decoder's pass over the text is all."""
+def of_memory(arch: Architecture, context: int, query: int, rate: int, before: int, vectors: int) -> Account:
+    """A trained system's account of a context compressed at ``rate`` into entries ``before`` the prompt (none, unless
+    its memory is keys and values) and ``vectors`` after these: encoder, compression, LSA and the decoder's pass over
+    the vectors are its ingest. At COMI's rate 1, the decoder's pass over the text is all."""
     uncompressed = not context or (arch.system == "comi" and rate == 1)
     compressed = 0.0 if uncompressed else flops.compress(arch, flops.Lengths(context, query, 0, rate))
-    return account(arch, vectors, query, compressed + flops.read(arch, 0, vectors))
+    return account(arch, before + vectors, query, compressed + flops.read(arch, before, vectors))

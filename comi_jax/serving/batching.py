@@ -122,9 +122,15 @@ def remember(params: Any, batch: Batch, arch: Architecture, rate: int) -> comi.M
     return comi_memory.remember(params, arch, encoded, batch.query, batch.query_length, batch.rate, rate)
 
 
+def sizes(memory: comi.Memory) -> list[tuple[int, int]]:
+    """For each row, the entries of the decoder's KV cache that are there already, and the vectors that it reads."""
+    entries, vectors = fetch(memory.entries).tolist(), fetch(memory.length).tolist()
+    return [(both - read, read) for both, read in zip(entries, vectors, strict=True)]
+
+
 @functools.partial(jax.jit, static_argnames="arch")
-def prompt(params: Any, memory: comi.Memory, batch: Batch, arch: Architecture) -> tuple[jax.Array, jax.Array]:
-    """The decoder's prompt of each row of ``batch``, [memory; embed(Q)], and its length."""
+def prompt(params: Any, memory: comi.Memory, batch: Batch, arch: Architecture) -> comi.Prompt:
+    """The decoder's prompt of each row of ``batch``, [memory; embed(Q)]."""
     return comi.prompt(params, arch, memory, batch)
 
 
@@ -140,8 +146,11 @@ def begin(
     sampled: bool,
 ) -> generate.Decoding:
     """The first token of the answer of each row of ``batch`` from its ``memory``, and room for the others."""
-    rows, lengths = comi.prompt(params, arch, memory, batch)
-    return generate.begin(params, arch, rows, lengths, rules, stop, room, sampled=sampled)
+    made = comi.prompt(params, arch, memory, batch)
+    cache, start = made.cache(made.rows.shape[1] + room)
+    return generate.begin(
+        params, arch, made.rows, made.length, rules, stop, room, sampled=sampled, cache=cache, start=start
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "stop", "sampled"), donate_argnames="decoding")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, SupportsIndex, Unpack, overload
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -148,6 +149,11 @@ class Comi:
         made = self._memories(context, question, amount, 1)
         results: list[Any] = [None] * len(made.asked)
         for rows, memory, _ in made.batches:
+            if memory.before is not None:
+                raise ConfigError(
+                    f"the memory of system={self.architecture.system} is keys and values, not vectors; use answer, "
+                    "stream or prompt_embeddings"
+                )
             vectors, lengths = (batching.fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
             for i, row in enumerate(rows):
                 kept, asked = vectors[i, : lengths[i]], made.asked[row]
@@ -198,22 +204,22 @@ class Comi:
         chosen = generation.chosen(self.run.config.generation, decoding)
         made = self._memories(context, question, amount, chosen.max_new_tokens)
         ((_, memory, batch),) = made.batches
-        vectors = int(batching.fetch(memory.length)[0])
+        (size,) = batching.sizes(memory)
         compressed = time.perf_counter()
         pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
         return AnswerStream(
-            pieces, lambda reply: self._answer(reply, made.asked[0], vectors, logprobs), begun, compressed
+            pieces, lambda reply: self._answer(reply, made.asked[0], size, logprobs), begun, compressed
         )
 
     def prompt_embeddings(self, context: str | Document, question: str, **amount: Unpack[Amount]) -> PromptEmbeddings:
         """What the decoder reads for ``question``, [memory; embed(question)], for serving engines and for ``slots``."""
         made = self._memories(context, question, amount, 1)
         ((_, memory, batch),) = made.batches
-        rows, lengths = batching.prompt(self.params, memory, batch, self.architecture)
-        vectors, asked = batching.fetch(rows)[0, : int(batching.fetch(lengths)[0])], made.asked[0]
-        return PromptEmbeddings(
-            vectors, asked.context, int(batching.fetch(memory.length)[0]), asked.truncated, asked.cut
-        )
+        prompt, asked = batching.prompt(self.params, memory, batch, self.architecture), made.asked[0]
+        vectors = batching.fetch(prompt.rows)[0, : int(batching.fetch(prompt.length)[0])]
+        before = None if prompt.before is None else jax.tree.map(batching.fetch, prompt.before)
+        entries = sum(batching.sizes(memory)[0])
+        return PromptEmbeddings(vectors, asked.context, entries, asked.truncated, asked.cut, before)
 
     def slots(self, slots: int = 8, length: int = 1024, waiting: int = 64) -> SlotDecoder:
         """A decode loop that answers ``slots`` questions at once, each of ``length`` positions at most for its prompt
@@ -241,13 +247,15 @@ class Comi:
                 self.params, self.architecture, memory, batch, options, self.run.stop, self.tokenizer, len(rows),
                 shrink=not made.exact,
             )  # fmt: skip
-            vectors = batching.fetch(memory.length)
+            sizes = batching.sizes(memory)
             for i, row in enumerate(rows):
-                results[row] = self._answer(replies[i], made.asked[row], int(vectors[i]), logprobs)
+                results[row] = self._answer(replies[i], made.asked[row], sizes[i], logprobs)
         return results
 
-    def _answer(self, reply: generation.Reply, asked: asking.Asked, vectors: int, logprobs: bool) -> Answer:
-        cost = of_memory(self.architecture, asked.context, asked.query, asked.rate, vectors)
+    def _answer(
+        self, reply: generation.Reply, asked: asking.Asked, size: tuple[int, int], logprobs: bool
+    ) -> Answer:
+        cost = of_memory(self.architecture, asked.context, asked.query, asked.rate, *size)
         made_of = (asked.context, cost, asked.truncated, asked.cut)
         return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, reply.logprobs if logprobs else None)
 

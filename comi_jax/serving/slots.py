@@ -2,7 +2,8 @@
 
     submit -> waiting -> (step) prefilled into a free slot -> (step) one token at a time -> the slot is free again
 
-A program is compiled for each power of two that prompts are padded to, and one for a token of all slots.
+A program is compiled for each power of two that prompts are padded to, and one for a token of all slots; for prompts
+that follow keys and values, one for each width of both.
 """
 
 import functools
@@ -20,6 +21,7 @@ from comi_jax.data.encode import LengthError
 from comi_jax.errors import ConfigError, UserError
 from comi_jax.model import sampling, slots
 from comi_jax.model.architecture import Architecture
+from comi_jax.model.cache import ContextKV
 from comi_jax.serving import batching
 from comi_jax.serving.detokenizer import Detokenizer
 from comi_jax.serving.prompts import PromptEmbeddings
@@ -39,6 +41,7 @@ class Handle:
     options: Generation
     vectors: np.ndarray = field(repr=False)  # the prompt, [T, D]
     reader: Detokenizer = field(repr=False)
+    before: ContextKV | None = field(default=None, repr=False)  # keys and values of one row that the prompt follows
     slot: int | None = None  # while it decodes
     finish_reason: str | None = None
     logprobs: list[float] = field(default_factory=list, repr=False)  # of each token under the model
@@ -98,21 +101,23 @@ class SlotDecoder:
         self._lock = threading.Lock()  # of the two lists above and of the handles
 
     def submit(self, prompt: PromptEmbeddings | np.ndarray, options: Generation | None = None) -> Handle:
-        """Queue ``prompt``, vectors [T, D], for the next free slot. ``options`` None: the run's.
+        """Queue ``prompt``, vectors [T, D] or of ``Comi.prompt_embeddings``, for the next free slot. ``options`` None:
+        the run's.
 
         Raises LengthError if prompt and answer do not fit into a slot, ConfigError if the prompt is no such array, and
         BusyError if as many questions wait as may."""
         options = options or self.defaults
-        vectors = prompt.vectors if isinstance(prompt, PromptEmbeddings) else np.asarray(prompt)
+        vectors, before = (prompt.vectors, prompt.before) if isinstance(prompt, PromptEmbeddings) else (prompt, None)
+        vectors, entries = np.asarray(vectors), 0 if before is None else int(before.length[0])
         width = self._arch.backbone.hidden_size
         if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != width:
             raise ConfigError(f"the prompt has shape {vectors.shape}; give at least one vector of {width} numbers")
-        if len(vectors) + options.max_new_tokens > self.length:
+        if entries + len(vectors) + options.max_new_tokens > self.length:
             raise LengthError(
-                f"a prompt of {len(vectors)} vectors and an answer of up to {options.max_new_tokens} tokens do not fit "
-                f"into a slot of {self.length} positions; use a higher rate, fewer new tokens or longer slots"
+                f"a prompt of {entries + len(vectors)} vectors and an answer of up to {options.max_new_tokens} tokens "
+                f"do not fit into a slot of {self.length} positions; use a higher rate, fewer new tokens or longer slots"
             )
-        handle = Handle(options, vectors, Detokenizer(self._tokenizer, options.stop_strings))
+        handle = Handle(options, vectors, Detokenizer(self._tokenizer, options.stop_strings), before)
         with self._lock:
             if len(self._waiting) >= self._most_waiting + self._held.count(None):
                 raise BusyError(
@@ -189,18 +194,20 @@ class SlotDecoder:
                 return []
             handle, slot = self._waiting.popleft(), self._held.index(None)
             self._held[slot], handle.slot = handle, slot
-        chosen = self._prefill(slot, handle.vectors, handle.options)
+        chosen = self._prefill(slot, handle.vectors, handle.options, handle.before)
         token, logprob = int(batching.fetch(chosen.token)[0]), float(batching.fetch(chosen.logprob)[0])
         with self._lock:
             return [self._add(handle, token, logprob)] if handle.finish_reason is None else []
 
-    def _prefill(self, slot: int, vectors: np.ndarray, options: Generation) -> slots.Chosen:
+    def _prefill(
+        self, slot: int, vectors: np.ndarray, options: Generation, before: ContextKV | None = None
+    ) -> slots.Chosen:
         width = min(batching.bucket(len(vectors), NARROWEST), self.length)
         rows = np.zeros((1, width, vectors.shape[1]), jnp.dtype(self._arch.dtype))
         rows[0, : len(vectors)] = vectors
         self._state, chosen = _prefill(
             self._params, self._state, np.int32(slot), rows, np.full(1, len(vectors), np.int32),
-            sampling.rules(options, 1), self._arch,
+            sampling.rules(options, 1), self._arch, before,
         )  # fmt: skip
         return chosen
 
@@ -228,9 +235,16 @@ _empty = jax.jit(slots.empty_slots, static_argnums=(0, 1, 2))
 
 @functools.partial(jax.jit, static_argnames="arch", donate_argnames="state")
 def _prefill(
-    params: Any, state: slots.Slots, slot: Any, prompt: Any, length: Any, rules: sampling.Rules, arch: Architecture
+    params: Any,
+    state: slots.Slots,
+    slot: Any,
+    prompt: Any,
+    length: Any,
+    rules: sampling.Rules,
+    arch: Architecture,
+    before: ContextKV | None,
 ) -> tuple[slots.Slots, slots.Chosen]:
-    return slots.prefill_into_slot(params, arch, state, slot, prompt, length, rules)
+    return slots.prefill_into_slot(params, arch, state, slot, prompt, length, rules, before)
 
 
 @functools.partial(jax.jit, static_argnames="arch", donate_argnames="state")
