@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from comi_jax.config import Config
-from comi_jax.data import encode, sources
+from comi_jax.data import encode, generated, sources
 from comi_jax.data.encode import CHUNK, LengthError
 from comi_jax.data.fingerprint import Fingerprint, question_key
 from comi_jax.data.records import Record, Skipped
@@ -146,7 +146,7 @@ def prepare(config: Config, tokenizer: Any, output: Path, console: Console) -> d
     is written.
     """
     words = {"eval": config.data.eval, "train": config.data.train}
-    if not config.data.train or any("synthetic" in names for names in words.values()):
+    if not config.data.train or any(map(generated.is_generated, words.values())):
         raise ConfigError(
             "set data.train, and optionally data.eval, to the files to prepare; example: "
             "data.train=hotpotqa:hotpot.jsonl,nq:nq.jsonl.gz"

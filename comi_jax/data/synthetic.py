@@ -120,7 +120,7 @@ def _namesakes(split: str, person: tuple[str, str], place: int) -> tuple[tuple[s
     return tuple(other for other in _people(split) if other[place] == person[place])
 
 
-def _cast(rng: np.random.Generator, split: str, count: int) -> list[str]:
+def cast_of(rng: np.random.Generator, split: str, count: int) -> list[str]:
     """`count` people of a split; after the first, about 3 in 4 share a first or last name with an earlier one."""
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
@@ -164,7 +164,7 @@ def examples(
         return note if rng.random() < notes else choices[int(rng.integers(len(choices)))]
 
     while True:
-        cast = _cast(rng, split, people)
+        cast = cast_of(rng, split, people)
         kinds = [list(RELATIONS)[i] for i in rng.permutation(len(RELATIONS))[:relations]]
         values = {kind: rng.permutation(VALUES)[:people] for kind in kinds}
         sentences, pairs, triples = [], [], []

@@ -22,7 +22,7 @@ import pyarrow as pa
 import xxhash
 
 from comi_jax.config import Config
-from comi_jax.data import sources
+from comi_jax.data import generated, sources
 from comi_jax.data.encode import FORMAT, Example
 from comi_jax.data.records import DataError
 from comi_jax.runs.checksums import CheckpointError, checksum
@@ -86,7 +86,7 @@ def origin(config: Config, tokenizer: Any) -> str:
     Empty, which means no caching, if data comes from the hub or an unreadable file, or if the tokenizer cannot be
     serialised. Reads every file of data.train."""
     words = config.data.train
-    parsed = [] if words == ("synthetic",) else [sources.parse(word) for word in words]
+    parsed = [] if generated.is_generated(words) else [sources.parse(word) for word in words]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or any(source.place.startswith(sources.HUB) for source in parsed):
         return ""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from comi_jax.backbone import Backbone
 from comi_jax.config import Config
-from comi_jax.data import encode, sources, synthetic
+from comi_jax.data import encode, generated, sources
 from comi_jax.data.encode import Example, LengthError, LengthReport
 from comi_jax.data.records import DataError, Record
 from comi_jax.devices import distributed
@@ -60,8 +60,8 @@ class NewExamples:
 
     def __iter__(self) -> Iterator[list[Example]]:
         data = self._config.data
-        if data.train == ("synthetic",):
-            records = synthetic_records("train", self._config)
+        if generated.is_generated(data.train):
+            records = generated_records("train", self._config)
         else:
             records = self._mixture = sources.Mixture(
                 data.train, "train", fields=data.fields, seed=self._config.train.seed, skip_bad=data.skip_bad_records
@@ -75,11 +75,10 @@ class NewExamples:
 
 
 def read_held_out(config: Config, console: Console) -> tuple[list[Record], int]:
-    """The records of data.eval, generated for "synthetic", and the number of skipped bad records. Prints what was
-    read."""
+    """The records of data.eval, read or generated, and the number of skipped bad records. Prints what was read."""
     names, count = config.data.eval, config.data.eval_examples
-    if names == ("synthetic",):
-        return synthetic_records("eval", config), 0
+    if generated.is_generated(names):
+        return generated_records("eval", config), 0
     if not names:
         return [], 0
     data = config.data
@@ -92,8 +91,8 @@ def read_held_out(config: Config, console: Console) -> tuple[list[Record], int]:
 
 
 def of_data(config: Config, words: Sequence[str], skip_bad: bool) -> Config:
-    """``config`` with ``words`` as its held-out data: every record, or for "synthetic" as many as the config says."""
-    count = config.data.eval_examples if tuple(words) == ("synthetic",) else 0
+    """``config`` with ``words`` as its held-out data: every record, or of generated data as many as the config says."""
+    count = config.data.eval_examples if generated.is_generated(words) else 0
     data = dataclasses.replace(config.data, eval=tuple(words), eval_examples=count, skip_bad_records=skip_bad)
     return dataclasses.replace(config, data=data)
 
@@ -108,13 +107,15 @@ def check_held_out(records: list[Record], tokenizer: Any, config: Config, backbo
         raise LengthError(f"data.eval: {error}") from None
 
 
-def synthetic_records(split: str, config: Config) -> list[Record]:
-    """Generated records, as many as data.synthetic_examples or data.eval_examples says."""
-    setting = "synthetic_examples" if split == "train" else "eval_examples"
+def generated_records(split: str, config: Config) -> list[Record]:
+    """Generated records, as many as data.synthetic_examples or data.eval_examples says. Raises ConfigError."""
+    setting, words = (
+        ("synthetic_examples", config.data.train) if split == "train" else ("eval_examples", config.data.eval)
+    )
     made = getattr(config.data, setting)
     if made < 1:
-        raise ConfigError(f'data.{setting} is {made}; set the number of records that "synthetic" generates')
-    return synthetic.records(split, made, seed=config.train.seed)
+        raise ConfigError(f"data.{setting} is {made}; set the number of records that {words[0]!r} generates")
+    return generated.records(words[0], split, made, config.train.seed)
 
 
 def mixture_messages(split: str, report: sources.MixtureReport) -> list[str]:
