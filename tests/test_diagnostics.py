@@ -408,7 +408,8 @@ def test_the_base_encoder_is_that_of_the_language_model(world, tmp_path, capsys)
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--table=7"], "there is no table '7'.*there are: 1a, 1b, 5, 6, 8, answer-weight, segments, memory, all"),
+        (["--table=7"], "there is no table '7'.*are: 1a, 1b, 5, 6, 8, answer-weight, terms, segments, memory, all"),
+        (["--table=terms", "--set=compression.fine=false"], "compression.fine=false, so its merge has no terms"),
         (["--table=answer-wieght"], "there is no table 'answer-wieght'; the nearest are answer-weight"),
         (["--table=5", "--limit=0"], "--limit=0 leaves no records"),
         (["--table=5", "--rate=0"], "the rate is 0"),

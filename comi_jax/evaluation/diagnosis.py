@@ -13,7 +13,7 @@ from comi_jax.data.records import Record
 from comi_jax.errors import ConfigError
 from comi_jax.evaluation import diagnostics_attention as attention
 from comi_jax.evaluation import diagnostics_auc as auc
-from comi_jax.evaluation import diagnostics_memory, diagnostics_segments, diagnostics_tables
+from comi_jax.evaluation import diagnostics_memory, diagnostics_segments, diagnostics_tables, diagnostics_terms
 from comi_jax.evaluation.diagnostics import Subject, Table, anatomies, check_answers, subjects
 from comi_jax.params import Tree
 from comi_jax.serving import batching
@@ -26,6 +26,7 @@ TABLES = {  # by name, in the order they are printed
     "6": "redundancy of what is kept",
     "8": "the groups of one example",
     "answer-weight": "the merge weight of the answer's tokens",
+    "terms": "what each term of the gain changes",
     "segments": "accuracy at several segment sizes",
     "memory": "redundancy of the memory, beside other checkpoints'",
 }
@@ -34,6 +35,7 @@ MEASURED: dict[str, tuple[Callable[..., Any], Callable[..., Table]]] = {
     "5": (auc.measure_5, auc.summary_5),
     "6": (diagnostics_tables.measure_6, diagnostics_tables.summary_6),
     "answer-weight": (diagnostics_tables.measure_answer_weight, diagnostics_tables.summary_answer_weight),
+    "terms": (diagnostics_terms.measure_terms, diagnostics_terms.summary_terms),
 }
 
 

@@ -132,8 +132,12 @@ class Anatomy:
     share: Float[np.ndarray, " M"]  # (5), of each initial group
     allocated: Int[np.ndarray, " M"]  # tokens of each initial group after re-allocation; 0: it has no memory vector
     weights: Float[np.ndarray, " N"]  # of the merge, one for each token
+    token_relevance: Float[np.ndarray, " N"]
+    token_redundancy: Float[np.ndarray, " N"]  # within the token's final group
     representatives: Float[np.ndarray, "M D"]  # encoder states of the initial groups' representatives
     merged: Float[np.ndarray, "K D"]  # (7), of the final groups, before the LSA
+    scalars: dict[str, float]  # alpha_coarse, beta_coarse, alpha_fine, beta_fine
+    fine: bool  # compression.fine
 
 
 @no_type_check
@@ -184,6 +188,8 @@ def anatomies(
     examples = [subject.example for subject in subjects]
     rate = batching.check(model.run, examples, rate, 1)
     params = model.params if params is None else params
+    scalars = {name: float(value) for name, value in params["mig"].items()}
+    fine = model.run.config.compression.fine
     for rows, batch in batching.batches(model.run, examples, rate, model.batch_size, model.mesh):
         parts = jax.tree.map(batching.fetch, examine(params, batch, model.architecture, rate))
         for row, number in enumerate(rows):
@@ -191,19 +197,18 @@ def anatomies(
             for part in parts:
                 count = part.length.shape[0] // batch.rate.shape[0]
                 pieces += [jax.tree.map(lambda x, at=at: x[at], part) for at in range(row * count, (row + 1) * count)]
-            yield _anatomy(subjects[number], [piece for piece in pieces if piece.length], rate)
+            joined = _joined([piece for piece in pieces if piece.length], rate)
+            yield Anatomy(subject=subjects[number], scalars=scalars, fine=fine, **joined)
 
 
-def _anatomy(subject: Subject, segments: Sequence[Any], rate: int) -> Anatomy:
-    """The anatomy of one context from its segments: Examined of one row, with arrays of NumPy."""
+def _joined(segments: Sequence[Any], rate: int) -> dict[str, Any]:
+    """The fields of the anatomy of one context that come from its segments: Examined of one row, with arrays of
+    NumPy."""
     pieces = [_without_padding(segment, rate, number) for number, segment in enumerate(segments)]
-    joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    initial, final = (
-        Groups(*(joined[f"{kind}_{name}"] for name in ("sizes", "relevance", "redundancy", "mig")))
-        for kind in ("initial", "final")
-    )
-    names = ("segment", "share", "allocated", "weights", "representatives", "merged")
-    return Anatomy(subject, initial, final, *(joined[name] for name in names))
+    joined: dict[str, Any] = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    for kind in ("initial", "final"):
+        joined[kind] = Groups(*(joined.pop(f"{kind}_{name}") for name in ("sizes", "relevance", "redundancy", "mig")))
+    return joined
 
 
 def _without_padding(part: Any, rate: int, number: int) -> dict[str, np.ndarray]:
@@ -213,6 +218,7 @@ def _without_padding(part: Any, rate: int, number: int) -> dict[str, np.ndarray]
     made = {
         **{name: initial[name] for name in ("segment", "share", "allocated")},
         "weights": found["tokens"]["weights"],
+        **{f"token_{name}": found["tokens"][name] for name in ("relevance", "redundancy")},
         "representatives": part.representatives[: len(initial["size"])],
         "merged": part.merged[:kept],
         "initial_sizes": initial["size"],

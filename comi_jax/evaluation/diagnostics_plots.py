@@ -135,6 +135,18 @@ def _answer_weight(figure: Any, table: Table) -> None:
     axis.legend(frameon=False, fontsize=9)
 
 
+def _terms(figure: Any, table: Table) -> None:
+    for axis, stage in zip(figure.subplots(1, 2), ("coarse", "fine"), strict=True):
+        rows = [row for row in table.rows if row["stage"] == stage]
+        height = np.arange(len(rows), dtype=float)
+        for shift, name in enumerate(("groups that change", "moved")):
+            _bars(axis, height - 0.2 + 0.4 * shift, [row[name] for row in rows], name, COLOURS[shift])
+        axis.set_yticks(height, [row["by"] for row in rows])
+        axis.invert_yaxis()
+        _finish(axis, {"coarse": "sizes of groups", "fine": "weights of the merge"}[stage], "fraction, against MIG", "")
+        axis.legend(frameon=False, fontsize=9)
+
+
 def _segment_sizes(figure: Any, table: Table) -> None:
     sizes = [row["segment size"] for row in table.rows]
     panels = (("answers", ("em", "f1_max")), ("diagnostics", ("AUC of MIG", "weight on the answer")))
@@ -168,6 +180,7 @@ DRAWN: dict[str, Callable[[Any, Table], None]] = {
     "6": _table_6,
     "8": _table_8,
     "answer-weight": _answer_weight,
+    "terms": _terms,
     "segments": _segment_sizes,
     "memory": _memory,
 }
