@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from comi_jax import pretrain
-from comi_jax.config import ConfigError
 from comi_jax.data import generated, synthetic
 from comi_jax.data import synthetic_documents as documents
 from comi_jax.data.synthetic_documents import Difficulty, examples
+from comi_jax.errors import ConfigError
 from comi_jax.weights.tokenizer import load_tokenizer
 
 DEFAULT = Difficulty()

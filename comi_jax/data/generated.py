@@ -10,9 +10,10 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 
-from comi_jax.checks import ConfigError, shown
+from comi_jax.checks import shown
 from comi_jax.data import synthetic, synthetic_documents
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 
 GENERATORS: dict[str, Callable[..., list[Record]]] = {
     "synthetic": synthetic.records,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation.diagnostics import RESAMPLES, Anatomy, Table
 from comi_jax.evaluation.metrics import summarize
 
