@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from comi_jax.config import ConfigError
 from comi_jax.data import encode
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation.diagnostics import RESAMPLES, Table
 from comi_jax.evaluation.diagnostics_tables import mean_cosine
 from comi_jax.evaluation.metrics import summarize

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
 from comi_jax.model.cache import ContextKV
 from comi_jax.weights import files
 
