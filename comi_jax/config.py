@@ -109,6 +109,7 @@ class Icae:
 class Model:
     path: str = ""  # Hugging Face folder of the pretrained backbone, a COMI run, or "tiny" for the bundled model
     hub: str = ""  # where that folder is published, for the message when it is missing
+    made_by: str = ""  # or the command that makes it
     tokenizer: str = ""  # folder of the tokenizer; empty: model.path
     ignore_config: tuple[str, ...] = ()  # unknown attributes of that folder's config.json that compute nothing
     attention: str = ""  # attention implementation (cudnn and splash take no KV cache); empty: chosen by the backend

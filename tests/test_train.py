@@ -229,6 +229,12 @@ def test_missing_weights_say_what_to_download_and_which_option_names_it(name, pa
     assert (f"{path} is not a model's folder" if path else "model.path is not set") in said
 
 
+def test_a_missing_run_says_which_command_makes_it(tmp_path):
+    said = refusal(["--config=small", f"model.path={tmp_path / 'tiny'}", f"train.output={tmp_path / 'run'}"])
+    assert "tiny is not a model's folder; make it first with python -m comi_jax.train --config=tiny, or pass" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_names_are_refused_with_the_nearest():
     said = refusal(["--config=qwen"])
     assert "there is no config 'qwen'; the nearest are qwen3, qwen2" in said and "llama2" in said

@@ -120,6 +120,8 @@ def _folder(config: Config) -> Path:
     if config.model.path and (Path(config.model.path) / "config.json").is_file():
         return Path(config.model.path)
     what = f"{config.model.path} is not a model's folder" if config.model.path else "model.path is not set"
+    if config.model.made_by:
+        raise ConfigError(f"{what}; make it first with {config.model.made_by}, or pass model.path=DIR")
     name = config.model.hub or "a LLaMA-2, LLaMA-3, Qwen2 or Qwen3 model"
     fetch = f": hf download {name} --local-dir=DIR" if config.model.hub else ""
     raise ConfigError(
