@@ -13,10 +13,9 @@ from comi_jax.devices import compilations
 from comi_jax.errors import ConfigError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Comi
-from comi_jax.serving.settings import SINGLE_MESSAGE, Settings, trained_rates
+from comi_jax.serving.settings import LOOPBACK, SINGLE_MESSAGE, Settings, trained_rates
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")  # the extra [serve]
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SHORTEST_KEY = 16
 
 
@@ -50,6 +49,7 @@ def parser() -> cli.Parser:
     made.add_argument("--api-key-file", type=cli.path, help=f"keys, one per line, of {SHORTEST_KEY} characters or more")
     made.add_argument("--no-auth", action="store_true", help="let everybody who reaches the address ask")
     made.add_argument("--cors", default="", metavar="ORIGIN", help="origin whose pages may ask (default: none)")
+    made.add_argument("--documents", type=cli.path, metavar="DIR", help="save uploaded files, for other servers too")
     made.add_argument("--single-message", choices=SINGLE_MESSAGE, default="refuse", help="one message, no context")
     made.add_argument(
         "--rates", type=_rates, help="rates that may be asked for, e.g. 16,32,1 (default: the trained, 1)"

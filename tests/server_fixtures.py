@@ -90,12 +90,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model, keys=KEYS, compile=True, **changes):
+def serving(model, keys=KEYS, compile=True, hosts=(), **changes):
     """A server for ``model`` on a free port, ready unless ``compile`` is off."""
     settings = dataclasses.replace(SETTINGS, **changes)
     engine = lifecycle.engine_of(model, settings)
     engine._decoder = Held(engine._decoder)
-    app = build(engine, keys, "fingerprint")
+    app = build(engine, keys, "fingerprint", hosts)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -102,7 +102,7 @@ def test_groups_cover_the_tokens_and_shares_sum_to_one(made, hostile):
 def test_without_the_coarse_stage_there_are_no_groups_before(world):
     flat = Comi.load(world.run, overrides=["compression.coarse=false"])
     view = explanation.explain(flat, explanation.encode(flat, TEXT), QUESTION, 4)
-    assert view.initial is None and view.groups["size"].tolist() == [4] * 8 + [5, 5]
+    assert view.kept.initial is None and view.kept.groups["size"].tolist() == [4] * 8 + [5, 5]
 
 
 def test_letters_of_several_tokens_come_back(hostile):

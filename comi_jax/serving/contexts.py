@@ -14,18 +14,17 @@ import numpy as np
 
 from comi_jax.config import Generation
 from comi_jax.data.encode import LengthError, token_ids
-from comi_jax.errors import UserError
-from comi_jax.serving import asking, encoding, warm_up
+from comi_jax.errors import ConfigError, UserError
+from comi_jax.serving import asking, encoding, explanation, warm_up
+from comi_jax.serving.account import Account, of_memory
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
+from comi_jax.serving.explanation import Kept
+from comi_jax.serving.saved_documents import SavedDocuments, Shelf
 from comi_jax.serving.segments import Contents, DocumentError
 from comi_jax.serving.settings import Settings
 from comi_jax.serving.store import DEVICE, DocumentStore
 from comi_jax.serving.telemetry import Telemetry
-
-
-class MissingError(UserError):
-    """A stored document that is gone."""
 
 
 class SizeError(UserError):
@@ -53,6 +52,7 @@ class Ask:
     max_slots: int | None  # in place of the rate
     keep: tuple[tuple[int, int], ...]
     options: Generation
+    explain: bool = False  # whether ``Prepared`` tells what was kept
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class Ingest:
 
     name: str
     text: str
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What was kept of the context of a question, and what of it is needed to say so."""
+
+    kept: Kept
+    document: Document
+    account: Account
 
 
 @dataclass(frozen=True)
@@ -76,19 +85,30 @@ class Prepared:
     nbytes: int  # of the document
     encode_seconds: float
     compress_seconds: float
+    explained: Explained | None = None
+    contents: Contents | None = None  # of an ingested text
 
 
 Steps = Generator[None, None, Prepared]
 
 
 class Preparer:
-    """All computation before the slots. One thread uses it, the engine's; ``store`` may be used from others.
+    """All computation before the slots. One thread uses it, the engine's; ``store`` may be used from others, and
+    ``saved``, if there is a folder of saved documents.
 
     ``ingest`` and ``ask`` are generators that return what they have made: they pause behind each segment that is
     encoded or compressed, so that answers go on meanwhile."""
 
-    def __init__(self, comi: Comi, store: DocumentStore, settings: Settings, telemetry: Telemetry):
+    def __init__(
+        self,
+        comi: Comi,
+        store: DocumentStore,
+        settings: Settings,
+        telemetry: Telemetry,
+        saved: SavedDocuments | None = None,
+    ):
         self._comi, self.store, self._settings, self._telemetry = comi, store, settings, telemetry
+        self.saved, self._shelf = saved, Shelf(store, saved, comi.adopt)
 
     @property
     def programs(self) -> int:
@@ -114,13 +134,13 @@ class Preparer:
                 "server's store"
             )
         try:
-            self.store.put(work.name, document)
+            self._shelf.put(work.name, document)
         except DocumentError:
             raise FullError("the server's store is full; delete files, or ask again when some have expired") from None
         seconds = time.perf_counter() - start
         self._telemetry.encode.observe(seconds)
         none = np.zeros((0, self._comi.run.backbone.hidden_size), np.float32)
-        return Prepared(none, document.tokens, 0, 0, 0, None, document.nbytes, seconds, 0.0)
+        return Prepared(none, document.tokens, 0, 0, 0, None, document.nbytes, seconds, 0.0, contents=document.contents)
 
     def ask(self, work: Ask) -> Steps:
         """The prompt of a question. Raises LengthError for what is too long and MissingError for a document that is
@@ -150,8 +170,16 @@ class Preparer:
         seconds, compressing = encoded - start, time.perf_counter() - encoded
         self._observe(document.tokens, cached, len(question), len(memory), seconds, compressing)
         return Prepared(
-            prompt, document.tokens, cached, len(question), len(memory), rate, document.nbytes, seconds, compressing
-        )
+            prompt, document.tokens, cached, len(question), len(memory), rate, document.nbytes, seconds, compressing,
+            self._explained(document, asked, len(memory)) if work.explain else None,
+        )  # fmt: skip
+
+    def _explained(self, document: Document, asked: asking.Question, vectors: int) -> Explained:
+        """Raises ConfigError if there is nothing to explain."""
+        if any(segment.characters is None for segment in document.segments):
+            raise ConfigError("the tokenizer does not tell the characters of its tokens; leave explain out")
+        cost = of_memory(self._comi.architecture, document.tokens, len(asked.query), asked.rate, vectors)
+        return Explained(explanation.kept(self._comi, asked), document, cost)
 
     # --- pieces -------------------------------------------------------------------------------------------------------
 
@@ -192,13 +220,11 @@ class Preparer:
             if isinstance(piece, str):
                 documents.append((yield from self._encode(piece)))
                 continue
-            if piece.name not in self.store:
-                raise MissingError(f"the file {piece.name} is gone")
-            documents.append(self.store.get(piece.name))
+            documents.append((yield from self._shelf.take(piece.name)))
             cached += documents[-1].tokens
-        if len(documents) == 1:
-            return documents[0], cached
-        document = Document(joined([each.contents for each in documents]))
+        document = documents[0]
+        if len(documents) > 1:
+            document = Document(joined([each.contents for each in documents]))
         self._check_length(document.tokens)
         return document, cached
 

@@ -212,11 +212,13 @@ class Engine:
             self._preparing = self._steps = None
             if isinstance(made, Exception):
                 self._fail(job, made)
-            elif made is not None and isinstance(job.work, Ask):
+            elif made is None:
+                pass
+            elif isinstance(job.work, Ask):
                 self._begin(job, job.work, made)
-            elif made is not None and job.closed:  # in its last step
+            elif job.closed:  # in its last step
                 self.preparer.store.drop(job.work.name)
-            elif made is not None:
+            else:
                 job.closed = True
                 job.tell(made)
             self._report()

@@ -18,6 +18,7 @@ from comi_jax.serving import asking, generation
 from comi_jax.serving.answers import Answer
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
+from comi_jax.serving.encoding import Model
 from comi_jax.serving.generation import Options
 
 FORMAT = 1  # increment when the JSON has other fields
@@ -35,6 +36,15 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What compression kept of a document for a question."""
+
+    tokens: dict[str, np.ndarray]  # by name, a value of each of the X tokens; see ``without_padding``
+    groups: dict[str, np.ndarray]  # of the M memory slots: segment, first token, number of tokens
+    initial: dict[str, np.ndarray] | None  # of the groups before re-allocation; None with compression.coarse off
+
+
+@dataclass(frozen=True)
 class View:
     """One question about a document at one rate."""
 
@@ -42,9 +52,7 @@ class View:
     rate: int
     answer: Answer
     timings: dict[str, float]  # seconds from the question to its memory, its first token and its end
-    tokens: dict[str, np.ndarray]  # by name, a value of each of the X tokens; see ``without_padding``
-    groups: dict[str, np.ndarray]  # of the M memory slots: segment, first token, number of tokens
-    initial: dict[str, np.ndarray] | None  # of the groups before re-allocation; None with compression.coarse off
+    kept: Kept
     notes: tuple[tuple[str, str], ...] = ()  # titles and texts to show beside the answer
 
 
@@ -72,26 +80,30 @@ def explain(model: Comi, source: Source, question: str, rate: int | None = None,
     be asked, and ConfigError for rate 1, at which nothing is compressed."""
     chosen = generation.chosen(model.run.config.generation, options)
     (asked,) = asking.ask(model, [source.document], [question], {"rate": rate}, chosen.max_new_tokens)
+    found = kept(model, asked)
+    "".join(model.stream(source.document, question, rate=asked.rate, **options))
+    stream = model.stream(source.document, question, rate=asked.rate, **options)
+    "".join(stream)
+    if stream.answer is None:
+        raise RuntimeError("the stream ended without an answer")
+    return View(question, asked.rate, stream.answer, stream.timings, found)
+
+
+def kept(model: Model, asked: asking.Question) -> Kept:
+    """What compression keeps for the question ``asked``. Raises ConfigError for rate 1, at which nothing is compressed,
+    and for scores that are not finite."""
     if asked.rate == 1:
         raise ConfigError("at rate 1 nothing is compressed, so there is nothing to explain; give a rate of at least 2")
     parts = [
         without_padding(aux, segment.tokens, asked.rate, number)
-        for number, (aux, segment) in enumerate(
-            zip(asking.examine(model, asked), source.document.segments, strict=True)
-        )
+        for number, (aux, segment) in enumerate(zip(asking.examine(model, asked), asked.contents.segments, strict=True))
     ]
     if not all(np.isfinite(part["tokens"][name]).all() for part in parts for name in ("weights", *SCORES)):
         raise ConfigError(
             "the scores of this text are not finite, so the model's weights or activations are not; choose another "
             "--step, or set model.dtype=float32"
         )
-    "".join(model.stream(source.document, question, rate=asked.rate, **options))
-    stream = model.stream(source.document, question, rate=asked.rate, **options)
-    "".join(stream)
-    if stream.answer is None:
-        raise RuntimeError("the stream ended without an answer")
-    tokens, groups, initial = _joined(parts)
-    return View(question, asked.rate, stream.answer, stream.timings, tokens, groups, initial)
+    return _joined(parts)
 
 
 def without_padding(aux: Any, length: int, rate: int, number: int) -> dict[str, dict[str, np.ndarray]]:
@@ -113,8 +125,8 @@ def without_padding(aux: Any, length: int, rate: int, number: int) -> dict[str, 
     return {"tokens": tokens, "initial": initial}
 
 
-def _joined(parts: Sequence[dict[str, dict[str, np.ndarray]]]) -> tuple[dict, dict, dict | None]:
-    """Tokens, groups and initial groups of a document from those of its segments; slots and tokens are counted through
+def _joined(parts: Sequence[dict[str, dict[str, np.ndarray]]]) -> Kept:
+    """What was kept of a document from what was kept of its segments; slots and tokens are counted through
     the document."""
     lengths = [len(part["tokens"]["group"]) for part in parts]
     before = np.cumsum([0, *lengths[:-1]])
@@ -125,11 +137,11 @@ def _joined(parts: Sequence[dict[str, dict[str, np.ndarray]]]) -> tuple[dict, di
     size = np.bincount(tokens["group"])
     groups = {"segment": np.repeat(np.arange(len(parts)), slots), "first": np.cumsum(size) - size, "size": size}
     if "initial" not in parts[0]:
-        return tokens, groups, None
+        return Kept(tokens, groups, None)
     initial = {name: np.concatenate([part["initial"][name] for part in parts]) for name in parts[0]["initial"]}
     for name in ("first", "token"):
         initial[name] = initial[name] + before[initial["segment"]]
-    return tokens, groups, initial
+    return Kept(tokens, groups, initial)
 
 
 def as_json(source: Source, views: Sequence[View], account: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +159,7 @@ def as_json(source: Source, views: Sequence[View], account: dict[str, Any]) -> d
 
 
 def _view(view: View) -> dict[str, Any]:
-    answer = view.answer
+    answer, found = view.answer, view.kept
     return {
         "question": view.question,
         "rate": view.rate,
@@ -160,9 +172,9 @@ def _view(view: View) -> dict[str, Any]:
         "cut": answer.cut,
         "timings": view.timings,
         "notes": [list(note) for note in view.notes],
-        "tokens": {name: _values(values) for name, values in view.tokens.items()},
-        "groups": {name: _values(values) for name, values in view.groups.items()},
-        "initial": view.initial and {name: _values(values) for name, values in view.initial.items()},
+        "tokens": {name: _values(values) for name, values in found.tokens.items()},
+        "groups": {name: _values(values) for name, values in found.groups.items()},
+        "initial": found.initial and {name: _values(values) for name, values in found.initial.items()},
     }
 
 

@@ -8,6 +8,7 @@ from comi_jax.config import Config
 from comi_jax.errors import ConfigError
 
 SINGLE_MESSAGE = ("refuse", "plain")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that only this machine reaches
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Settings:
     body_seconds: float = 30.0  # in which a request's body must have arrived; 408 behind it
     single_message: str = "refuse"  # a lone message without any context: "refuse", or "plain": answer it as it is
     cors: str = ""  # the origin whose pages in a browser may ask
+    documents: str = ""  # a folder for uploaded files, which other servers may share; empty: they end with the process
 
     def __post_init__(self):
         one_of("single_message", self.single_message, SINGLE_MESSAGE)

@@ -60,6 +60,7 @@ class Request(BaseModel, abc.ABC):
     rate: int | str | None = Field(None, description="Context tokens per memory vector, one of the server's rates.")
     max_slots: int | None = Field(None, ge=1, description="The most memory vectors, in place of a rate.")
     keep: list[list[int]] | None = Field(None, description="Spans [first, behind] of characters kept uncompressed.")
+    explain: bool | None = Field(None, description="Whether the field comi tells what was kept of the context.")
     documents: list[dict[str, Any]] | None = Field(None, description="Objects with text and title, or file_id.")
 
     @abc.abstractmethod
@@ -139,8 +140,10 @@ def ask_of(request: Request, settings: Settings, defaults: Generation) -> Ask:
         raise ApiError(404, "there is no such model; GET /v1/models lists them", param="model", code="model_not_found")
     pieces, question = request.question(settings)
     whole = tuple(Reference(piece.file) if piece.file else piece.text for piece in merged(pieces))
-    options = _options(request, settings, defaults)
-    return Ask(whole, question, _rate(request, settings), request.max_slots, _keep(request), options)
+    options, rate, explain = _options(request, settings, defaults), _rate(request, settings), bool(request.explain)
+    if explain and (not whole or rate == 1 and request.max_slots is None):
+        raise ApiError(400, "there is nothing to explain where nothing is compressed", param="explain")
+    return Ask(whole, question, rate, request.max_slots, _keep(request), options, explain)
 
 
 def _same(value: Any, neutral: Any) -> bool:

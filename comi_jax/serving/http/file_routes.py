@@ -6,14 +6,16 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.datastructures import FormData, UploadFile
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from comi_jax.serving.contexts import Ingest, Prepared
 from comi_jax.serving.http import openapi
 from comi_jax.serving.http.errors import ApiError
 from comi_jax.serving.http.messages import text_from
+from comi_jax.serving.http.saved_files import unwritable
 from comi_jax.serving.http.uploads import LONGEST, PURPOSES, Upload
 from comi_jax.serving.http.work import Work
+from comi_jax.serving.segments import DocumentError
 
 router = APIRouter(prefix="/v1/files", responses=openapi.ERRORS)
 PAGE = 10_000  # files of a list, at most
@@ -30,7 +32,7 @@ async def create(request: Request) -> JSONResponse:
     async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
         content, filename = await _file(form, engine.settings.max_file)
         purpose, seconds = _purpose(form), _seconds(form)
-    text, name = text_from(content, "file"), uploads.new_id()
+    text, name = text_from(content, "file"), uploads.new_id(len(content))
     work = Work(engine, Ingest(name, text), request)
     try:
         made = await work.next(Prepared)
@@ -41,7 +43,7 @@ async def create(request: Request) -> JSONResponse:
         name, request.state.owner, filename, purpose, len(content), created,
         None if seconds is None else created + seconds, made.context_tokens, made.nbytes,
     )  # fmt: skip
-    uploads.add(upload)
+    await _keep(request, upload, content, made)
     if seconds is not None:
         asyncio.get_running_loop().call_later(seconds + 1, uploads.purge)
     return JSONResponse(upload.described())
@@ -77,11 +79,36 @@ async def retrieve(request: Request, name: str) -> JSONResponse:
     return JSONResponse(request.app.state.uploads.get(request.state.owner, name).described())
 
 
+@router.get("/{name}/content")
+async def content(request: Request, name: str) -> Response:
+    """The file as it was uploaded."""
+    found = request.app.state.uploads.content(request.state.owner, name)
+    # As a download: a browser is not to show the markup of a document as a page of this server.
+    headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
+    return Response(found, media_type="text/plain; charset=utf-8", headers=headers)
+
+
 @router.delete("/{name}")
 async def delete(request: Request, name: str) -> JSONResponse:
     """Remove a file."""
     request.app.state.uploads.delete(request.state.owner, name)
     return JSONResponse({"id": name, "object": "file", "deleted": True})
+
+
+async def _keep(request: Request, upload: Upload, content: bytes, made: Prepared) -> None:
+    """Add the file, and save it if files are saved. Raises ApiError, 503, if it cannot be."""
+    uploads, preparer = request.app.state.uploads, request.app.state.engine.preparer
+
+    def save() -> None:
+        if preparer.saved is not None:
+            preparer.saved.write(upload.id, made.contents)
+        uploads.add(upload, content)
+
+    try:
+        await asyncio.to_thread(save)
+    except (DocumentError, ApiError) as error:
+        request.app.state.drop(upload.id)
+        raise error if isinstance(error, ApiError) else unwritable(error) from None
 
 
 async def _file(form: FormData, most: int) -> tuple[bytes, str]:

@@ -7,8 +7,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
@@ -25,16 +26,23 @@ SPARE = 32  # requests beyond those of the engine that may be open, so that shor
 
 
 class Keys:
-    """The keys of a server; without any, everybody is the same owner."""
+    """The keys of a server; without any, everybody is the same owner, but the pages of other origins in a browser of
+    this machine are nobody."""
 
-    def __init__(self, keys: Sequence[str]):
+    def __init__(self, keys: Sequence[str], hosts: Sequence[str] = (), cors: str = ""):
+        """``hosts``: the names by which a server without keys is asked; empty: by any. ``cors``: an origin whose pages
+        may ask."""
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._hosts, self._cors = hosts, cors
 
-    def owner(self, authorization: str) -> str:
-        """Who sent this header. Raises ApiError, 401, without a right key. The time does not tell how much of a key
-        is right: digests are compared, and all of them."""
+    def owner(self, headers: Mapping[str, str]) -> str:
+        """Who sent these headers. Raises ApiError, 401, without a right key, and 403 for the page of another origin
+        where there are no keys. The time does not tell how much of a key is right: digests are compared, and all of
+        them."""
         if not self._digests:
+            self._check_origin(headers)
             return ""
+        authorization = headers.get("authorization", "")
         scheme, _, key = authorization.partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
         same = [hmac.compare_digest(given, digest) for digest in self._digests]
@@ -44,6 +52,25 @@ class Keys:
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
         return self._digests[same.index(True)].hex()
+
+    def _check_origin(self, headers: Mapping[str, str]) -> None:
+        """A browser tells with Origin and Sec-Fetch-Site which page asks, and with Host by which name: a foreign name
+        can be made to lead to this machine."""
+        origin, host = headers.get("origin", ""), headers.get("host", "")
+        if origin and origin == self._cors:
+            return
+        name = urlsplit(f"//{host}").hostname if host.isascii() else None
+        if self._hosts and name not in self._hosts:
+            raise ApiError(
+                403, f"without keys this server is asked by the names {', '.join(self._hosts)} alone; set the header "
+                "Host, or start it with --api-key-file", code="host_not_allowed",
+            )  # fmt: skip
+        foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        if foreign or (origin and origin.partition("://")[2].lower() != host.lower()):
+            raise ApiError(
+                403, "a page of another origin may not ask; allow its origin with --cors, or start the server with "
+                "--api-key-file", code="origin_not_allowed",
+            )  # fmt: skip
 
 
 class Gate:
@@ -84,7 +111,7 @@ class Gate:
 
     def _admit(self, headers: dict[str, str]) -> str:
         """The owner of the key, if the server takes requests."""
-        owner = self._keys.owner(headers.get("authorization", ""))
+        owner = self._keys.owner(headers)
         if self._engine.state == DRAINING:
             wait = {"Retry-After": str(RETRY_SHUTDOWN)}
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers=wait)

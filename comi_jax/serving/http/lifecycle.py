@@ -13,7 +13,8 @@ from comi_jax.serving.compressor import Comi
 from comi_jax.serving.contexts import Preparer
 from comi_jax.serving.engine import DEAD, Engine
 from comi_jax.serving.http.server import build
-from comi_jax.serving.settings import Settings
+from comi_jax.serving.saved_documents import SavedDocuments
+from comi_jax.serving.settings import LOOPBACK, Settings
 from comi_jax.serving.store import DocumentStore
 from comi_jax.serving.telemetry import Telemetry
 
@@ -28,7 +29,8 @@ def engine_of(comi: Comi, settings: Settings) -> Engine:
     telemetry = Telemetry()
     store = DocumentStore(settings.store_bytes, settings.host_bytes, say=lambda _: telemetry.evictions.inc())
     slots = comi.slots(settings.slots, settings.slot_length, waiting=0)
-    return Engine(Preparer(comi, store, settings, telemetry), slots, settings, telemetry)
+    saved = SavedDocuments(settings.documents, comi.origin) if settings.documents else None
+    return Engine(Preparer(comi, store, settings, telemetry, saved), slots, settings, telemetry)
 
 
 class Server(uvicorn.Server):
@@ -91,7 +93,7 @@ def with_buckets(comi: Comi) -> Comi:
 def serve(comi: Comi, settings: Settings, host: str, port: int, keys: Sequence[str]) -> bool:
     """Serve until a signal. Returns whether the engine has ended, and not by a failure."""
     engine = engine_of(with_buckets(comi), settings)
-    app = build(engine, keys, comi.origin.weights)
+    app = build(engine, keys, comi.origin.weights, LOOPBACK if host in LOOPBACK else ())
     programs = engine.preparer.programs
     logging.getLogger(__name__).info("listening on %s:%d; ready when %d programs are compiled", host, port, programs)
     engine.start()

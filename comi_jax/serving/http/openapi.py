@@ -22,6 +22,7 @@ _ERROR = {
 _ABOUT = {
     400: "The request is malformed, or asks for what this server has not.",
     401: "The key is missing or wrong.",
+    403: "The page of another origin asks a server without keys.",
     404: "There is no such model, file or route.",
     405: "The route has no such method.",
     408: "The deadline has passed, or the body came too slowly.",

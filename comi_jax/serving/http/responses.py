@@ -6,6 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from comi_jax.serving import explanation
+from comi_jax.serving.answers import Answer
 from comi_jax.serving.contexts import Ask, Prepared, Reference
 from comi_jax.serving.engine import Job, Piece, figures
 
@@ -26,26 +30,32 @@ class Reply:
     work: Ask
     job: Job
     prepared: Prepared
-    tokens: int = 0  # of the answer so far
+    source: str = ""  # the text of the context, where the answer is explained
+    text: str = ""  # of the answer so far, and the number of its tokens
+    tokens: int = 0
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, finish_reason: str) -> dict[str, Any]:
+    def add(self, piece: Piece) -> None:
+        """Take a further piece of the answer."""
+        self.text += piece.text
+        self.tokens = piece.tokens
+
+    def whole(self, finish_reason: str) -> dict[str, Any]:
         """The body of a response that is no stream."""
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        content = {"message": {"role": "assistant", "content": self.text}} if self.chat else {"text": self.text}
         body = self._body("chat.completion" if self.chat else "text_completion", content, finish_reason)
-        return body | {"usage": self.usage(), "comi": self.account()}
+        return body | {"usage": self.usage(), "comi": self.account(finish_reason)}
 
     def opening(self) -> bytes:
         """The first event of a chat's stream; that of a completion has none."""
         return self._chunk({"role": "assistant", "content": ""}, None) if self.chat else b""
 
     def piece(self, piece: Piece) -> bytes:
-        """The events of a token: of its text, if any is certain, and of the end, with the account."""
-        self.tokens = piece.tokens
+        """The events of a piece: of its text, if any is certain, and of the end, with the account."""
         events = self._chunk({"content": piece.text}, None, piece.text) if piece.text else b""
         if piece.finish_reason:
-            events += self._chunk({}, piece.finish_reason, account=True)
+            events += self._chunk({}, piece.finish_reason, comi=self.account(piece.finish_reason))
         return events
 
     def usage_event(self) -> bytes:
@@ -63,10 +73,10 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": self.prepared.cached_tokens},
         }
 
-    def account(self) -> dict[str, Any]:
+    def account(self, finish_reason: str) -> dict[str, Any]:
         """What was asked and what was done, the field ``comi``."""
         made = self.prepared
-        return {
+        account = {
             "context_tokens": made.context_tokens,
             "memory_vectors": made.memory_vectors,
             "asked_rate": None if self.work.max_slots or made.rate is None else self.work.rate,
@@ -76,11 +86,31 @@ class Reply:
             "cached_tokens": made.cached_tokens,
             **figures(self.job, made),
         }
+        return account if made.explained is None else account | {"explanation": self._explanation(finish_reason)}
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None, text: str = "", account: bool = False) -> bytes:
+    def _explanation(self, finish_reason: str) -> dict[str, Any]:
+        """What was kept of the context, as ``python -m comi_jax.explain --json`` writes it."""
+        made, about, asked = self.prepared, self.prepared.explained, self.job.arrived
+        assert about is not None and self.job.handle is not None and made.rate is not None
+        tokens = tuple(self.job.handle.tokens)
+        answer = Answer(self.text, tokens, made.context_tokens, about.account, False, finish_reason=finish_reason)
+        first = (self.job.first_token or asked) - asked
+        timings = {
+            "compressed": made.encode_seconds + made.compress_seconds,
+            "first token": first,
+            "end": self.job.last_token - asked,
+        }
+        characters = np.concatenate([np.asarray(segment.characters) for segment in about.document.segments])
+        source = explanation.Source(self.source, about.document, characters, made.encode_seconds)
+        view = explanation.View(self.work.question, made.rate, answer, timings, about.kept)
+        return explanation.as_json(source, [view], {"model": self.model})
+
+    def _chunk(
+        self, delta: dict[str, Any], reason: str | None, text: str = "", comi: dict[str, Any] | None = None
+    ) -> bytes:
         content = {"delta": delta} if self.chat else {"text": text}
         body = self._body("chat.completion.chunk" if self.chat else "text_completion", content, reason)
-        return event(body | {"comi": self.account()} if account else body)
+        return event(body | {"comi": comi} if comi else body)
 
     def _body(self, kind: str, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         return {

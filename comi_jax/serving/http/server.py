@@ -1,8 +1,11 @@
 """The routes, and what answers them: from a request to a job of the engine, and from its happenings to a response."""
 
+import asyncio
+import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -12,31 +15,49 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from comi_jax.errors import UserError
-from comi_jax.serving.contexts import Prepared, Reference
+from comi_jax.serving.contexts import Ask, Prepared
 from comi_jax.serving.engine import Engine, Piece
-from comi_jax.serving.http import api, errors, file_routes, info_routes, openapi
+from comi_jax.serving.http import api, errors, file_routes, info_routes, openapi, page_routes
 from comi_jax.serving.http.errors import ApiError
 from comi_jax.serving.http.gate import LOG, Exchange, Gate, Keys
+from comi_jax.serving.http.messages import text_from
 from comi_jax.serving.http.responses import DONE, Reply, event
-from comi_jax.serving.http.uploads import Uploads
+from comi_jax.serving.http.saved_files import SavedFiles
+from comi_jax.serving.http.uploads import MemoryFiles, Uploads
 from comi_jax.serving.http.work import EventStream, Work
+from comi_jax.serving.segments import DocumentError
 from comi_jax.version import __version__
 
+T = TypeVar("T")
 
-def build(engine: Engine, keys: Sequence[str], fingerprint: str) -> ASGIApp:
-    """The application of a server. ``fingerprint``: of the weights, for /version."""
+
+def build(engine: Engine, keys: Sequence[str], fingerprint: str, hosts: Sequence[str] = ()) -> ASGIApp:
+    """The application of a server. ``fingerprint``: of the weights, for /version. ``hosts``: the names by which it is
+    asked without a key; empty: by any."""
     app = FastAPI(title="comi_jax", version=__version__, docs_url=None, redoc_url=None)
     app.state.engine, app.state.fingerprint, app.state.started = engine, fingerprint, int(time.time())
-    app.state.uploads = Uploads(engine.settings.max_files, engine.preparer.store.drop)
-    for kind, handler in ((ApiError, _refused), (HTTPException, _not_routed), (Exception, _refused)):
+    app.state.auth = bool(keys)
+    preparer, settings = engine.preparer, engine.settings
+    files = MemoryFiles() if preparer.saved is None else SavedFiles(preparer.saved)
+
+    def drop(name: str) -> None:
+        with contextlib.suppress(DocumentError):  # it may be saved alone, or have gone meanwhile
+            preparer.store.drop(name)
+
+    app.state.drop = drop
+    app.state.uploads = Uploads(files, settings.max_files, settings.store_bytes + settings.host_bytes, drop)
+    for kind, handler in (
+        (ApiError, _refused), (UserError, _refused), (HTTPException, _not_routed), (Exception, _refused)
+    ):  # fmt: skip
         app.add_exception_handler(kind, handler)
     app.include_router(info_routes.router)
     app.include_router(file_routes.router)
+    app.include_router(page_routes.router)
     endpoints = (("/v1/chat/completions", api.ChatRequest, True), ("/v1/completions", api.CompletionRequest, False))
     for path, kind, chat in endpoints:
         described = {"responses": openapi.ERRORS, "openapi_extra": openapi.body(kind)}
         app.add_api_route(path, _answerer(kind, chat), methods=["POST"], **described)
-    gate = Gate(app, engine, Keys(keys), engine.telemetry)
+    gate = Gate(app, engine, Keys(keys, hosts, engine.settings.cors), engine.telemetry)
     if not engine.settings.cors:
         return gate
     return CORSMiddleware(
@@ -53,15 +74,13 @@ def _answerer(kind: type[api.Request], chat: bool) -> Any:
         exchange: Exchange = request.state.exchange
         asked = api.read(kind, await json_body(request))
         ask = api.ask_of(asked, engine.settings, engine.defaults)
-        for piece in ask.pieces:
-            if isinstance(piece, Reference):
-                request.app.state.uploads.get(request.state.owner, piece.name, "file_id")
+        source = _source(ask, request)
         if names := api.unknown_fields(asked):
             exchange.about["ignored"] = ",".join(names)
         work = Work(engine, ask, request)
         try:
             prepared = await work.next(Prepared)
-            reply = Reply(chat, engine.settings.name, ask, work.job, prepared)
+            reply = Reply(chat, engine.settings.name, ask, work.job, prepared, source)
             exchange.about |= {"context": prepared.context_tokens, "vectors": prepared.memory_vectors}
             first = await work.next(Piece)
             if asked.stream:
@@ -77,15 +96,31 @@ def _answerer(kind: type[api.Request], chat: bool) -> Any:
     return answer
 
 
+def _source(ask: Ask, request: Request) -> str:
+    """The text of the context, if the answer is to be explained. Raises ApiError for files that there are not."""
+    uploads, texts = request.app.state.uploads, []
+    for piece in ask.pieces:
+        if isinstance(piece, str):
+            texts.append(piece)
+        elif uploads.get(request.state.owner, piece.name, "file_id") and ask.explain:
+            texts.append(text_from(uploads.content(request.state.owner, piece.name), "file_id"))
+    return "".join(texts) if ask.explain else ""
+
+
 async def _whole(work: Work, reply: Reply, piece: Piece, exchange: Exchange) -> dict[str, Any]:
     """The body of a whole answer."""
-    texts = [piece.text]
+    reply.add(piece)
     while piece.finish_reason is None:
         piece = await work.next(Piece)
-        texts.append(piece.text)
-    reply.tokens = exchange.about["tokens"] = piece.tokens
+        reply.add(piece)
+    exchange.about["tokens"] = piece.tokens
     work.close()
-    return reply.whole("".join(texts), piece.finish_reason)
+    return await _off_loop(reply, lambda: reply.whole(str(piece.finish_reason)))
+
+
+async def _off_loop(reply: Reply, make: Callable[[], T]) -> T:
+    """``make()``, in a thread of its own if it is long: an explanation has megabytes."""
+    return make() if reply.prepared.explained is None else await asyncio.to_thread(make)
 
 
 async def _events(
@@ -95,7 +130,9 @@ async def _events(
     try:
         yield reply.opening()
         while True:
-            yield reply.piece(piece)
+            reply.add(piece)
+            made = functools.partial(reply.piece, piece)
+            yield made() if piece.finish_reason is None else await _off_loop(reply, made)
             if piece.finish_reason is not None:
                 break
             piece = await work.next(Piece)
