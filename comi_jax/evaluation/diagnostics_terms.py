@@ -85,10 +85,10 @@ def _holding(sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 def rank_correlation(a: Float[np.ndarray, " M"], b: Float[np.ndarray, " M"]) -> float:
     """Spearman's: the correlation of the ranks; 1 for fewer than two groups, or where all of a side are equal."""
-    ranks = [_ranks(x) for x in (a, b)]
-    if min(x.std() for x in ranks) == 0:
+    first, second = _ranks(a), _ranks(b)
+    if min(first.std(), second.std()) == 0:
         return 1.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

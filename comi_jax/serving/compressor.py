@@ -207,9 +207,7 @@ class Comi:
         (size,) = batching.sizes(memory)
         compressed = time.perf_counter()
         pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
-        return AnswerStream(
-            pieces, lambda reply: self._answer(reply, made.asked[0], size, logprobs), begun, compressed
-        )
+        return AnswerStream(pieces, lambda reply: self._answer(reply, made.asked[0], size, logprobs), begun, compressed)
 
     def prompt_embeddings(self, context: str | Document, question: str, **amount: Unpack[Amount]) -> PromptEmbeddings:
         """What the decoder reads for ``question``, [memory; embed(question)], for serving engines and for ``slots``."""
@@ -252,9 +250,7 @@ class Comi:
                 results[row] = self._answer(replies[i], made.asked[row], sizes[i], logprobs)
         return results
 
-    def _answer(
-        self, reply: generation.Reply, asked: asking.Asked, size: tuple[int, int], logprobs: bool
-    ) -> Answer:
+    def _answer(self, reply: generation.Reply, asked: asking.Asked, size: tuple[int, int], logprobs: bool) -> Answer:
         cost = of_memory(self.architecture, asked.context, asked.query, asked.rate, *size)
         made_of = (asked.context, cost, asked.truncated, asked.cut)
         return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, reply.logprobs if logprobs else None)

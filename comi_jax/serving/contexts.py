@@ -178,7 +178,7 @@ class Preparer:
         """Raises ConfigError if there is nothing to explain."""
         if any(segment.characters is None for segment in document.segments):
             raise ConfigError("the tokenizer does not tell the characters of its tokens; leave explain out")
-        cost = of_memory(self._comi.architecture, document.tokens, len(asked.query), asked.rate, vectors)
+        cost = of_memory(self._comi.architecture, document.tokens, len(asked.query), asked.rate, 0, vectors)
         return Explained(explanation.kept(self._comi, asked), document, cost)
 
     # --- pieces -------------------------------------------------------------------------------------------------------
