@@ -114,8 +114,9 @@ class SlotDecoder:
             raise ConfigError(f"the prompt has shape {vectors.shape}; give at least one vector of {width} numbers")
         if entries + len(vectors) + options.max_new_tokens > self.length:
             raise LengthError(
-                f"a prompt of {entries + len(vectors)} vectors and an answer of up to {options.max_new_tokens} tokens do "
-                f"not fit into a slot of {self.length} positions; use a higher rate, fewer new tokens or longer slots"
+                f"a prompt of {entries + len(vectors)} vectors and an answer of up to {options.max_new_tokens} "
+                f"tokens do not fit into a slot of {self.length} positions; use a higher rate, fewer new tokens or "
+                "longer slots"
             )
         handle = Handle(options, vectors, Detokenizer(self._tokenizer, options.stop_strings), before)
         with self._lock:
