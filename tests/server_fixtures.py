@@ -1,5 +1,6 @@
 """A server of a tiny random model that listens on this machine, and clients that ask it over real HTTP."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -10,6 +11,8 @@ import time
 import httpx2
 import jax
 import numpy as np
+import openai
+import pytest
 import tiny_models
 import train_fixtures
 
@@ -28,6 +31,11 @@ SETTINGS = Settings(
     body_seconds=2.0,
 )  # fmt: skip
 FACTS = [f"the {c} box holds a {t} ." for c, t in zip(train_fixtures.COLOURS, train_fixtures.THINGS, strict=False)]
+TEXT = " ".join(FACTS[:4])
+QUESTION = "what does the red box hold ?"
+MESSAGES = [{"role": "system", "content": TEXT}, {"role": "user", "content": QUESTION}]
+CHAT, FILES = "/v1/chat/completions", "/v1/files"
+quick_compilation = train_fixtures.quick_compilation
 
 
 def comi():
@@ -136,3 +144,61 @@ def events(response):
 def words(seed, count):
     """Some words that the tokenizer knows."""
     return " ".join(np.random.default_rng(seed).choice(train_fixtures.WORDS, count))
+
+
+@pytest.fixture(scope="module")
+def model(quick_compilation):
+    return comi()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with serving(model) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEYS[0], max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def http(served):
+    with served.client() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def file(client):
+    return client.files.create(file=("a.txt", TEXT.encode()), purpose="user_data")
+
+
+def file_part(name):
+    return {"type": "file", "file": {"file_id": name}}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def chat(**more):
+    return {"model": "tiny", "messages": MESSAGES, **more}
+
+
+def error_of(response, status):
+    """The error in a response of this status, in OpenAI's form."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code", "request_id"}
+    assert error["request_id"] == response.headers["x-request-id"]
+    return error
+
+
+@pytest.fixture
+def pool():
+    with concurrent.futures.ThreadPoolExecutor(16) as it:
+        yield it
