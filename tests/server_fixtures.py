@@ -103,7 +103,7 @@ def serving(model, keys=KEYS, compile=True, hosts=(), **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
     engine = lifecycle.engine_of(model, settings)
     engine._decoder = Held(engine._decoder)
-    app = build(engine, keys, "fingerprint", hosts)
+    app = build(engine, keys, "checksum", hosts)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

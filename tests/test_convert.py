@@ -205,7 +205,7 @@ def test_the_card_has_what_evaluation_measured_of_these_weights(tmp_path):
 
     scores = "| 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | - | 7.9 | method greedy |"
     assert f"| COMI | 0 | nq:dev\\|1.jsonl (abc) | 4 | 8 {scores}" in card(row)
-    assert f"Weights after step 0, fingerprint {weights[:16]}." in card(row)
+    assert f"Weights after step 0, checksum {weights[:16]}." in card(row)
     # What is less than that is called less.
     assert "| COMI, the first 4 of 512 only | 0 |" in card(row | {"of": 512}) and "| COMI |" not in card(
         row | {"of": 9}
@@ -213,7 +213,7 @@ def test_the_card_has_what_evaluation_measured_of_these_weights(tmp_path):
     assert "| closed book: the contexts withheld | 0 |" in card(closed) and "| COMI |" not in card(closed)
     # What is of other weights, or nobody knows of which, is named and left out.
     other = card(row | {"weights": "f" * 64, "step": 7})
-    assert "No measured results" in other and f"other weights (step 7, fingerprint {'f' * 16})" in other
+    assert "No measured results" in other and f"other weights (step 7, checksum {'f' * 16})" in other
     assert "an earlier version wrote it" in card({name: value for name, value in row.items() if name != "weights"})
     # The closing table of the same weights comes first; the same measured again is not said twice.
     both = card(row, {"COMI": row, "closed book": closed})

@@ -160,11 +160,11 @@ def test_a_digest_is_of_the_numbers_not_of_how_they_lie_in_memory():
     assert readback.digest(np.asarray(1, np.float32)) == readback.digest(np.ones(1, np.float32))
 
 
-def test_the_fingerprint_is_of_the_arrays_not_of_the_files_that_hold_them(tmp_path):
+def test_the_checksum_is_of_the_arrays_not_of_the_files_that_hold_them(tmp_path):
     found = {}
     for name, step in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
         save(tmp_path / name, [step])
-        found[name] = readback.fingerprint(tmp_path / name / "checkpoints" / str(step) / "trained")
+        found[name] = readback.checksum_of_arrays(tmp_path / name / "checkpoints" / str(step) / "trained")
     assert found["a"] == found["b"] != found["c"] and len(found["a"]) == 32
-    assert readback.fingerprint(tmp_path) == ""
+    assert readback.checksum_of_arrays(tmp_path) == ""

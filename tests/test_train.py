@@ -152,7 +152,7 @@ def test_a_trained_run_goes_out_with_its_results(world, tmp_path):
     circumstances = f"| {STEPS} | {world.dev.name} ({row['records'][:16]}) | 6 | 2 |"
     assert f"| COMI {circumstances} {row['metrics']['em']['mean']:.3f} [" in card
     assert f"| mean-pooling | {STEPS} |" in card and f"| closed book: the contexts withheld | {STEPS} |" in card
-    assert f"Weights after step {STEPS}, fingerprint {row['weights'][:16]}." in card
+    assert f"Weights after step {STEPS}, checksum {row['weights'][:16]}." in card
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

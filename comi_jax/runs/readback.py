@@ -142,9 +142,9 @@ def digest(array: np.ndarray) -> str:
     return xxhash.xxh3_128(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def fingerprint(directory: Path) -> str:
-    """A hash of the arrays in ``directory``, from their digests: equal for equal arrays with the same shards. Empty if
-    there are no digests, as in folders of an earlier version."""
+def checksum_of_arrays(directory: Path) -> str:
+    """A checksum of all arrays in ``directory``, from their digests: equal for equal arrays with the same shards. Empty
+    if there are no digests, as in folders of an earlier version."""
     arrays = _handed(directory)
     words = json.dumps({name: entry | {"shards": sorted(entry["shards"])} for name, entry in sorted(arrays.items())})
     return xxhash.xxh3_128(words.encode()).hexdigest() if arrays else ""

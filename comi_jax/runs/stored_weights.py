@@ -114,9 +114,9 @@ def _load_flat(folder: Folder, step: int, arch: Architecture, place: Placement) 
 
 
 def weights_of(folder: str | os.PathLike, step: int) -> str:
-    """A hash of the weights of checkpoint ``step``; empty if they have no checksums."""
+    """A checksum of the weights of checkpoint ``step``; empty if they have no checksums."""
     place, frozen = Folder(folder).checkpoint(step), Folder(folder).frozen
-    parts = [readback.fingerprint(place / "trained"), readback.fingerprint(frozen)]
+    parts = [readback.checksum_of_arrays(place / "trained"), readback.checksum_of_arrays(frozen)]
     if not all(parts):  # an earlier version: a hash of the files, which differ between runs
         parts = [checksums.identity(part) for part in (place, frozen)]
     return "".join(parts) if all(parts) else ""

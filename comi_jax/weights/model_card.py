@@ -66,7 +66,7 @@ def _title(row: Mapping[str, Any], name: str) -> str:
 def _of(row: Mapping[str, Any]) -> str:
     if "weights" not in row:
         return "an earlier version wrote it without recording the weights"
-    return f"it used other weights (step {row.get('step', 'unknown')}, fingerprint {row['weights'][:16] or 'unknown'})"
+    return f"it used other weights (step {row.get('step', 'unknown')}, checksum {row['weights'][:16] or 'unknown'})"
 
 
 def card(run: Run, arch: Architecture, step: int, weights: str, results: Mapping[str, Any], left_out: list[str]) -> str:
@@ -97,7 +97,7 @@ def card(run: Run, arch: Architecture, step: int, weights: str, results: Mapping
         "--host 127.0.0.1",
         "```",
         "",
-        f"Weights after step {step:,}, fingerprint {weights[:16] or 'unknown'}.",
+        f"Weights after step {step:,}, checksum {weights[:16] or 'unknown'}.",
         "",
     ]
     if results:

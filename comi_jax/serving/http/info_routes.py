@@ -61,7 +61,7 @@ async def version(request: Request) -> JSONResponse:
     names = ("slots", "slot_length", "queue", "deadline", "max_context", "max_question", "max_tokens", "max_body",
              "max_file", "max_files", "store_bytes")  # fmt: skip
     limits = {name: getattr(settings, name) for name in names}
-    about: dict[str, Any] = {"version": __version__, "model": settings.name, "weights": request.app.state.fingerprint}
+    about: dict[str, Any] = {"version": __version__, "model": settings.name, "weights": request.app.state.weights}
     about["auth"] = request.app.state.auth  # whether /v1 needs a key
     return JSONResponse({**about, "rates": settings.rates, "limits": limits})
 

@@ -31,11 +31,11 @@ from comi_jax.version import __version__
 T = TypeVar("T")
 
 
-def build(engine: Engine, keys: Sequence[str], fingerprint: str, hosts: Sequence[str] = ()) -> ASGIApp:
-    """The application of a server. ``fingerprint``: of the weights, for /version. ``hosts``: the names by which it is
+def build(engine: Engine, keys: Sequence[str], weights: str, hosts: Sequence[str] = ()) -> ASGIApp:
+    """The application of a server. ``weights``: their checksum, for /version. ``hosts``: the names by which it is
     asked without a key; empty: by any."""
     app = FastAPI(title="comi_jax", version=__version__, docs_url=None, redoc_url=None)
-    app.state.engine, app.state.fingerprint, app.state.started = engine, fingerprint, int(time.time())
+    app.state.engine, app.state.weights, app.state.started = engine, weights, int(time.time())
     app.state.auth = bool(keys)
     preparer, settings = engine.preparer, engine.settings
     files = MemoryFiles() if preparer.saved is None else SavedFiles(preparer.saved)
