@@ -22,7 +22,8 @@ def run(world, output, *more):
 
 
 def bytes_of(output):
-    return {name: (output / name).read_bytes() for name in ("results.json", "table.csv", "table.tex", "accuracy.png")}
+    names = ("results.json", "table.csv", "table.tex", "accuracy.png", "costs.png")
+    return {name: (output / name).read_bytes() for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,8 @@ def test_every_system_has_a_row_at_every_rate(world, made):
     assert {(row["name"], row["rate"]): row["command"] for row in found["rows"]}["snapkv", 4] == (
         f"python -m comi_jax.compare --checkpoint {world.run} --systems=snapkv --rates=4"
     )
-    assert found["about"] == {"data": [str(world.dev)], "n": 6, "rates": [2, 4, 8], "language_model": str(world.lm)}
+    about = {"data": [str(world.dev)], "n": 6, "rates": [2, 4, 8], "language_model": str(world.lm), "trained_by": []}
+    assert found["about"] == about
 
 
 def test_differences_are_paired(made):
@@ -144,7 +146,7 @@ def test_llmlingua2_is_run_once_a_text(world, tmp_path):
     "more, message",
     [
         (["--systems=bm52"], "there is no system 'bm52'; the nearest are bm25"),
-        (["--config=tiny"], "pass either --checkpoint=DIR, for trained systems, or --config=NAME"),
+        (["--config=tiny"], "pass either --config=NAME, to train the systems, or --checkpoint=DIR"),
         (["model.path=x"], "model.path=x: settings come from the checkpoints"),
         (["--data=none.jsonl"], "none.jsonl: does not exist"),
     ],

@@ -1,4 +1,4 @@
-"""A comparison as a printed table, as CSV, LaTeX and JSON, and as the plot of the paper's figure 4."""
+"""A comparison as a printed table, as CSV, LaTeX and JSON."""
 
 import csv
 import dataclasses
@@ -12,42 +12,66 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from comi_jax.errors import ConfigError
 from comi_jax.evaluation.comparison import Row
+from comi_jax.evaluation.comparison_seeds import SPREAD
+from comi_jax.evaluation.paper_figures import NOT_COMPARABLE, beside
 
 # The metrics of the paper's tables, as this project names them, and their headings.
 SHOWN = {"em": "EM, strict", "acc_subspan": "contained", "f1_first": "F1, first reference"}
 STAR = "* a rate that the system was not trained at"
 
 
-def write(rows: Sequence[Row], about: Mapping[str, Any], command: Callable[[Row], str], folder: Path) -> None:
-    """Write results.json (all of it, each row with its ``command``), table.csv and table.tex into ``folder``, each
-    atomically."""
-    content = {"about": dict(about), "rows": [dataclasses.asdict(row) | {"command": command(row)} for row in rows]}
+def write(
+    rows: Sequence[Row], runs: Sequence[Row], about: Mapping[str, Any], command: Callable[[Row], str], folder: Path
+) -> None:
+    """Write results.json (all of it, each row with its ``command``, and the ``runs`` that rows of several seeds are the
+    mean of), table.csv and table.tex into ``folder``, each atomically."""
+    content = {"about": dict(about), "brackets": SPREAD, "rows": [_entry(row, command) for row in rows]}
+    if any(len(row.seeds) > 1 for row in rows):
+        content["seeds"] = [_entry(row, command) for row in runs if row.seed is not None]
     for name, text in (
         ("results.json", json.dumps(content, indent=2) + "\n"),
         ("table.csv", as_csv(rows)),
         ("table.tex", as_latex(rows)),
     ):
-        draft = folder / f"{name}.draft"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / name)
+        write_text(folder / name, text)
+
+
+def _entry(row: Row, command: Callable[[Row], str]) -> dict[str, Any]:
+    return dataclasses.asdict(row) | {"paper": beside("1", row.name, row.rate), "command": command(row)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def show(rows: Sequence[Row], reference: str, console: Console) -> None:
     """Print the table, and below it what was refused and why."""
     counts = {row.result["n"] for row in rows if not row.refused}
-    table = Table(title=f"{', '.join(map(str, sorted(counts)))} questions, 95 % bootstrap intervals")
+    paper = [beside("1", row.name, row.rate) for row in rows]
+    several = any(len(row.seeds) > 1 for row in rows)
+    table = Table(title=f"{', '.join(map(str, sorted(counts)))} questions; {SPREAD}")
     table.add_column("system")
     for heading in ("rate", *SHOWN.values(), "entries", "achieved [min, max]"):
         table.add_column(heading, justify="right")
     if reference:
         table.add_column(f"EM minus {reference}'s, paired", justify="right")
-    for row in rows:
-        table.add_row(row.title, row.label, *_cells(row), *([_difference(row)] if reference else []))
+    if several:
+        table.add_column("seeds", justify="right")
+    if any(paper):
+        table.add_column("paper, %")
+    for row, text in zip(rows, paper, strict=True):
+        more = [_difference(row)] if reference else []
+        more += [str(len(row.seeds) or "-")] if several else []
+        table.add_row(row.title, row.label, *_cells(row), *more, *([text] if any(paper) else []))
     console.print(table)
     if any(row.untrained for row in rows):
         console.print(STAR, highlight=False)
+    if any(paper):
+        console.print(NOT_COMPARABLE, highlight=False)
     for row in rows:
         if row.refused:
             console.print(f"{row.title} at {row.label}: {row.refused}", highlight=False)
@@ -68,7 +92,8 @@ def _difference(row: Row) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line per row: every metric with its interval, the account, and the difference to the reference."""
+    """One line per row: every metric with its interval (of several seeds: the lowest and highest), the account, and the
+    difference to the reference."""
     out = io.StringIO()
     names = [f"{name}{end}" for name in SHOWN for end in ("", "_low", "_high")]
     costs = ["entries", "kv_bytes", "ingest_flop", "question_flop"]
@@ -77,9 +102,11 @@ def as_csv(rows: Sequence[Row]) -> str:
         ["em_difference", "em_difference_low", "em_difference_high"],
     )
     lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(["system", "title", "rate", "untrained_rate", "n", *names, *costs, *ratios, *paired, "refused"])
+    lines.writerow(
+        ["system", "title", "rate", "untrained_rate", "seeds", "n", *names, *costs, *ratios, *paired, "refused"]
+    )
     for row in rows:
-        first = [row.name, row.title, row.rate, int(row.untrained)]
+        first = [row.name, row.title, row.rate, int(row.untrained), " ".join(map(str, row.seeds))]
         if row.refused:
             lines.writerow([*first, *[""] * (1 + len(names) + len(costs) + len(ratios) + len(paired)), row.refused])
             continue
@@ -108,44 +135,3 @@ def as_latex(rows: Sequence[Row]) -> str:
         before = row.title
         lines.append(" & ".join([title, "--" if row.rate is None else row.label, *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against the achieved ratio, with intervals (figure 4), as a PNG. A system without a rate is a level;
-    hollow markers are rates that a system was not trained at."""
-    try:
-        from matplotlib import colormaps  # an extra, and slow to import
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("the plot needs the package matplotlib; pip install 'comi-jax[compare]'") from None
-    panels = {name: SHOWN[name] for name in ("em", "f1_first")}
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    titles = list(dict.fromkeys(row.title for row in rows if not row.refused))
-    for axes, (metric, heading) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        for number, title in enumerate(titles):
-            own = [row for row in rows if row.title == title and not row.refused]
-            style: dict[str, Any] = {"color": colormaps["tab20"](number % 20), "label": title}
-            if own[0].rate is None:
-                axes.axhline(own[0].result["metrics"][metric]["mean"], linestyle="--" if number % 2 else ":", **style)
-                continue
-            marker = "osD^v<>PX*"[number % 10]
-            x = [row.result["account"]["ratio"]["mean"] for row in own]
-            values = [row.result["metrics"][metric] for row in own]
-            y = [value["mean"] for value in values]
-            error = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
-            line = "-" if number < 10 else "-."
-            axes.errorbar(x, y, error, linestyle=line, marker=marker, capsize=2, linewidth=1.2, markersize=5, **style)
-            hollow = [(a, b) for a, b, row in zip(x, y, own, strict=True) if row.untrained]
-            if hollow:
-                axes.plot(*zip(*hollow, strict=True), marker, color="white", markeredgecolor=style["color"], zorder=5)
-        axes.set(xscale="log", xlabel="achieved ratio: context tokens per KV entry", ylabel=heading, ylim=(-0.02, 1.02))
-        ticks = sorted({row.rate for row in rows if row.rate})
-        axes.set_xlim(min(ticks, default=1) / 1.3, max(ticks, default=1) * 1.3)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    draft = path.with_name(f"{path.name}.draft")
-    figure.savefig(draft, dpi=140, format="png", metadata={"Software": None})
-    os.replace(draft, path)

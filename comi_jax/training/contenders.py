@@ -1,0 +1,101 @@
+"""The systems of a comparison: trained ones from their runs' folders, and a language model with the untrained ones."""
+
+import functools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from comi_jax.config import Config
+from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
+from comi_jax.evaluation.answerers import ComiAnswerer
+from comi_jax.evaluation.comparison import Contender
+from comi_jax.evaluation.systems import SYSTEMS, llmlingua2
+from comi_jax.evaluation.systems.answerer import SystemAnswerer
+from comi_jax.runs.description import read_run
+from comi_jax.runs.selection import choose_step
+from comi_jax.runs.stored_weights import weights_of
+from comi_jax.serving.compressor import Comi
+from comi_jax.serving.language_model import LanguageModel
+from comi_jax.training.series import Member
+
+
+def of_run(
+    folder: str, batch_size: int, mesh: Any, member: Member | None = None, *, name: str = "", title: str = "",
+    switches: Sequence[str] = (),
+) -> Contender:  # fmt: skip
+    """The system of the run in ``folder``, which is that of ``member``, or a given checkpoint. ``switches``: overrides
+    of its settings, with ``name`` and ``title`` for the system that it is with them."""
+    step, config = choose_step(folder, "newest"), read_run(folder).config
+    weights = weights_of(folder, step)
+
+    def answerer_at():
+        model = Comi.load(folder, batch_size=batch_size, step=step, mesh=mesh, overrides=switches)
+        return lambda rate: ComiAnswerer(model, weights, rate, step=step)
+
+    name = name or (member.name if member else config.system)
+    title = title or (member.title if member else config.title)
+    rated, seed = config.system != "full_prompt", member.seed if member else None
+    return Contender(name, title, answerer_at, rated, config.compression.rates, seed, str(folder))
+
+
+def untrained(names: Sequence[str], config: Config, batch_size: int, mesh: Any, texts: Path) -> list[Contender]:
+    """The systems ``names`` of ``evaluation.systems``, with the language model of ``config`` as their decoder.
+    ``texts``: what LLMLingua-2 compressed before."""
+
+    @functools.lru_cache(maxsize=1)
+    def model() -> LanguageModel:
+        return LanguageModel.open(config, batch_size=batch_size, mesh=mesh)
+
+    def answerer(name: str, rate: int | None) -> SystemAnswerer:
+        system = SYSTEMS[name].system
+        if name == "llmlingua2" and texts.is_file():
+            system = llmlingua2.LLMLingua2.open(texts)
+        return SystemAnswerer(name, system, model(), config.data, config.generation, rate)
+
+    def open_(name: str):
+        return functools.partial(answerer, name)
+
+    rows = ((name, SYSTEMS[name]) for name in names)
+    return [Contender(name, row.title, functools.partial(open_, name), row.system.needs_budget) for name, row in rows]
+
+
+def compress_texts(asked: Contender, command: str, rates: Sequence[int], records: list[Record], texts: Path) -> None:
+    """Have the program ``command``, PYTHON [MODEL], write the compressed texts that are missing in ``texts``."""
+    for rate in rates:
+        answerer = asked.open()(rate)
+        assert isinstance(answerer, SystemAnswerer)
+        questions, found = answerer.questions(records)[0], {}
+        if texts.is_file():
+            before = llmlingua2.LLMLingua2.open(texts)
+            found = llmlingua2.read_texts(before.texts, before.content)
+        wanted = llmlingua2.requests(questions, [answerer.budget(q) for q in questions], found)
+        if wanted:
+            python, *model = shlex.split(command)
+            llmlingua2.run([python, str(llmlingua2.PROGRAM), *model], wanted, texts)
+
+
+def check_checkpoints(folders: Sequence[str]) -> Config:
+    """The config of the run in the first of ``folders``. Raises ConfigError for runs that do not belong into one
+    table: of other language models or data, or twice of one system."""
+    runs = [read_run(folder) for folder in folders]
+    first = runs[0]
+    for folder, run in zip(folders, runs, strict=True):
+        if run.backbone != first.backbone or run.config.model.path != first.config.model.path:
+            raise ConfigError(
+                f"{folder} has another language model than {folders[0]}; compare them in different outputs"
+            )
+        for name in ("train", "fields", "synthetic_examples", "examples_per_source"):
+            here, there = (getattr(each.config.data, name) for each in (run, first))
+            if here != there:
+                raise ConfigError(
+                    f"{folder} was trained on other data than {folders[0]}: data.{name} is {here!r}, not {there!r}; "
+                    "compare them in different outputs"
+                )
+        if [other.config.system for other in runs].count(run.config.system) > 1:
+            raise ConfigError(
+                f"{folder} is a second run of system={run.config.system}; compare one run of each, or train several "
+                "seeds with --config=NAME --seeds=N"
+            )
+    return first.config
