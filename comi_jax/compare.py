@@ -15,33 +15,49 @@ from rich.console import Console
 
 from comi_jax import cli
 from comi_jax.config import Config, Mesh
+from comi_jax.data.encode import token_ids
+from comi_jax.data.fingerprint import fingerprint_of
 from comi_jax.data.records import Record
 from comi_jax.devices import compilations, sharding
 from comi_jax.errors import ConfigError
-from comi_jax.evaluation import comparison_plots, comparison_tables
-from comi_jax.evaluation.comparison import Contender, Row, compare
+from comi_jax.evaluation import comparison_ablations, comparison_lengths, comparison_output, table_files
+from comi_jax.evaluation.comparison import Row, compare
 from comi_jax.evaluation.comparison_seeds import joined
 from comi_jax.evaluation.systems import SYSTEMS, check_names
 from comi_jax.evaluation.systems.bm25 import BM25
 from comi_jax.overrides import load
 from comi_jax.runs import lock
+from comi_jax.runs.description import read_run
 from comi_jax.runs.folder import Folder
-from comi_jax.training import contenders, series
+from comi_jax.runs.selection import choose_step
+from comi_jax.runs.stored_weights import weights_of
+from comi_jax.serving.compressor import Comi
+from comi_jax.training import contenders, series, timing
 from comi_jax.training.dataset import read_held_out
 from comi_jax.training.signals import STOPPED
+from comi_jax.version import __version__
+from comi_jax.weights.starting_model import StartingModel
 
 TABLES = {
     "1": "accuracy of every system at every rate",
-    "7": "the same as table 1; --rates=2,4,8,16,32 is the default of both",
+    "2": "COMI without each of its steps, trained so and switched off",
+    "3": "latency, and from where on compression pays; with --config of fresh weights, which take as long",
+    "4": "accuracy on each entry of --data",
+    "7": "as table 1; --rates=2,4,8,16,32 is the default of both",
+    "9": "accuracy by the length of the context",
 }
 DIAGNOSED = ("1a", "1b", "5", "6", "8")  # tables and figures of comi_jax.diagnose
-RATES = (2, 4, 8, 16, 32)
+RATES = (2, 4, 8, 16, 32)  # of tables 1 and 7; those of the others are the config's
+SYSTEMS_OF = {  # what --systems=all is, where not every system of the paper's table 1
+    "2": ("comi", *series.ABLATIONS, *series.ALPHAS),
+    "4": ("original", "full_prompt", "comi"),
+    "9": ("original", "full_prompt", "comi"),
+}
 
 
-def rates_of(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     """An argparse type: whole numbers of at least 1, each once."""
-    rates = tuple(map(cli.at_least(1), text.split(",")))
-    return tuple(dict.fromkeys(rates))
+    return tuple(dict.fromkeys(map(cli.at_least(1), text.split(","))))
 
 
 def parser() -> cli.Parser:
@@ -59,10 +75,13 @@ def parser() -> cli.Parser:
         f"{','.join(SYSTEMS)}",
     )
     made.add_argument("--table", default="1", help="; ".join(f"{name}: {text}" for name, text in TABLES.items()))
-    made.add_argument("--rates", type=rates_of, help="context tokens per KV entry")
+    made.add_argument("--rates", type=numbers, help="context tokens per KV entry")
     made.add_argument("--seeds", type=cli.at_least(1), default=1, help="seeds that each system is trained with")
     made.add_argument("--data", nargs="+", help="as data.eval (default: that of the first checkpoint or of the config)")
-    made.add_argument("--limit", type=cli.at_least(1), help="use only the first LIMIT records")
+    made.add_argument("--limit", type=cli.at_least(1), help="use only the first LIMIT records (table 4: of each entry)")
+    made.add_argument("--bins", type=numbers, help="of tables 3 and 9: rising context lengths in tokens")
+    made.add_argument("--new-tokens", type=cli.at_least(2), default=32, help="of table 3: tokens of an answer")
+    made.add_argument("--repeat", type=cli.at_least(5), default=5, help="of table 3: how often each stage is timed")
     made.add_argument("--output", type=cli.path, help="folder (default: CHECKPOINT/comparison, or runs/compare_CONFIG)")
     made.add_argument("--batch-size", type=cli.at_least(1), default=16)
     made.add_argument("--llmlingua2", metavar="PYTHON [MODEL]", help="Python of an environment that has llmlingua")
@@ -86,13 +105,19 @@ def check_table(name: str) -> None:
 def names_of(given: Any) -> tuple[list[str], list[str]]:
     """The trained and the untrained systems of --systems. Raises ConfigError for one that does not exist, or that
     would have to be trained where checkpoints are given."""
-    trained = list(series.SYSTEMS) if given.config else []
-    untrained = [name for name in SYSTEMS if name != "llmlingua2" or given.llmlingua2]
-    groups = {"all": [*trained, *untrained], "none": [], "trained": trained, "untrained": untrained}
-    names = list(dict.fromkeys(groups.get(given.systems, given.systems.split(","))))
+    every = SYSTEMS_OF.get(
+        given.table, (*series.SYSTEMS, *(n for n in SYSTEMS if n != "llmlingua2" or given.llmlingua2))
+    )
+    every = [name for name in every if given.config or name in SYSTEMS]
+    groups: dict[str, list[str]] = {"all": every, "none": []}
+    groups |= {"trained": [n for n in every if n in series.TRAINED], "untrained": [n for n in every if n in SYSTEMS]}
+    asked: list[str] = groups[given.systems] if given.systems in groups else given.systems.split(",")
+    names = list(dict.fromkeys(asked))
     check_names(names, [*series.TRAINED, *SYSTEMS])
     if given.checkpoint and (wrong := [name for name in names if name in series.TRAINED]):
         raise ConfigError(f"{wrong[0]} is trained: add its run to --checkpoint, or train it with --config=NAME")
+    if given.table == "2" and (wrong := [name for name in names if name not in SYSTEMS_OF["2"]]):
+        raise ConfigError(f"{wrong[0]} is not COMI without a step; table 2 has {', '.join(SYSTEMS_OF['2'])}")
     if given.config and not names:
         raise ConfigError(f"--systems={given.systems} leaves nothing to compare; name some systems")
     return [name for name in names if name in series.TRAINED], [name for name in names if name in SYSTEMS]
@@ -119,6 +144,7 @@ def command_of(given: Any, output: Folder, row: Row) -> str:
     words += [f"--output={output}"] if given.config and given.output else []  # where its runs are
     words += ["--data", *given.data] if given.data else []
     words += [f"--limit={given.limit}"] if given.limit else []
+    words += [f"--table={given.table}"] if given.table != "1" else []
     words += [f"--llmlingua2={given.llmlingua2}"] if row.name == "llmlingua2" else []
     alone = row.name in SYSTEMS or (given.config and row.name in series.TRAINED)
     words += [f"--systems={row.name if alone else 'none'}"]
@@ -126,13 +152,16 @@ def command_of(given: Any, output: Folder, row: Row) -> str:
     return shlex.join(["python", "-m", "comi_jax.compare", *words])
 
 
-def held_out(given: Any, config: Config, console: Console) -> list[Record]:
-    """The records that all systems answer."""
-    data = dataclasses.replace(config.data, eval=tuple(given.data or config.data.eval))
-    records, _ = read_held_out(dataclasses.replace(config, data=data), console)
-    if not records:
+def held_out(given: Any, config: Config, console: Console) -> dict[str, list[Record]]:
+    """The records that all systems answer, by the entry of the data where the table tells these apart."""
+    words = tuple(given.data or config.data.eval)
+    found = {}
+    for entry in [(word,) for word in words] if given.table == "4" else [words]:
+        data = dataclasses.replace(config.data, eval=entry)
+        found[" ".join(entry)] = read_held_out(dataclasses.replace(config, data=data), console)[0][: given.limit]
+    if not any(found.values()):
         raise ConfigError("there are no questions; pass --data=FILE, or set data.eval")
-    return records[: given.limit]
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -141,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=cli.width(), soft_wrap=True, markup=False)
     with cli.one_way_out(), contextlib.ExitStack() as until_end:
         check_table(given.table)
+        comparison_lengths.bins_of([], given.bins or comparison_lengths.BINS)  # refused early if they do not rise
         config = config_of(given)
         trained, untrained = names_of(given)
         if "bm25" in untrained:
@@ -151,35 +181,75 @@ def main(arguments: list[str] | None = None) -> None:
         until_end.enter_context(lock.held(output, console.print))
         compilations.keep()
         records = held_out(given, config, console)
+        rates = given.rates or (RATES if given.table in ("1", "7") else config.compression.rates)
+        every = [record for part in records.values() for record in part]
+        if given.table == "3":
+            time_systems(given, config, runs, untrained, rates, every, output, console)
+            return
         if not series.train(runs, console):
             sys.exit(STOPPED)
         mesh = sharding.make_mesh(Mesh(data=1, fsdp=0)) if jax.device_count() > 1 else None
-        systems = [contenders.of_run(folder, given.batch_size, mesh) for folder in given.checkpoint]
-        systems += [contenders.of_run(str(run.folder), given.batch_size, mesh, run) for run in runs]
-        systems += untrained_of(given, untrained, config, mesh, records, output)
-        reference = "comi" if any(c.name == "comi" for c in systems) else ""
-        rates = given.rates or RATES
-        rows = compare(systems, rates, records, output.path, console)
-        table = joined(rows, output.path, reference)
-        about = {"data": list(given.data or config.data.eval), "n": len(records), "rates": rates}
+        places: list[Any] = [(folder, None) for folder in given.checkpoint] or [(str(run.folder), run) for run in runs]
+        systems = contenders.of_runs(places, given.batch_size, mesh, given.table == "2")
+        texts = output.path / "llmlingua2.jsonl"
+        systems += contenders.untrained(untrained, config, given.batch_size, mesh, texts)
+        for system in systems:
+            if system.name == "llmlingua2" and given.llmlingua2:
+                contenders.compress_texts(system, given.llmlingua2, rates, every, texts)
+        rows = compare(systems, rates, every, output.path, console)
+        about = {"data": list(given.data or config.data.eval), "n": len(every), "rates": rates}
         about |= {"language_model": config.model.path, "trained_by": [run.command for run in runs]}
-        comparison_tables.write(table, rows, about, functools.partial(command_of, given, output), output.path)
-        comparison_plots.accuracy(table, output.path / "accuracy.png")
-        comparison_plots.costs(table, output.path / "costs.png")
-    comparison_tables.show(table, "COMI" if reference else "", console)
-    console.print(f"results.json, table.csv, table.tex, accuracy.png and costs.png are in {output}", highlight=False)
+        write(given, config, rows, records, about, output, console)
 
 
-def untrained_of(
-    given: Any, names: list[str], config: Config, mesh: Any, records: list[Record], output: Folder
-) -> list[Contender]:
-    """The untrained systems ``names``; for LLMLingua-2 its program is run first."""
-    texts = output.path / "llmlingua2.jsonl"
-    found = contenders.untrained(names, config, given.batch_size, mesh, texts)
-    for contender in found:
-        if contender.name == "llmlingua2" and given.llmlingua2:
-            contenders.compress_texts(contender, given.llmlingua2, given.rates or RATES, records, texts)
-    return found
+def time_systems(
+    given: Any, config: Config, runs: list[series.Member], untrained: list[str], rates: tuple[int, ...],
+    records: list[Record], output: Folder, console: Console,
+) -> None:  # fmt: skip
+    """Table 3; one that was measured by the same command on such a machine is shown again."""
+    words = ("checkpoint", "config", "overrides", "data", "limit", "bins", "new_tokens", "repeat")
+    about = {name: getattr(given, name) for name in words}
+    about |= {"systems": [*(run.name for run in runs), *untrained], "rates": rates, "machine": timing.machine()}
+    about |= {"records": fingerprint_of(records), "version": __version__, "weights": []}
+    about["weights"] = [weights_of(folder, choose_step(folder, "newest")) for folder in given.checkpoint]
+    table = table_files.stored("3", about, output.path)
+    if table:
+        path = output.path / "table_3.json"
+        console.print(f"{path} was measured by this command before; remove it to measure again", highlight=False)
+    else:
+        models = {read_run(folder).config.system: Comi.load(folder, batch_size=1) for folder in given.checkpoint}
+        models |= {run.name: timing.fresh(run.config) for run in runs if run.seed == config.train.seed}
+        table = timing.table(
+            models, untrained, config, records, rates, given.bins, given.new_tokens, given.repeat,
+            output.path / "table_3.png", console,
+        )  # fmt: skip
+    comparison_output.sheet(table, about, output.path, console)
+    console.print(f"the picture is {output.path / 'table_3.png'}", highlight=False)
+
+
+def write(
+    given: Any, config: Config, rows: list[Row], records: dict[str, list[Record]], about: dict[str, Any],
+    output: Folder, console: Console,
+) -> None:  # fmt: skip
+    """Write and print the table of ``rows``."""
+    command = functools.partial(command_of, given, output)
+    if given.table in ("1", "7"):
+        comparison_output.accuracy(rows, about, command, output.path, console)
+        return
+    if given.table == "2":
+        titles = {name: variant.title for name, variant in (series.ABLATIONS | series.ALPHAS).items()}
+        table = comparison_ablations.table_2(joined(rows, output.path, "comi"), titles)
+    else:
+        every = [record for part in records.values() for record in part]
+        tokens = token_ids(StartingModel.open(config).tokenizer, [record.context_text() for record in every])
+        lengths, number = [len(ids) for ids in tokens], iter(range(len(every)))
+        groups = {entry: [next(number) for _ in part] for entry, part in records.items()}
+        if given.table == "9":
+            groups = comparison_lengths.bins_of(lengths, given.bins or comparison_lengths.BINS)
+        what, longest = {"4": "data", "9": "context tokens"}[given.table], config.data.max_context
+        table = comparison_lengths.by_group(given.table, what, rows, output.path, groups, lengths, longest)
+    table.more["commands"] = {f"{row.title} at {row.label}": command(row) for row in rows}
+    comparison_output.sheet(table, about, output.path, console)
 
 
 if __name__ == "__main__":

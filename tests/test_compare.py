@@ -101,7 +101,7 @@ def test_the_next_start_takes_over_what_is_done_and_gives_the_same_table(world, 
     capsys.readouterr()
     monkeypatch.setattr(comparison, "evaluate", evaluate)
     run(world, output, "--systems=truncation_tail", "--rates=2", "--limit=5")
-    assert "truncation_tail_2x.json is of other records, weights or options: evaluated again" in capsys.readouterr().out
+    assert "truncation_tail_2x.json is of other records: evaluated again" in capsys.readouterr().out
 
 
 def test_a_row_that_cannot_be_is_refused_and_the_others_are_there(world, tmp_path, capsys):

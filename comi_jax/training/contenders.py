@@ -11,6 +11,7 @@ from comi_jax.data.records import Record
 from comi_jax.errors import ConfigError
 from comi_jax.evaluation.answerers import ComiAnswerer
 from comi_jax.evaluation.comparison import Contender
+from comi_jax.evaluation.comparison_ablations import OFF
 from comi_jax.evaluation.systems import SYSTEMS, llmlingua2
 from comi_jax.evaluation.systems.answerer import SystemAnswerer
 from comi_jax.runs.description import read_run
@@ -18,7 +19,7 @@ from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.language_model import LanguageModel
-from comi_jax.training.series import Member
+from comi_jax.training.series import ABLATIONS, Member
 
 
 def of_run(
@@ -38,6 +39,22 @@ def of_run(
     title = title or (member.title if member else config.title)
     rated, seed = config.system != "full_prompt", member.seed if member else None
     return Contender(name, title, answerer_at, rated, config.compression.rates, seed, str(folder))
+
+
+def of_runs(places: Sequence[tuple[str, Member | None]], batch_size: int, mesh: Any, switches: bool) -> list[Contender]:
+    """The systems of runs in folders; with ``switches``, then COMI's with each step of ABLATIONS switched off in use.
+    Raises ConfigError if there is no COMI to switch them off."""
+    found = [of_run(folder, batch_size, mesh, member) for folder, member in places]
+    whole = [place for place, system in zip(places, found, strict=True) if switches and system.name == "comi"]
+    if switches and not whole:
+        raise ConfigError("there is no COMI to take a step from; add comi to --systems, or its run to --checkpoint")
+    return found + [
+        of_run(
+            folder, batch_size, mesh, member, name=name + OFF, title=f"COMI, {variant.title}, switched off",
+            switches=variant.settings,
+        )
+        for name, variant in ABLATIONS.items() for folder, member in whole
+    ]  # fmt: skip
 
 
 def untrained(names: Sequence[str], config: Config, batch_size: int, mesh: Any, texts: Path) -> list[Contender]:
