@@ -146,8 +146,9 @@ def command_of(given: Any, output: Folder, row: Row) -> str:
     words += [f"--limit={given.limit}"] if given.limit else []
     words += [f"--table={given.table}"] if given.table != "1" else []
     words += [f"--llmlingua2={given.llmlingua2}"] if row.name == "llmlingua2" else []
-    alone = row.name in SYSTEMS or (given.config and row.name in series.TRAINED)
-    words += [f"--systems={row.name if alone else 'none'}"]
+    name = "comi" if row.name.endswith(comparison_ablations.OFF) else row.name
+    alone = name in SYSTEMS or (given.config and name in series.TRAINED)
+    words += [f"--systems={name if alone else 'none'}"]
     words += [f"--rates={row.rate}"] if row.rate else []
     return shlex.join(["python", "-m", "comi_jax.compare", *words])
 
