@@ -132,12 +132,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """The data. Each entry of ``train`` and ``eval`` is [SCHEMA:]PLACE[@WEIGHT], or "synthetic" alone:
+    """The data. Each entry of ``train`` and ``eval`` is [SCHEMA:]PLACE[@WEIGHT], or generated data alone:
 
         train.jsonl  'part-*.jsonl.gz'   JSON Lines, plain or gzipped; a glob
         prepared/                        a folder written by comi_jax.prepare
         hotpotqa:hotpot.jsonl@0.5        a published schema; an epoch takes half of the examples (@2: each one twice)
         hf://OWNER/NAME[/CONFIG][#SPLIT] a dataset of the Hugging Face hub
+        synthetic                        generated; or synthetic-documents, each with options (``data.generated``)
 
     Without SCHEMA, all fields of an example decide. ``comi_jax.data.sources`` reads them. Files are JSON Lines or CSV
     (plain, .gz, .bz2, .xz, .zst) or Parquet; ~ is the home folder, and a comma in a path is written ``\\,``.
@@ -153,7 +154,7 @@ class Data:
     fields: tuple[str, ...] = ()
     examples_per_source: int = 0  # at most, drawn by comi_jax.prepare from each entry of data.train; 0: all
     eval_examples: int = 0  # how many records of data.eval to use, from the first; 0: all
-    synthetic_examples: int = 0  # how many training records "synthetic" generates
+    synthetic_examples: int = 0  # how many training records are generated
     max_context: int = 32_768  # tokens
     max_query: int = 256
     max_answer: int = 64  # including the end-of-sequence token
