@@ -76,6 +76,10 @@ def icae(given: Any) -> None:
     require(0.0 <= given.dropout < 1.0, f"icae.dropout is {given.dropout}; it must lie in [0, 1)")
 
 
+def beacon(given: Any) -> None:
+    require(given.window >= 1, f"beacon.window is {given.window}; it must be at least 1")
+
+
 def model(given: Any) -> None:
     one_of("model.dtype", given.dtype, ("float32", "bfloat16"))
     one_of("model.attention", given.attention, ("", "dense", "blocked", "cudnn", "splash"))
@@ -181,6 +185,11 @@ def _rival(given: Any) -> None:
     set_true = [f"compression.{n}=true" for n in ("learn_mig", "exact_groups") if getattr(given.compression, n)]
     for word in off + set_true:
         raise ConfigError(f"{word} changes COMI, not system={given.system}; leave one of them out")
+    require(
+        given.system != "beacon" or given.beacon.window >= max(given.compression.rates),
+        f"beacon.window is {given.beacon.window}, below the largest rate {max(given.compression.rates)}: a window would "
+        "be less than one group of tokens; raise it",
+    )
     require(
         given.mesh.context == 1,
         f"mesh.context is {given.mesh.context}, but system={given.system} cannot split the tokens of a row over "

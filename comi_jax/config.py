@@ -106,6 +106,17 @@ class Icae:
 
 
 @dataclass(frozen=True)
+class Beacon:
+    """Settings of system=beacon (docs/baselines.md)."""
+
+    # Context tokens that beacons are interleaved with at a time; an unfinished last window stays as it is.
+    window: int = 1024
+
+    def __post_init__(self):
+        checks.beacon(self)
+
+
+@dataclass(frozen=True)
 class Model:
     path: str = ""  # Hugging Face folder of the pretrained backbone, a COMI run, or "tiny" for the bundled model
     hub: str = ""  # where that folder is published, for the message when it is missing
@@ -246,7 +257,13 @@ class Generation:
 
 
 # The trained systems by name, with their titles in tables; model/systems.py has what each computes.
-SYSTEMS = {"comi": "COMI", "full_prompt": "full prompt, tuned", "gmsa": "GMSA", "icae": "ICAE"}
+SYSTEMS = {
+    "comi": "COMI",
+    "full_prompt": "full prompt, tuned",
+    "gmsa": "GMSA",
+    "icae": "ICAE",
+    "beacon": "Activation Beacon",
+}
 
 
 @dataclass(frozen=True)
@@ -258,6 +275,7 @@ class Config:
     lora: Lora = field(default_factory=Lora)
     gmsa: Gmsa = field(default_factory=Gmsa)
     icae: Icae = field(default_factory=Icae)
+    beacon: Beacon = field(default_factory=Beacon)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)
@@ -284,8 +302,16 @@ def max_groups(length: int, rate: int) -> int:
     return -(-length // rate)
 
 
-def memory_length(system: str, compression: Compression, context: int, rate: int) -> int:
+def beacons_of(beacon: Beacon, context: int, rate: int) -> tuple[int, int]:
+    """The beacons of the full windows of ``context`` tokens, and the tokens of the unfinished last one."""
+    windows, rest = divmod(context, beacon.window)
+    return windows * max_groups(beacon.window, rate), rest
+
+
+def memory_length(system: str, compression: Compression, beacon: Beacon, context: int, rate: int) -> int:
     """The most entries of the decoder's KV cache that stand for a context of ``context`` tokens."""
     if system == "full_prompt":
         return context
+    if system == "beacon":
+        return sum(beacons_of(beacon, context, rate))
     return sum(max_groups(segment, rate) for segment in compression.segments(context))

@@ -10,7 +10,7 @@ Expected, in 3 to 7 minutes: em 0.97 to 0.99 with COMI, 0.15 to 0.18 with mean p
 of floating-point sums (more devices or processes) changes these by a few hundredths.
 """
 
-from comi_jax.config import Compression, Config, Data, Generation, Model, Optimizer, Train
+from comi_jax.config import Beacon, Compression, Config, Data, Generation, Model, Optimizer, Train
 
 
 def get_config() -> Config:
@@ -18,6 +18,8 @@ def get_config() -> Config:
         model=Model(path="tiny", dtype="float32", remat="off"),
         # The paper has alpha_fine 1; 4 weights the tokens of a group more sharply by their relevance.
         compression=Compression(rates=(8,), encoder_layers=2, lsa_layers=1, segment_size=192, alpha_fine=4.0),
+        # system=beacon: contexts of 168 tokens would be an unfinished window of the published size, uncompressed.
+        beacon=Beacon(window=32),
         data=Data(
             train=("synthetic",),
             eval=("synthetic",),

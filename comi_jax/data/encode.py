@@ -12,7 +12,7 @@ import numpy as np
 
 from comi_jax.backbone import Backbone
 from comi_jax.checks import shown
-from comi_jax.config import Config, Data, max_groups, memory_length
+from comi_jax.config import Beacon, Config, Data, beacons_of, max_groups, memory_length
 from comi_jax.data.records import BYTE_ORDER_MARK, Record
 from comi_jax.errors import UserError
 
@@ -119,7 +119,7 @@ def check_positions(
         context, query = len(example.context), len(example.query)
         answer = len(example.answer) if new_tokens is None else new_tokens
         _check_encoder(f"record {number}", config, context, query, min_rate, limit)
-        memory = memory_length(system, config.compression, context, min_rate)
+        memory = memory_length(system, config.compression, config.beacon, context, min_rate)
         advice = "lower data.max_context" + f" or raise the rate {min_rate}" * (system != "full_prompt")
         task = int(system == "icae")  # a learned vector between memory and query
         if memory + task + query + answer > limit:
@@ -138,6 +138,8 @@ def _check_encoder(where: str, config: Config, context: int, query: int, rate: i
     """Raise LengthError if a segment of a context and what the encoder reads after it exceed ``limit`` positions."""
     if config.system == "full_prompt":
         return
+    if config.system == "beacon":
+        return _check_windows(where, config.beacon, context, rate, limit)
     longest = max(config.compression.segments(context), default=0)
     slots, most = max_groups(longest, rate), config.icae.memory_tokens
     after, what = {"comi": (query, f"a query of {query}"), "icae": (slots, f"{slots} memory tokens")}.get(
@@ -152,6 +154,16 @@ def _check_encoder(where: str, config: Config, context: int, query: int, rate: i
         raise LengthError(
             f"{where}: a segment of {longest} tokens at rate {rate} needs {slots} memory tokens, more than "
             f"icae.memory_tokens, {most}; lower compression.segment_size to {most * rate}"
+        )
+
+
+def _check_windows(where: str, beacon: Beacon, context: int, rate: int, limit: int) -> None:
+    """Raise LengthError if the last full window of a context, with all beacons, exceeds ``limit`` positions."""
+    beacons = beacons_of(beacon, context, rate)[0]
+    if beacons and beacons + beacon.window > limit:
+        raise LengthError(
+            f"{where}: a window of {beacon.window} tokens and {beacons} beacons are more than the {limit} positions of "
+            f"the model; lower data.max_context or beacon.window, or raise the rate {rate}"
         )
 
 

@@ -136,7 +136,8 @@ def forward(
     Rows are right-padded: causality hides padding from real tokens, and results at padded positions are undefined. With
     a ``cache``, keys and values are written into it; with ``start`` too, row b's tokens are at positions start[b],
     start[b] + 1, ... and attend to everything before them in the cache. With a ``context`` instead, rows continue its
-    contexts, whose keys and values are shared. Returns the states and the updated cache.
+    contexts, whose keys and values are shared. Returns the states and the updated cache. If ``lora`` marks tokens, no
+    cache is given, and that of these tokens alone is returned, with their keys moved on.
     """
     batch, length, _ = x.shape
     first = jnp.zeros((batch,), jnp.int32) if start is None else start
@@ -147,6 +148,8 @@ def forward(
     weight_shardings = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
     activations = token_sharding(x, runtime) if cache is None and context is None else None
 
+    marks = lora is not None and lora.marked is not None
+
     def body(carry, layer):
         x, cache = carry
         x = checkpoint_name(_constrain(x, activations), "input")
@@ -154,11 +157,11 @@ def forward(
         # Cast on their shards, which halves the bytes of the all-gather; gradients are reduce-scattered to the shards.
         weights = {name: w.astype(x.dtype) for name, w in weights.items()}
         weights = {name: _constrain(w, weight_shardings.get(name)) for name, w in weights.items()}
-        x, cache = block(
+        x, made = block(
             weights, x, rope, backbone, index=index, cache=cache, start=start, context=shared, lora=adapters,
             runtime=runtime,
         )  # fmt: skip
-        return (_constrain(x, activations), cache), None
+        return (_constrain(x, activations), None if marks else made), made if marks else None
 
     if runtime.remat != "off":
         body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(runtime.remat))
@@ -166,9 +169,9 @@ def forward(
     shared = None
     if context is not None:
         shared = (context.k, context.v, jnp.broadcast_to(context.length, (layers, *context.length.shape)))
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora, shared))
+    (x, cache), kept = jax.lax.scan(body, (x, cache), (jnp.arange(layers), params["layers"], lora, shared))
     x = _constrain(x, activations)
-    return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), cache
+    return rms_norm(x, params["norm"].astype(x.dtype), backbone.rms_norm_eps), kept if marks else cache
 
 
 def layer_shardings(backbone: Backbone, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -215,11 +218,14 @@ def block(
     context: tuple[Float[Array, "C S K H"], Float[Array, "C S K H"], Int[Array, " C"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """One transformer block; ``index`` is its layer index in the cache; ``context`` has this layer's keys and values of
-    the contexts that the rows continue, and their lengths."""
+    the contexts that the rows continue, and their lengths. Returns the states and the updated cache, or this layer's
+    keys and values of the tokens that ``lora`` marks."""
     w = {name: value.astype(x.dtype) for name, value in weights.items()}
     with jax.named_scope("attention_block"):
         q, k, v = (checkpoint_name(x, "projections") for x in attention_inputs(w, x, rope, backbone, lora))
-        if cache is not None:
+        if lora is not None and lora.marked is not None:
+            cache = keep(lora.marked, k, v, backbone)
+        elif cache is not None:
             cache = write(cache, index, start, k, v)
             if start is not None:  # otherwise the cache holds only these k and v
                 k, v = cache.k[index], cache.v[index]
@@ -234,6 +240,14 @@ def block(
         slices = platform(runtime.mesh) == "cpu" and runtime.context_shards == 1
         x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps), slices)
     return x, cache
+
+
+def keep(
+    marked: lora_module.Marked, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], backbone: Backbone
+) -> KVCache:
+    """Keys and values [B, M, K, H] of the marked tokens of one layer, the keys moved on to other positions."""
+    moved = rotation(backbone, marked.moved)
+    return KVCache(rotate(lora_module.take(marked, k), moved), lora_module.take(marked, v))
 
 
 def attention_inputs(
@@ -274,13 +288,9 @@ def _project(
     out = jnp.einsum("btd,dnh->btnh", x, w[name])
     if f"{name}_bias" in w:
         out = out + w[f"{name}_bias"][None, None]
-    if lora is not None and name in lora.weights:
-        out = out + lora_module.apply(lora, name, x).reshape(out.shape)
-    return out
+    return lora_module.add(lora, name, x, out)
 
 
 def _project_out(w: Tree, lora: lora_module.Adapters | None, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     out = jnp.einsum("btnh,nhd->btd", x, w["o"])
-    if lora is not None and "o" in lora.weights:
-        out = out + lora_module.apply(lora, "o", x.reshape(*x.shape[:2], -1))
-    return out
+    return lora_module.add(lora, "o", x.reshape(*x.shape[:2], -1), out)

@@ -68,6 +68,12 @@ def blocks(backbone: Backbone, layers: int, tokens: int, trained: tuple[bool, bo
     return cost
 
 
+def seen(backbone: Backbone, before: int, tokens: int) -> Cost:
+    """The attention of all blocks from a row of ``tokens`` to ``before`` entries that it continues."""
+    scores = 4.0 * backbone.num_hidden_layers * before * tokens * backbone.num_attention_heads * backbone.head_dim
+    return Cost(scores, 2 * scores)
+
+
 def head(backbone: Backbone, positions: int) -> Cost:
     """The vocabulary projection, which is frozen, at ``positions``."""
     product = 2.0 * positions * backbone.hidden_size * backbone.vocab_size

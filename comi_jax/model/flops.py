@@ -6,14 +6,19 @@ The systems count themselves (``systems``); what is done with a context once, wh
 import dataclasses
 
 from comi_jax import config
-from comi_jax.model.costs import Cost, Lengths, adapters, attention_weights, blocks, head, mlp_weights
+from comi_jax.model.costs import Cost, Lengths, adapters, attention_weights, blocks, head, mlp_weights, seen
 from comi_jax.model.shape import Architecture, Stage
 from comi_jax.model.systems import system_of
 
 
 def memory_length(arch: Architecture, lengths: Lengths) -> int:
-    """The number of memory vectors of a context, not counting that groups may be empty."""
-    return config.memory_length(arch.system, arch.compression, lengths.context, lengths.rate)
+    """The entries that stand for a context, its memory vectors, not counting that groups may be empty."""
+    return config.memory_length(arch.system, arch.compression, arch.beacon, lengths.context, lengths.rate)
+
+
+def already_read(arch: Architecture, lengths: Lengths) -> int:
+    """How many of these are keys and values that the decoder has already when it reads its prompt."""
+    return config.beacons_of(arch.beacon, lengths.context, lengths.rate)[0] if arch.system == "beacon" else 0
 
 
 def by_part(arch: Architecture, lengths: Lengths, stage: Stage = "answering") -> dict[str, Cost]:
@@ -47,9 +52,8 @@ def compress(arch: Architecture, lengths: Lengths) -> float:
 def read(arch: Architecture, before: int, tokens: int) -> float:
     """FLOP of the decoder's blocks over ``tokens`` that follow ``before`` cached ones."""
     backbone = arch.backbone
-    seen = 4.0 * backbone.num_hidden_layers * before * tokens * backbone.num_attention_heads * backbone.head_dim
     own = blocks(backbone, backbone.num_hidden_layers, tokens, (False, False)) + adapters(backbone, arch.lora, tokens)
-    return seen + own.forward
+    return (seen(backbone, before, tokens) + own).forward
 
 
 def answer(arch: Architecture, lengths: Lengths, new_tokens: int) -> float:
@@ -58,5 +62,6 @@ def answer(arch: Architecture, lengths: Lengths, new_tokens: int) -> float:
     layers, heads = backbone.num_hidden_layers, backbone.num_attention_heads * backbone.head_dim
     weights = layers * (attention_weights(backbone) + mlp_weights(backbone))
     cached = sum(4.0 * layers * (rows + i) * heads for i in range(1, new_tokens))
-    prefill = blocks(backbone, layers, rows, (False, False)).forward
+    before = already_read(arch, lengths)
+    prefill = (blocks(backbone, layers, rows - before, (False, False)) + seen(backbone, before, rows - before)).forward
     return prefill + 2.0 * weights * (new_tokens - 1) + cached + head(backbone, new_tokens).forward

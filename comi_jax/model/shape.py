@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 
 from comi_jax.backbone import Backbone
-from comi_jax.config import Compression, Config, Icae, Lora
+from comi_jax.config import Beacon, Compression, Config, Icae, Lora
 from comi_jax.model import backbone as lm
 from comi_jax.params import ParamSpec
 
@@ -27,6 +27,7 @@ class Architecture:
     runtime: lm.Runtime = lm.Runtime()
     system: str = "comi"  # one of config.SYSTEMS
     icae: Icae = Icae()
+    beacon: Beacon = Beacon()
 
     def __post_init__(self):
         self.compression.check(self.backbone)
@@ -35,7 +36,8 @@ class Architecture:
     def of(cls, backbone: Backbone, config: Config) -> "Architecture":
         model = config.model
         runtime = lm.Runtime(attention=model.attention or None, kernels=model.kernels or None, remat=model.remat)
-        return cls(backbone, config.compression, config.lora, model.dtype, runtime, config.system, config.icae)
+        own = config.system, config.icae, config.beacon
+        return cls(backbone, config.compression, config.lora, model.dtype, runtime, *own)
 
     def on(self, mesh: jax.sharding.Mesh) -> "Architecture":
         """The same model on the devices of ``mesh``."""

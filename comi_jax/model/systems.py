@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array
 
 from comi_jax.model import comi_memory
-from comi_jax.model.baselines import full_prompt, gmsa, icae
+from comi_jax.model.baselines import beacon, full_prompt, gmsa, icae
 from comi_jax.model.batch import Batch
 from comi_jax.model.costs import Cost, Lengths
 from comi_jax.model.memory import Memory
@@ -32,8 +32,8 @@ class System(Protocol):
     def memory_of(
         self, params: Tree, arch: Architecture, batch: Batch, min_rate: int, dropout_key: Array | None = None
     ) -> Memory:
-        """What the decoder reads in place of the contexts, for every example. Its length is the number of entries of
-        the decoder's KV cache that stand for the context. ``min_rate`` is the static lower bound of the rates."""
+        """What stands for the contexts in the decoder, for every example: vectors that it reads, keys and values that
+        it continues, or both. ``min_rate`` is the static lower bound of the rates."""
         ...
 
     def costs(self, arch: Architecture, lengths: Lengths, stage: Stage) -> dict[str, Cost]:
@@ -42,7 +42,13 @@ class System(Protocol):
         ...
 
 
-SYSTEMS: dict[str, System] = {"comi": comi_memory, "full_prompt": full_prompt, "gmsa": gmsa, "icae": icae}
+SYSTEMS: dict[str, System] = {
+    "comi": comi_memory,
+    "full_prompt": full_prompt,
+    "gmsa": gmsa,
+    "icae": icae,
+    "beacon": beacon,
+}
 
 
 def system_of(arch: Architecture) -> System:

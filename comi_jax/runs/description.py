@@ -22,7 +22,7 @@ FORMAT = 1
 CHANGEABLE = (
     "data.max_context", "data.max_query", "data.on_long", "data.buckets", "model.attention", "model.kernels",
     "model.dtype", "compression.rates", "compression.segment_size", "compression.coarse", "compression.fine",
-    "compression.exact_groups", "compression.coarse_redundancy", "compression.fine_redundancy",
+    "beacon.window", "compression.exact_groups", "compression.coarse_redundancy", "compression.fine_redundancy",
     "generation.max_new_tokens", "generation.repetition_penalty", "generation.temperature", "generation.top_k",
     "generation.top_p", "generation.seed", "generation.stop_strings",
 )  # fmt: skip
