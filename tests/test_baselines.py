@@ -341,7 +341,10 @@ def test_the_number_of_autoencoding_steps_is_a_share_of_all():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"system": "gsma"}, "no system 'gsma'; the nearest are gmsa; there are: comi, full_prompt, gmsa, icae, beacon"),
+        (
+            {"system": "gsma"},
+            "no system 'gsma'; the nearest are gmsa; there are: comi, full_prompt, gmsa, icae, beacon",
+        ),
         ({"system": ""}, "no system ''; there are: comi"),
         (
             {"system": "gmsa", "compression": Compression(coarse=False)},

@@ -7,19 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_detokenizer
 import tiny_models
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import Beacon, Compression, Config, ConfigError, Generation, Lora, Mesh, Optimizer, memory_length
+from comi_jax.config import Beacon, Compression, Config, ConfigError, Generation, Lora, Mesh, memory_length
 from comi_jax.data.encode import Example, LengthError, check_positions
 from comi_jax.devices import sharding
 from comi_jax.model import backbone as lm
-from comi_jax.model import comi, flops, generate, lora
-from comi_jax.model.architecture import Architecture, is_trained, specs
+from comi_jax.model import comi, flops, lora, sampling
+from comi_jax.model.architecture import Architecture, is_trained, own_parameters, specs
 from comi_jax.model.baselines import beacon
 from comi_jax.model.batch import Batch
-from comi_jax.params import abstract, flatten, partition
-from comi_jax.training import optim
+from comi_jax.model.cache import ContextKV, empty_cache
+from comi_jax.params import abstract, combine, flatten, partition
+from comi_jax.serving import batching
+from comi_jax.serving.prompts import PromptEmbeddings
+from comi_jax.serving.slots import SlotDecoder
 from comi_jax.training.state import TrainState
 from comi_jax.training.step import CompiledStep
 
@@ -162,3 +166,241 @@ def test_windows_in_turn_equal_one_dense_masked_pass(kind, batch):
         expected, beacons = dense_logits(params, arch, context, query, answer, rate)
         assert (entries[i], raw[i]) == (beacons + len(context) % WINDOW, len(context) % WINDOW)
         np.testing.assert_allclose(logits[i, : len(answer)], expected, rtol=1e-4, atol=1e-4)
+
+
+def repeated(batch):
+    """The same examples, each with a context of its own."""
+    contexts = {name: np.repeat(getattr(batch, name), batch.share, axis=0) for name in ("context", "context_length")}
+    return batch.replace(**contexts)
+
+
+def test_examples_that_share_a_context_have_the_beacons_that_each_had_alone(batch):
+    """Read once for all with a single rate, and the gradients are the same."""
+    arch = arch_of(rank=0, rates=(3,))
+    batch = batch.replace(rate=np.full(8, 3, np.int32))
+    trained, frozen = partition(params_of(arch), lambda path: is_trained(path, arch))
+
+    @jax.jit
+    def run(trained, batch):
+        def loss(trained):
+            return comi.loss(combine(trained, frozen), arch, batch, 3).loss
+
+        return jax.value_and_grad(loss)(trained)
+
+    (shared, gradients), (alone, expected) = (run(trained, rows) for rows in (batch, repeated(batch)))
+    assert float(shared) == pytest.approx(float(alone), rel=1e-5)
+    for path, gradient in expected.items():
+        assert np.linalg.norm(gradient) > 0
+        assert np.linalg.norm(gradients[path] - gradient) <= 1e-5 * np.linalg.norm(gradient), path
+    memory = jax.eval_shape(lambda p, b: beacon.memory_of(p, arch, b, 3), params_of(arch), batch)
+    assert memory.before.k.shape[1] == 4 and memory.length.shape == (8,)
+
+
+def test_padding_and_companions_change_nothing(batch):
+    arch = arch_of()
+    params = params_of(arch)
+
+    @jax.jit
+    def run(params, batch):
+        memory = comi.memory_of(params, arch, batch, MIN_RATE)
+        return memory.entries, comi.answer_logits(params, arch, memory, batch)
+
+    def padded(name):
+        ids, length = np.array(getattr(batch, name)), getattr(batch, f"{name}_length")
+        return np.where(np.arange(ids.shape[1])[None, :] >= length[:, None], (ids + 17) % 61, ids)
+
+    other = batch.replace(**{name: padded(name) for name in ("context", "query", "answer")})
+    real = np.arange(4)[None, :] < batch.answer_length[:, None]
+    (entries, logits), (entries_2, logits_2) = run(params, batch), run(params, other)
+    np.testing.assert_array_equal(entries, entries_2)
+    np.testing.assert_array_equal(np.asarray(logits)[real], np.asarray(logits_2)[real])
+    contexts, order = [0, 3, 2, 1], [0, 1, 6, 7, 4, 5, 2, 3]
+    strangers = {name: value[contexts if "context" in name else order] for name, value in vars(other).items()}
+    np.testing.assert_allclose(run(params, batch.replace(**strangers))[1][0], logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_model_reads_beacons_with_the_projections_of_its_tokens():
+    arch = arch_of(rank=0)
+    own = own_parameters(arch, seed=0)
+    assert set(own) == {"beacons/embed"} | {f"beacons/layers/{name}" for name in beacon.OWN}
+    assert all(np.any(np.asarray(value)) == (path == "beacons/embed") for path, value in own.items())
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_slots_and_training_choose_the_same_tokens(batch):
+    """Greedy answers in a batch and in slots; the training logits of each answer prefer its own next token."""
+    arch, new = arch_of(), 4
+    params = params_of(arch)
+    memory = batching.remember(params, batch, arch, MIN_RATE)
+    rules = sampling.rules(Generation(), 8)
+    begun = batching.begin(params, memory, batch, rules, arch, (), new, False)
+    ids = batching.proceed(params, begun, rules, np.zeros(8, bool), np.int32(new), arch, (), False).ids
+    asked = batch.replace(answer=np.asarray(ids), answer_length=np.full(8, new, np.int32))
+    logits = jax.jit(lambda p, m, b: comi.answer_logits(p, arch, m, b))(params, memory, asked)
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), ids)
+
+    whole = batching.prompt(params, memory, batch, arch)
+    rows, before = np.asarray(whole.rows), jax.tree.map(np.asarray, whole.before)
+    prompts = [
+        PromptEmbeddings(
+            rows[i, : int(whole.length[i])], 0, int(memory.entries[i]), False,
+            before=ContextKV(before.k[:, [i]], before.v[:, [i]], before.length[[i]]),
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    loop = SlotDecoder(params, arch, (), test_detokenizer.byte_level(), Generation(), slots=2, length=32)
+    handles = [loop.submit(prompt, Generation(max_new_tokens=new)) for prompt in prompts]
+    while loop.live or loop.waiting:
+        loop.step()
+    np.testing.assert_array_equal([handle.tokens for handle in handles], ids)
+    positions = int(memory.entries[0] + batch.query_length[0])
+    with pytest.raises(LengthError, match=f"a prompt of {positions} vectors and an answer of up to 30 tokens do not"):
+        loop.submit(prompts[0], Generation(max_new_tokens=30))
+    with pytest.raises(ConfigError, match="this prompt follows keys and values, which a file of vectors cannot hold"):
+        prompts[0].base64()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_decoder_is_trained_as_comis_is_and_the_beacons_are():
+    for rank in (0, 2):
+        arch = arch_of(rank=rank)
+        trained = {path for path in flatten(specs(arch)) if is_trained(path, arch, "answering")}
+        other = dataclasses.replace(arch, system="comi")
+        comis = {path for path in flatten(specs(other)) if is_trained(path, other, "answering")}
+        assert {path for path in trained if path.startswith("beacons/")} == {f"beacons/{p}" for p in flatten(
+            specs(arch)["beacons"])}  # fmt: skip
+        of_decoder = {path for path in comis if path.startswith(("decoder/", "lora/"))}
+        assert {path for path in trained if not path.startswith("beacons/")} == of_decoder != set()
+
+
+def test_a_step_is_the_same_on_one_device_and_on_four(batch):
+    arch, update = arch_of(rank=0), optax.trace(1.0)  # whose state is the gradient
+    trained, frozen = partition(params_of(arch), lambda path: is_trained(path, arch))
+
+    def step(count, **sizes):
+        mesh = sharding.make_mesh(Mesh(**{"data": 1} | sizes), jax.devices()[:count])
+        placed = sharding.parameters(specs(arch), mesh)
+        mine, rest = (
+            {path: jax.device_put(np.array(x), placed[path]) for path, x in part.items()} for part in (trained, frozen)
+        )
+        begun = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
+        state = TrainState(begun, mine, update.init(mine))
+        function = CompiledStep(arch.on(mesh), update)
+        return function(state, rest, sharding.put_batch((batch,), mesh), jax.random.key(0))
+
+    alone, metrics = step(1)
+    spread, metrics_4 = step(4, fsdp=2, tensor=2)
+    for name, value in metrics.items():
+        assert float(metrics_4[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert float(metrics["memory_vectors"]) == sum(
+        beacons + len(context) % WINDOW
+        for (context, *_), rate in rows_of(batch)
+        for beacons in [len(context) // WINDOW * -(-WINDOW // rate)]
+    )
+    for path, gradient in alone.optimizer.trace.items():
+        difference = np.linalg.norm(np.asarray(spread.optimizer.trace[path]) - gradient)
+        assert difference <= 1e-5 * np.linalg.norm(gradient), path
+
+
+def test_dropout_of_adapters_acts_on_windows_and_differs_between_them(batch):
+    """The same tokens in two windows have other keys with dropout than without, and other ones in each window."""
+    arch = arch_of()
+    ids = jnp.tile(jnp.arange(WINDOW, dtype=jnp.int32), 2)[None]
+
+    @jax.jit
+    def keys(params, key):
+        length, rate = jnp.full((1,), 2 * WINDOW, jnp.int32), jnp.full((1,), 4, jnp.int32)
+        return beacon.read_windows(params, arch, ids, length, rate, 4, key).v[0, 0]  # of the first layer
+
+    params = params_of(arch)
+    plain, dropped = keys(params, None), keys(params, jax.random.key(0))
+    np.testing.assert_allclose(plain[:2], plain[2:], rtol=1e-5, atol=1e-5)  # the first layer sees no other tokens
+    assert np.abs(dropped[:2] - plain[:2]).max() > 0.01 and np.abs(dropped[:2] - dropped[2:]).max() > 0.01
+
+
+# --- accounts and limits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokens, rate, entries",
+    [(1023, 32, 1023), (1024, 32, 32), (1065, 32, 73), (1599, 32, 607), (3179, 32, 203), (8147, 32, 1203),
+     (14766, 32, 878), (32000, 32, 1248), (1599, 16, 639), (2048, 5, 410)],
+)  # fmt: skip
+def test_entries_are_beacons_and_the_unfinished_window(tokens, rate, entries):
+    """At the published window, the figures of the official window code."""
+    assert memory_length("beacon", Compression(), Beacon(), tokens, rate) == entries
+
+
+def test_flop_are_those_of_the_compiled_program():
+    """Of a window and of the decoder behind it, in a single layer, which XLA counts whole: within 5 %, after adding
+    what a dense implementation computes and masks. The states of a window are asked for too, as the last layer of a
+    program that needs keys and values alone is not computed whole."""
+    small = dataclasses.replace(
+        tiny_models.BACKBONES["qwen2"], num_hidden_layers=1, hidden_size=128, head_dim=32, intermediate_size=256
+    )
+    arch = Architecture(
+        small, Compression(rates=(4,), encoder_layers=1), runtime=lm.Runtime(attention="dense"), system="beacon",
+        beacon=Beacon(window=64),
+    )  # fmt: skip
+    params, width = abstract(specs(arch)), small.num_attention_heads * small.head_dim
+    rows = Batch(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 128), (1,), (1, 8), (1,), (1, 8), (1,), (1,))))
+
+    def window(params, x):
+        at = jnp.arange(4, 80, 5, dtype=jnp.int32)[None]
+        marked = lora.Adapters({}, None, 0.0, marked=lora.Marked.in_layers(params["beacons"]["layers"], at, -at))
+        cache = empty_cache(small, 1, 1, 16, "float32")
+        before = ContextKV(cache.k, cache.v, jnp.full((1,), 16, jnp.int32))
+        return lm.forward(params["decoder"], x, small, context=before, lora=marked, runtime=arch.runtime)
+
+    def decoded(params, memory, rows):
+        return comi.answer_logits(params, arch, memory, rows)
+
+    def flop(function, *arguments):
+        return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+    memory = jax.eval_shape(lambda p, b: comi.memory_of(p, arch, b, 4), params, rows)
+    one, two = (flops.by_part(arch, flops.Lengths(n, 8, 8, 4)) for n in (64, 128))
+    of_window = flop(window, params, jax.ShapeDtypeStruct((1, 80, 128), jnp.float32))
+    assert of_window == pytest.approx(two["encoder"].forward - one["encoder"].forward + 2.0 * 80**2 * width, rel=0.05)
+    longest = flops.by_part(arch, flops.Lengths(128 + 63, 8, 8, 4))["decoder"].forward
+    assert flop(decoded, params, memory, rows) == pytest.approx(longest + 2.0 * 79**2 * width, rel=0.05)
+
+
+def test_windows_count_once_for_all_questions_with_a_single_rate():
+    lengths = flops.Lengths(20, 5, 3, 4)
+    once, each = (arch_of(rank=0, rates=rates) for rates in ((4,), (2, 4)))
+    assert flops.train_step(once, lengths) == flops.train_step(each, lengths)
+    assert flops.shared(once, lengths, 4).total < flops.shared(each, lengths, 4).total
+    assert flops.compress(once, lengths) == flops.compress(each, lengths) > 0
+    assert flops.memory_length(once, lengths) == 8 and flops.already_read(once, lengths) == 4
+    assert flops.already_read(dataclasses.replace(once, system="comi"), lengths) == 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"beacon": Beacon(window=16)}, "beacon.window is 16, below the largest rate 32"),
+        ({"mesh": Mesh(context=2)}, "system=beacon cannot split the tokens of a row over devices; set mesh.context=1"),
+        ({"compression": Compression(coarse=False)}, "compression.coarse=false changes COMI, not system=beacon"),
+    ],
+)
+def test_what_it_does_not_have_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(system="beacon", **settings)
+
+
+def test_contexts_beyond_the_positions_of_the_model_are_refused():
+    """Of a window with all beacons before and in it, and of the decoder's prompt."""
+    config, shape = Config(system="beacon", beacon=Beacon(window=64)), tiny_models.BACKBONES["qwen2"]  # 512 positions
+    long, short = (Example(np.zeros(n, np.int32), np.zeros(8, np.int32), np.zeros(4, np.int32)) for n in (930, 895))
+    check_positions([short], shape, config, 2)  # 13 windows: 416 beacons, 480 with a window; 63 tokens and 12 behind
+    with pytest.raises(LengthError, match="record 1: a window of 64 tokens and 448 beacons are more than the 500"):
+        check_positions([long], dataclasses.replace(shape, max_position_embeddings=500), config, 2)
+    with pytest.raises(LengthError, match="record 1: 482 memory vectors, a query of 8 and an answer of 55 tokens"):
+        check_positions([long], shape, config, 2, 55)
+    with pytest.raises(ConfigError, match="beacon.window is 0; it must be at least 1"):
+        Beacon(window=0)
