@@ -187,8 +187,8 @@ def _rival(given: Any) -> None:
         raise ConfigError(f"{word} changes COMI, not system={given.system}; leave one of them out")
     require(
         given.system != "beacon" or given.beacon.window >= max(given.compression.rates),
-        f"beacon.window is {given.beacon.window}, below the largest rate {max(given.compression.rates)}: a window would "
-        "be less than one group of tokens; raise it",
+        f"beacon.window is {given.beacon.window}, below the largest rate {max(given.compression.rates)}: a window "
+        "would be less than one group of tokens; raise it",
     )
     require(
         given.mesh.context == 1,

@@ -11,9 +11,10 @@ import test_detokenizer
 import tiny_models
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import Beacon, Compression, Config, ConfigError, Generation, Lora, Mesh, memory_length
+from comi_jax.config import Beacon, Compression, Config, Generation, Lora, Mesh, memory_length
 from comi_jax.data.encode import Example, LengthError, check_positions
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model import backbone as lm
 from comi_jax.model import comi, flops, lora, sampling
 from comi_jax.model.architecture import Architecture, is_trained, own_parameters, specs

@@ -8,8 +8,8 @@ import pytest
 import train_fixtures
 
 from comi_jax import convert, evaluate
-from comi_jax.config import ConfigError
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import diagnostics_memory
 from comi_jax.params import flatten
 from comi_jax.runs import stored_weights
