@@ -24,10 +24,11 @@ from comi_jax.serving.answers import Answer
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
 from comi_jax.serving.generation import Options
+from comi_jax.serving.rates import AUTO, Rate
 
 BATCH = 16  # questions of a file that are decoded together
 AT_ONCE = 4 * BATCH  # per call; at most so many answers are lost if the process dies
-HELP = "a question about the text, /rate N (context tokens per memory vector), or /quit"
+HELP = "a question about the text, /rate N (context tokens per memory vector, or auto), or /quit"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument(
         "--questions", type=cli.path, help='JSON Lines file, each line {"question": TEXT} or a text in quotes'
     )
-    parser.add_argument("--rate", type=int, help="context tokens per memory vector")
+    parser.add_argument("--rate", type=_rate, help="context tokens per memory vector; auto: chosen for each question")
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--repetition-penalty", type=float, help="on generated tokens; 1 is off, the release used 1.3")
     parser.add_argument("--temperature", type=float, help="0 is greedy; above, tokens are drawn")
@@ -138,9 +139,12 @@ class Session:
         name, _, value = line.partition(" ")
         if name != "/rate":
             raise ConfigError(f"there is no command {name}; type {HELP}")
-        if not value.strip().isdecimal() or int(value) < 1:
-            raise ConfigError(f"the rate is {value.strip() or 'missing'}; type a whole number of at least 1: /rate 16")
-        self.rate = int(value)
+        try:
+            self.rate = _rate(value.strip())
+        except argparse.ArgumentTypeError:
+            raise ConfigError(
+                f"the rate is {value.strip() or 'missing'}; type a whole number of at least 1 or auto: /rate 16"
+            ) from None
 
 
 def _encoded(model: Comi, text: str) -> str | Document:
@@ -180,9 +184,10 @@ def _speed(answer: Answer, timings: dict[str, float]) -> str:
 
 
 def _made_of(answer: Answer) -> str:
+    at = "" if answer.rate is None else f" at rate {answer.rate}"
     return (
         f"[{answer.context_tokens} context tokens{' (truncated)' if 'context' in answer.cut else ''} in "
-        f"{answer.memory_vectors} memory vectors: ratio {answer.ratio:.1f}"
+        f"{answer.memory_vectors} memory vectors{at}: ratio {answer.ratio:.1f}"
         f"{'; the question lost its beginning' if 'question' in answer.cut else ''}]"
     )
 
@@ -194,7 +199,13 @@ def _row(question: str, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "context_tokens": answer.context_tokens,
         "memory_vectors": answer.memory_vectors,
+        "rate": answer.rate,
     } | ({"truncated": answer.cut} if answer.truncated else {})
+
+
+def _rate(text: str) -> Rate:
+    """A type of --rate."""
+    return AUTO if text == AUTO else cli.at_least(1)(text)
 
 
 def _read_questions(path: str) -> list[str]:

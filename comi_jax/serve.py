@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from comi_jax import cli
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = Comi.load(options.checkpoint, overrides=options.set, step=step)
         settings = settings_of(options, model)
         start_log()
+        if not settings.auto:
+            logging.getLogger(__name__).info("rate=auto is refused: %s", why_not_auto(model, settings.rates))
         from comi_jax.serving.http import lifecycle  # needs the extra
 
         ended = lifecycle.serve(model, settings, options.host, options.port, keys)
@@ -124,7 +127,7 @@ def settings_of(options: argparse.Namespace, model: Comi) -> Settings:
         raise ConfigError(
             f"{options.checkpoint} is a run of system={config.system}; only those of system=comi are served"
         )
-    names = set(Settings.__dataclass_fields__) - {"name", "rates"}
+    names = set(Settings.__dataclass_fields__) - {"name", "rates", "auto"}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     name = options.name or os.path.basename(os.path.abspath(options.checkpoint))
     length = given.setdefault("slot_length", min(Settings.slot_length, positions))
@@ -136,7 +139,18 @@ def settings_of(options: argparse.Namespace, model: Comi) -> Settings:
             raise ConfigError(
                 f"--{limit.replace('_', '-')} is {given[limit]}, more than the {most} of the run; raise it with --set"
             )
-    return Settings(name=name, rates=options.rates or trained_rates(config), **given)
+    rates = options.rates or trained_rates(config)
+    return Settings(name=name, rates=rates, auto=not why_not_auto(model, rates), **given)
+
+
+def why_not_auto(model: Comi, rates: Sequence[int]) -> str:
+    """Why a server of ``rates`` cannot choose among them; empty if it can."""
+    try:
+        calibration = model.calibration()
+    except ConfigError as error:
+        return str(error)
+    missing = sorted(set(calibration.rates) - set(rates))
+    return f"it also chooses the rate {missing[0]}, which --rates leaves out" if missing else ""
 
 
 def _rates(text: str) -> tuple[int, ...]:

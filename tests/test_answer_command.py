@@ -50,6 +50,7 @@ def test_questions_of_a_file_are_answered_in_lines(world, texts, answers, capsys
             "finish_reason": said.finish_reason,
             "context_tokens": said.context_tokens,
             "memory_vectors": said.memory_vectors,
+            "rate": 4,
         }
         for question, said in zip(QUESTIONS, answers[4], strict=True)
     ]

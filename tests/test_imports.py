@@ -23,7 +23,7 @@ WINGS = (
 # Nobody imports a command; a command imports anything.
 COMMANDS = (
     "train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare", "serve",
-    "explain",
+    "explain", "calibrate",
 )  # fmt: skip
 # Of the wings to the left, these see only so much.
 DOORS = {"data": {"model": {"model.batch"}}, "evaluation": {"runs": set(), "weights": set()}}

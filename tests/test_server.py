@@ -177,7 +177,7 @@ def test_neutral_values_pass_and_others_are_refused_by_field(http):
     }.items():  # fmt: skip
         error = error_of(http.post(CHAT, json=chat(**{field: value})), 400)
         assert error["param"].startswith(field) and error["type"] == "invalid_request_error"
-    assert "calibrated" in error_of(http.post(CHAT, json=chat(rate="auto")), 400)["message"]
+    assert "needs a calibration" in error_of(http.post(CHAT, json=chat(rate="auto")), 400)["message"]
 
 
 def test_a_stop_string_ends_an_answer(client):

@@ -30,7 +30,8 @@ from comi_jax.model.compress import Aux, Representatives, representatives
 from comi_jax.model.encoder import encode_pairs, segments
 from comi_jax.serving import batching
 from comi_jax.serving.compressor import Comi
-from comi_jax.serving.explanation import SCORES, check_system, without_padding
+from comi_jax.serving.examined import SCORES, without_padding
+from comi_jax.serving.explanation import check_system
 
 NOT_COMPARABLE = "not comparable with ours: other data and model"
 RESAMPLES = 1000  # of the bootstrap, for intervals

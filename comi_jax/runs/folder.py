@@ -9,6 +9,7 @@
     evaluations.jsonl  evaluations on the held-out records during training, with predictions in evaluations/
     results.json       the closing table, with predictions in predictions*.jsonl
     evaluation/        results of comi_jax.evaluate
+    calibration/       what comi_jax.calibrate has found for a checkpoint, with the predictions
     diagnostics/       tables and pictures of comi_jax.diagnose
     bad_batches/       the last batch of a run that stopped on non-finite steps
     lock               present while a run uses the folder
@@ -146,6 +147,14 @@ class Folder(os.PathLike):
     def diagnostics(self) -> Path:
         """The default output folder of ``comi_jax.diagnose``."""
         return self.path / "diagnostics"
+
+    @property
+    def calibrations(self) -> Path:
+        return self.path / "calibration"
+
+    def calibration(self, step: int) -> Path:
+        """The calibration of rate="auto" for the checkpoint of ``step``."""
+        return self.calibrations / f"step_{step}.json"
 
     def bad_batch(self, step: int) -> Path:
         return self.path / "bad_batches" / f"step_{step}.npz"

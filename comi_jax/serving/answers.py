@@ -18,6 +18,7 @@ class CompressedContext:
     context_tokens: int
     truncated: bool  # whether the context or the question was truncated to data.max_*
     cut: str = ""  # which: "context", "question" or "context and question"
+    rate: int | None = None  # at which it was compressed; of rate="auto", the chosen one
 
     @property
     def ratio(self) -> float:
@@ -37,6 +38,7 @@ class Answer:
     cut: str = ""  # which that was: "context", "question" or "context and question"
     finish_reason: str = "stop"  # an end-of-sequence token or a stop string; "length": max_new_tokens
     logprobs: tuple[float, ...] | None = None  # of each token under the model, if asked for
+    rate: int | None = None  # at which the context was compressed; of rate="auto", the chosen one
 
     @property
     def memory_vectors(self) -> int:

@@ -22,21 +22,21 @@ from comi_jax.model import backbone as lm
 from comi_jax.model import comi_memory, encoder
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
-from comi_jax.model.cache import KVCache
 from comi_jax.model.compress import Aux
 from comi_jax.model.memory import Memory
-from comi_jax.serving import batching
+from comi_jax.serving import batching, rates
 from comi_jax.serving.documents import Document
 from comi_jax.serving.encoding import Model, check_origins, document_of
 from comi_jax.serving.generation import Options
-from comi_jax.serving.segments import Contents, Kept, Segment
+from comi_jax.serving.rates import AUTO, Rate
+from comi_jax.serving.segments import Contents, Kept, Segment, restored
 from comi_jax.serving.spans import Spans, checked_spans, kept_tokens, rate_of_others
 
 
 class Amount(TypedDict, total=False):
     """How much of a context is kept, as in ``Comi.compress``; absent or None: the run's first rate, no spans."""
 
-    rate: SupportsIndex | None
+    rate: Rate | None
     max_slots: SupportsIndex | None
     keep: Spans | None
 
@@ -79,7 +79,7 @@ def of_documents(context: Any, amount: Amount) -> bool:
     if unknown:
         raise ConfigError(f"there is no option {unknown[0]}; there are: {', '.join(Amount.__annotations__)}")
     contexts = [context] if isinstance(context, str | Document) else context
-    special = amount.get("max_slots") is not None or amount.get("keep") is not None
+    special = amount.get("max_slots") is not None or amount.get("keep") is not None or amount.get("rate") == AUTO
     return special or any(isinstance(each, Document) for each in contexts)
 
 
@@ -133,10 +133,10 @@ def ask(
                 "data.on_long=truncate to cut its beginning"
             )
         contents = document.contents
-        chosen = rate_for(contents, max_slots) if max_slots is not None else batching.whole_rate(model.run, rate)
+        query = np.asarray(ids[-data.max_query :], np.int32)
+        chosen = rates.rate_of(model, contents, query, rate, max_slots)
         kept = kept_tokens(contents, checked_spans(contents, keep or ()), chosen)
         cut = " and ".join(["context"] * contents.truncated + ["question"] * (len(ids) > data.max_query))
-        query = np.asarray(ids[-data.max_query :], np.int32)
         questions.append(Question(contents, query, chosen, kept, cut))
         _check_positions(model, questions[-1], name, new_tokens)
     return questions
@@ -166,21 +166,6 @@ def pairs(
             encoded[id(each)] = document_of(model, each, name, None, True, "device")
     documents: list[Any] = [encoded.get(id(each), each) for each in contexts]
     return documents, questions
-
-
-def rate_for(contents: Contents, max_slots: SupportsIndex) -> int:
-    """The smallest rate at which the document has at most ``max_slots`` memory vectors."""
-    most = batching.whole("max_slots", max_slots)
-    lengths = [segment.tokens for segment in contents.segments]
-    if most < len(lengths):
-        raise ConfigError(
-            f"max_slots is {most}, but the document has {len(lengths)} segments, and each needs one; raise max_slots"
-        )
-    low, high = 1, max(lengths)  # at the rate ``high``, each segment needs one
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if sum(max_groups(n, middle) for n in lengths) <= most else (middle + 1, high)
-    return low
 
 
 def _check_positions(model: Model, question: Question, name: str, new_tokens: int) -> None:
@@ -214,12 +199,7 @@ def remember_segment(
     min_rate: int,
 ) -> Memory:
     """The memory of one segment for one question; ``apart`` tokens become vectors of their own."""
-    cache = None
-    if kept.keys is not None and kept.values is not None:
-        cache = KVCache(*(x.restored(arch.dtype)[:, None] for x in (kept.keys, kept.values)))
-    norms = jax.tree.map(lambda x: x[None], kept.norms)
-    part = encoder.EncodedSegments(kept.states.restored(arch.dtype)[None], length, cache, norms)
-    encoded = encoder.Encoded((part,))
+    encoded = encoder.Encoded((restored(kept, length, arch),))
     return comi_memory.remember(params, arch, encoded, query, query_length, rate, min_rate, apart)
 
 
@@ -253,14 +233,14 @@ def examine(model: Model, question: Question) -> list[Aux]:
 
 
 def _remember(model: Model, question: Question, segment: Segment, apart: np.ndarray | None) -> Memory:
-    query = np.zeros((1, batching.query_width(len(question.query))), np.int32)
-    query[0, : len(question.query)] = question.query
+    query, length = rates.padded_query(question.query)
     width, rate = segment.kept.states.values.shape[0], question.rate
     if apart is not None:
         rate, apart = rate_of_others(apart, rate), np.pad(apart, (0, width - len(apart)))[None]
-    numbers = (np.array([[segment.tokens]]), query, np.array([len(question.query)]), np.array([rate]))
-    integers = [x.astype(np.int32) for x in numbers]
-    return remember_segment(model.params, segment.kept, *integers, apart, model.architecture, question.rate)
+    tokens, at_rate = np.array([[segment.tokens]], np.int32), np.array([rate], np.int32)
+    return remember_segment(
+        model.params, segment.kept, tokens, query, length, at_rate, apart, model.architecture, question.rate
+    )
 
 
 def _padded(segment: Segment) -> np.ndarray:

@@ -26,7 +26,7 @@ from comi_jax.model.encoder import encode
 from comi_jax.runs.description import Run
 
 
-def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | None, new_tokens: int) -> int:
+def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | str | None, new_tokens: int) -> int:
     """The rate (None: the first of compression.rates), validated for ``examples``. Raises ConfigError for a bad rate,
     and LengthError for examples that do not fit the backbone's positions."""
     rate = whole_rate(run, rate)
@@ -34,7 +34,7 @@ def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | None, new
     return rate
 
 
-def whole_rate(run: Run, rate: SupportsIndex | None) -> int:
+def whole_rate(run: Run, rate: SupportsIndex | str | None) -> int:
     """The rate (None: the first of compression.rates). Raises ConfigError for a bad one; logs one that was not
     trained."""
     rates = run.config.compression.rates
@@ -46,7 +46,7 @@ def whole_rate(run: Run, rate: SupportsIndex | None) -> int:
     return chosen
 
 
-def whole(name: str, value: SupportsIndex) -> int:
+def whole(name: str, value: Any) -> int:
     """``value``, a whole number of at least 1. Raises ConfigError otherwise."""
     if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < 1:
         raise ConfigError(f"{name} is {value}; it is a whole number of at least 1")

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, SupportsIndex, Unpack, overload
 
 import jax
@@ -24,12 +25,14 @@ from comi_jax.runs.description import Run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import existing
 from comi_jax.runs.stored_weights import load_params, weights_of
-from comi_jax.serving import asking, batching, encoding, generation
+from comi_jax.serving import asking, auto_rate, batching, encoding, generation
 from comi_jax.serving.account import of_memory
 from comi_jax.serving.answers import Answer, AnswerStream, CompressedContext
 from comi_jax.serving.asking import Amount, AskOptions
+from comi_jax.serving.auto_rate import Calibration
 from comi_jax.serving.documents import Document
 from comi_jax.serving.prompts import PromptEmbeddings
+from comi_jax.serving.rates import Rate
 from comi_jax.serving.segments import Contents, Origin
 from comi_jax.serving.slots import SlotDecoder
 from comi_jax.weights.tokenizer import load_tokenizer
@@ -50,11 +53,12 @@ class Comi:
         mesh: Mesh | None = None,
         name: str = "the model",
         weights: str = "",
+        calibration: Path | None = None,
     ):
         """``mesh``: the devices that ``params`` are sharded over, None for one device. Batches, of ``batch_size``
         examples rounded up to a multiple of the row shards, are split over them too. With several processes, all must
         make the same calls. ``name`` and ``weights``, a hash, are what documents are bound to; without a hash, the
-        encoder's weights are hashed."""
+        encoder's weights are hashed. ``calibration``: the file of ``comi_jax.calibrate``, for rate="auto"."""
         if batch_size < 1:
             raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
         self.run, self.params, self.tokenizer, self.mesh = run, params, tokenizer, mesh
@@ -63,6 +67,7 @@ class Comi:
         runtime = dataclasses.replace(run.architecture.runtime, remat="off", mesh=mesh)
         self.architecture = dataclasses.replace(run.architecture, runtime=runtime)
         self._bound, self._origin = (name, weights), None
+        self._calibration_file, self._calibration = calibration, None
 
     @classmethod
     def load(
@@ -79,8 +84,10 @@ class Comi:
         such checkpoint."""
         run, params = load_params(folder, overrides, step, mesh)
         tokenizer, step = load_tokenizer(Folder(folder).tokenizer), existing(folder, step)
-        bound = {"name": f"{folder} at step {step}", "weights": weights_of(folder, step)}
-        return cls(run, params, tokenizer, batch_size=batch_size, mesh=mesh, **bound)
+        return cls(
+            run, params, tokenizer, batch_size=batch_size, mesh=mesh, name=f"{folder} at step {step}",
+            weights=weights_of(folder, step), calibration=Folder(folder).calibration(step),
+        )  # fmt: skip
 
     @property
     def origin(self) -> Origin:
@@ -88,6 +95,12 @@ class Comi:
         if self._origin is None:
             self._origin = encoding.origin_of(self.run, self.params, self.tokenizer, *self._bound)
         return self._origin
+
+    def calibration(self) -> Calibration:
+        """What chooses the rate where it is "auto". Raises ConfigError if the model is not calibrated."""
+        if self._calibration is None:
+            self._calibration = auto_rate.read(self._calibration_file, self.run, self.origin.weights, self._bound[0])
+        return self._calibration
 
     @overload
     def encode(  # pyright: ignore[reportOverlappingOverload]
@@ -141,7 +154,8 @@ class Comi:
         pair; so do one document and a list of questions. How much is said by (``Amount``):
 
             rate: context tokens per vector (None: the first of compression.rates). At 1 nothing is compressed: the
-                vectors are the decoder's embeddings of the text.
+                vectors are the decoder's embeddings of the text. "auto": one of compression.rates, chosen for the
+                question by the checkpoint's calibration (``comi_jax.calibrate``).
             max_slots: the most vectors, in place of a rate: the smallest rate that gives no more.
             keep: spans of characters, (first, one past the last), whose tokens become vectors of their own, within the
                 same number of vectors; of one context.
@@ -157,7 +171,7 @@ class Comi:
             vectors, lengths = (batching.fetch(x) for x in (memory.vectors.astype(jnp.float32), memory.length))
             for i, row in enumerate(rows):
                 kept, asked = vectors[i, : lengths[i]], made.asked[row]
-                results[row] = CompressedContext(kept, asked.context, asked.truncated, asked.cut)
+                results[row] = CompressedContext(kept, asked.context, asked.truncated, asked.cut, asked.rate)
         return results[0] if isinstance(question, str) else results
 
     @overload
@@ -253,7 +267,8 @@ class Comi:
     def _answer(self, reply: generation.Reply, asked: asking.Asked, size: tuple[int, int], logprobs: bool) -> Answer:
         cost = of_memory(self.architecture, asked.context, asked.query, asked.rate, *size)
         made_of = (asked.context, cost, asked.truncated, asked.cut)
-        return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, reply.logprobs if logprobs else None)
+        logs = reply.logprobs if logprobs else None
+        return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, logs, asked.rate)
 
     def _memories(
         self, context: Contexts, question: str | Sequence[str], amount: Amount, new_tokens: int
@@ -263,7 +278,7 @@ class Comi:
             return asking.memories(self, context, question, amount, new_tokens)
         return self._of_examples(self._examples(context, question), amount.get("rate"), new_tokens)
 
-    def _of_examples(self, examples: Sequence[Example], rate: SupportsIndex | None, new_tokens: int) -> asking.Memories:
+    def _of_examples(self, examples: Sequence[Example], rate: Rate | None, new_tokens: int) -> asking.Memories:
         whole = batching.check(self.run, examples, rate, new_tokens)
         asked = [asking.Asked(len(e.context), len(e.query), whole, e.truncated, e.cut) for e in examples]
         batches = (

@@ -15,11 +15,12 @@ import numpy as np
 from comi_jax.config import Generation
 from comi_jax.data.encode import LengthError, token_ids
 from comi_jax.errors import ConfigError, UserError
-from comi_jax.serving import asking, encoding, explanation, warm_up
+from comi_jax.serving import asking, encoding, explanation, rates, warm_up
 from comi_jax.serving.account import Account, of_memory
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
-from comi_jax.serving.explanation import Kept
+from comi_jax.serving.examined import Kept
+from comi_jax.serving.rates import AUTO
 from comi_jax.serving.saved_documents import SavedDocuments, Shelf
 from comi_jax.serving.segments import Contents, DocumentError
 from comi_jax.serving.settings import Settings
@@ -48,7 +49,7 @@ class Ask:
 
     pieces: tuple[Reference | str, ...]
     question: str
-    rate: int  # one of the server's
+    rate: int | str  # one of the server's, or "auto"
     max_slots: int | None  # in place of the rate
     keep: tuple[tuple[int, int], ...]
     options: Generation
@@ -153,6 +154,8 @@ class Preparer:
         document, cached = yield from self._document(work)
         encoded = time.perf_counter()
         rate = self._rate(work, document.contents)
+        if rate == AUTO:
+            rate = yield from rates.chosen_in_steps(self._comi, document.contents, question)
         amount: asking.Amount = {"rate": rate, "keep": work.keep}
         (asked,) = asking.ask(self._comi, [document], [work.question], amount, work.options.max_new_tokens)
         if asked.slots + len(question) + work.options.max_new_tokens > self._settings.slot_length:
@@ -170,7 +173,7 @@ class Preparer:
         seconds, compressing = encoded - start, time.perf_counter() - encoded
         self._observe(document.tokens, cached, len(question), len(memory), seconds, compressing)
         return Prepared(
-            prompt, document.tokens, cached, len(question), len(memory), rate, document.nbytes, seconds, compressing,
+            prompt, document.tokens, cached, len(question), len(memory), asked.rate, document.nbytes, seconds, compressing,
             self._explained(document, asked, len(memory)) if work.explain else None,
         )  # fmt: skip
 
@@ -228,18 +231,18 @@ class Preparer:
         self._check_length(document.tokens)
         return document, cached
 
-    def _rate(self, work: Ask, contents: Contents) -> int:
-        """The rate; for ``max_slots``, the lowest of the server's at which no more vectors are needed."""
+    def _rate(self, work: Ask, contents: Contents) -> int | str:
+        """The rate, or "auto"; for ``max_slots``, the lowest of the server's at which no more vectors are needed."""
         if work.max_slots is None:
             return work.rate
-        exact = asking.rate_for(contents, work.max_slots)
-        rates = [rate for rate in self._settings.rates if rate >= exact]
-        if not rates:
+        exact = rates.rate_for(contents, work.max_slots)
+        enough = [rate for rate in self._settings.rates if rate >= exact]
+        if not enough:
             raise LengthError(
                 f"max_slots is {work.max_slots}, which needs a rate of {exact}, and the highest rate of this server is "
                 f"{max(self._settings.rates)}; raise max_slots"
             )
-        return min(rates)
+        return min(enough)
 
     def _observe(self, tokens: int, cached: int, question: int, vectors: int, encode: float, compress: float) -> None:
         self._telemetry.prompt_tokens.inc(tokens + question)

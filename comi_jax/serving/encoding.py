@@ -1,7 +1,7 @@
 """From a text to the segments of a document, one at a time: what a segment is does not depend on any other."""
 
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import xxhash
@@ -13,6 +13,7 @@ from comi_jax.errors import ConfigError
 from comi_jax.model.architecture import Architecture
 from comi_jax.params import flatten
 from comi_jax.runs.description import Run
+from comi_jax.serving.auto_rate import Calibration
 from comi_jax.serving.documents import Document
 from comi_jax.serving.segments import DTYPES, Contents, Origin, Segment, read_segment
 
@@ -31,6 +32,8 @@ class Model(Protocol):
 
     @property
     def origin(self) -> Origin: ...
+
+    def calibration(self) -> Calibration: ...
 
 
 def origin_of(run: Run, params: dict[str, Any], tokenizer: Any, name: str, weights: str) -> Origin:
@@ -58,7 +61,14 @@ def bucket(length: int, data: Data, compression: Compression) -> int:
 def document_of(model: Model, text: str, name: str, dtype: str | None, keep_kv: bool, place: str) -> Document:
     """``text`` encoded, with its arrays in ``dtype`` (None: that of the model) on the device or in host memory.
     ``name`` is that of the text in messages."""
-    steps = encoded_in_steps(model, text, name, dtype, keep_kv, place)
+    return finished(encoded_in_steps(model, text, name, dtype, keep_kv, place))
+
+
+R = TypeVar("R")
+
+
+def finished(steps: Generator[None, None, R]) -> R:
+    """What a generator returns, without its pauses."""
     while True:
         try:
             next(steps)

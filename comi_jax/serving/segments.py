@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from comi_jax.errors import UserError
 from comi_jax.model import encoder, mig
 from comi_jax.model.architecture import Architecture
+from comi_jax.model.cache import KVCache
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -125,6 +126,15 @@ def read_segment(
         return Kept(states, None, None, norms)
     keys, values = (jnp.where(real[None, :, :, None], x[:, 0], 0) for x in (part.cache.k, part.cache.v))
     return Kept(states, Stored.of(keys, dtype), Stored.of(values, dtype), norms)
+
+
+def restored(kept: Kept, length: Int[Array, "1 1"], arch: Architecture) -> encoder.EncodedSegments:
+    """One segment of ``length`` tokens as the model has it right after encoding."""
+    cache = None
+    if kept.keys is not None and kept.values is not None:
+        cache = KVCache(*(x.restored(arch.dtype)[:, None] for x in (kept.keys, kept.values)))
+    norms = jax.tree.map(lambda x: x[None], kept.norms)
+    return encoder.EncodedSegments(kept.states.restored(arch.dtype)[None], length, cache, norms)
 
 
 @dataclass(frozen=True)

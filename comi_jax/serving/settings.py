@@ -32,6 +32,7 @@ class Settings:
     max_files: int = 1000  # of all keys together; 429 above it
     body_seconds: float = 30.0  # in which a request's body must have arrived; 408 behind it
     single_message: str = "refuse"  # a lone message without any context: "refuse", or "plain": answer it as it is
+    auto: bool = False  # whether rate "auto" may be asked for: the model is calibrated for rates that are served
     cors: str = ""  # the origin whose pages in a browser may ask
     documents: str = ""  # a folder for uploaded files, which other servers may share; empty: they end with the process
 

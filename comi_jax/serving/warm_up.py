@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from comi_jax.config import max_groups
-from comi_jax.serving import asking, batching, encoding
+from comi_jax.serving import asking, batching, encoding, rates
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.segments import Contents, Segment, read_segment
 from comi_jax.serving.settings import Settings
@@ -30,10 +30,17 @@ def shapes(comi: Comi, settings: Settings) -> tuple[list[int], list[int]]:
 
 def count(comi: Comi, settings: Settings) -> int:
     """How many programs ``run`` compiles: for each width of a segment, one that encodes it and, for each width of a
-    question and each rate but 1, at most one without and one with ``keep``; and the embeddings."""
+    question and each rate but 1, at most one without and one with ``keep``, and one for the rate "auto" if it goes by
+    statistics; and the embeddings."""
     segments, questions = shapes(comi, settings)
-    rates = sum(rate > 1 for rate in settings.rates)
-    return len(segments) * (2 + 2 * rates * len(questions)) + len(list(_embedded_widths(settings)))
+    each = 2 * sum(rate > 1 for rate in settings.rates) + bool(examined_rates(comi, settings))
+    return len(segments) * (2 + each * len(questions)) + len(list(_embedded_widths(settings)))
+
+
+def examined_rates(comi: Comi, settings: Settings) -> tuple[int, ...]:
+    """The rates whose statistics the rate "auto" looks at; none if it is refused, or always the same."""
+    calibration = comi.calibration() if settings.auto else None
+    return calibration.rates if calibration and calibration.price is not None else ()
 
 
 def run(comi: Comi, settings: Settings, enough: Callable[[], bool]) -> None:
@@ -45,7 +52,11 @@ def run(comi: Comi, settings: Settings, enough: Callable[[], bool]) -> None:
         ids, arch = np.zeros(width, np.int32), comi.architecture
         kept = read_segment(comi.params, ids[None], np.full(1, width, np.int32), arch, arch.dtype, True)
         segment = Segment(ids, None, kept).to_device()  # as the store does, by a copying program of each shape
-        contents = Contents(comi.origin, (segment,), 0, False)
+        contents, compared = Contents(comi.origin, (segment,), 0, False), examined_rates(comi, settings)
+        for question in questions if compared else ():
+            if enough():
+                return
+            rates.examined(comi, segment, np.zeros(question, np.int32), compared)
         for rate in settings.rates:
             masks = (None, np.arange(width) == 0) if rate > 1 and max_groups(width, rate) > 1 else (None,)
             for question, mask in itertools.product(questions if rate > 1 else questions[:1], masks):

@@ -17,6 +17,7 @@ from comi_jax.serving import generation
 from comi_jax.serving.contexts import Ask, Reference
 from comi_jax.serving.http.errors import ApiError
 from comi_jax.serving.http.messages import Piece, document_pieces, merged, pieces_of, question_of
+from comi_jax.serving.rates import AUTO
 from comi_jax.serving.settings import Settings
 
 MOST_STOPS = 4
@@ -57,7 +58,7 @@ class Request(BaseModel, abc.ABC):
     repetition_penalty: float | None = Field(None, gt=0)
     seed: int | None = Field(None, description="The same seed and request give the same answer.")
     stop: str | list[str] | None = Field(None, description="At most 4 texts that end the answer.")
-    rate: int | str | None = Field(None, description="Context tokens per memory vector, one of the server's rates.")
+    rate: int | str | None = Field(None, description="Context tokens per memory vector, one of the server's, or auto.")
     max_slots: int | None = Field(None, ge=1, description="The most memory vectors, in place of a rate.")
     keep: list[list[int]] | None = Field(None, description="Spans [first, behind] of characters kept uncompressed.")
     explain: bool | None = Field(None, description="Whether the field comi tells what was kept of the context.")
@@ -151,13 +152,21 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _rate(request: Request, settings: Settings) -> int:
-    if isinstance(request.rate, str):
-        auto = request.rate == "auto"
-        about = "this server is not calibrated, which rate=auto needs" if auto else "rate is no number"
-        raise ApiError(400, f"{about}; give one of {_listed(settings)}", param="rate", code="invalid_value")
+def _rate(request: Request, settings: Settings) -> int | str:
     if request.rate is not None and request.max_slots is not None:
         raise ApiError(400, "both rate and max_slots are given; give one of them", param="rate")
+    if request.rate == AUTO:
+        if settings.auto:
+            return AUTO
+        raise ApiError(
+            400, 'rate "auto" needs a calibration, which python -m comi_jax.calibrate makes and this server lacks; '
+            f"give one of {_listed(settings)}", param="rate", code="invalid_value",
+        )  # fmt: skip
+    if isinstance(request.rate, str):
+        raise ApiError(
+            400, f'rate is neither a number nor "auto"; give one of {_listed(settings)}', param="rate",
+            code="invalid_value",
+        )  # fmt: skip
     if request.rate is not None and request.rate not in settings.rates:
         raise ApiError(
             400, f"the rate {request.rate} is not one of this server's, {_listed(settings)}", param="rate",

@@ -81,6 +81,7 @@ class Reply:
             "memory_vectors": made.memory_vectors,
             "asked_rate": None if self.work.max_slots or made.rate is None else self.work.rate,
             "asked_slots": self.work.max_slots,
+            "chosen_rate": made.rate,
             "rate": round(made.context_tokens / made.memory_vectors, 3) if made.memory_vectors else None,
             "documents": [piece.name for piece in self.work.pieces if isinstance(piece, Reference)],
             "cached_tokens": made.cached_tokens,
