@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import train_fixtures
 
-from comi_jax import calibrate
+from comi_jax import calibrate, serve
+from comi_jax.config import Generation
 from comi_jax.errors import ConfigError
 from comi_jax.evaluation import calibration
 from comi_jax.evaluation.calibration import Outcomes
@@ -17,6 +18,14 @@ from comi_jax.runs.stored_weights import weights_of
 from comi_jax.serving import auto_rate, rates
 from comi_jax.serving.auto_rate import STATISTICS, Calibration
 from comi_jax.serving.compressor import Comi
+from comi_jax.serving.contexts import Preparer
+from comi_jax.serving.engine import Job
+from comi_jax.serving.http import api
+from comi_jax.serving.http.errors import ApiError
+from comi_jax.serving.http.responses import Reply
+from comi_jax.serving.settings import Settings
+from comi_jax.serving.store import DocumentStore
+from comi_jax.serving.telemetry import Telemetry
 
 quick_compilation, world = train_fixtures.quick_compilation, train_fixtures.world
 
@@ -227,6 +236,34 @@ def test_the_command(world, tmp_path, capsys):
     assert (place.with_suffix("") / "rate_4.jsonl").is_file()
     answer = made.answer(TEXT, QUESTIONS[0], rate="auto")
     assert answer.rate in (2, 4) and (stored["price"] is not None or answer.rate == stored["fixed"])
+
+
+def test_a_server_chooses_as_the_library_does(model):
+    """What is prepared for a slot, and what the response says; without a calibration, and with rates that a server
+    does not have, it is refused."""
+    assert serve.why_not_auto(model, (4, 2, 1)) == ""
+    assert "also chooses the rate 2, which --rates leaves out" in serve.why_not_auto(model, (4, 1))
+    settings = Settings(
+        "tiny", rates=(4, 2, 1), slot_length=128, max_context=64, max_question=8, max_tokens=64, auto=True
+    )
+    store = DocumentStore(10**7, 0)
+    preparer, document, seen = Preparer(model, store, settings, Telemetry()), model.encode(TEXT), set()
+    plain = Preparer(model, store, dataclasses.replace(settings, auto=False), Telemetry())
+    segments, questions = preparer.shapes()
+    assert preparer.programs - plain.programs == len(segments) * len(questions)
+    for question in QUESTIONS:
+        said = [{"role": "user", "content": question}]
+        body = {"messages": said, "documents": [{"text": TEXT}], "rate": "auto", "max_tokens": 4}
+        request = api.read(api.ChatRequest, json.dumps(body).encode())
+        asked = api.ask_of(request, settings, Generation())
+        made, want = preparer.ask(asked), model.prompt_embeddings(document, question, rate="auto")
+        np.testing.assert_array_equal(made.prompt, want.vectors)
+        account = Reply(True, "tiny", asked, Job(asked, lambda _: None), made).account()
+        assert account["asked_rate"] == "auto" and account["memory_vectors"] == want.memory_vectors
+        seen.add(account["chosen_rate"])
+        with pytest.raises(ApiError, match='"auto" needs a calibration, which python -m comi_jax.calibrate makes'):
+            api.ask_of(request, dataclasses.replace(settings, auto=False), Generation())
+    assert seen == {2, 4}
 
 
 @pytest.mark.parametrize(
