@@ -1,10 +1,12 @@
 """Ask questions about texts: ``python -m comi_jax.answer --checkpoint=DIR --context=FILE [--question=TEXT]``.
 
 With ``--question`` one answer is printed, with ``--questions`` the answers to a file of questions as JSON Lines. With
-neither, questions are read from the terminal, one a line; ``/rate N`` changes the rate and ``/quit`` ends.
+neither, questions are read from the terminal, one a line; ``/rate N`` changes the rate, ``/explain`` writes the page of
+what was kept for the last question (``comi_jax.explain``), and ``/quit`` ends.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -20,15 +22,20 @@ from comi_jax.data.records import Record
 from comi_jax.devices import compilations
 from comi_jax.errors import ConfigError, UserError
 from comi_jax.runs.selection import choose_step
+from comi_jax.serving import explanation
 from comi_jax.serving.answers import Answer
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.documents import Document
+from comi_jax.serving.explanation_page import page
 from comi_jax.serving.generation import Options
 from comi_jax.serving.rates import AUTO, Rate
 
 BATCH = 16  # questions of a file that are decoded together
 AT_ONCE = 4 * BATCH  # per call; at most so many answers are lost if the process dies
-HELP = "a question about the text, /rate N (context tokens per memory vector, or auto), or /quit"
+HELP = (
+    "a question about the text, /rate N (context tokens per memory vector, or auto), /explain [FILE] (a page of what "
+    "was kept for the last question), or /quit"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         step = choose_step(options.checkpoint, options.step)
         rows = BATCH if options.questions else 1
         model = Comi.load(options.checkpoint, overrides=options.set, step=step, batch_size=rows)
-        asked = Session(model, text, options)
+        asked = Session(model, text, options, step)
         if options.questions:
             asked.file(questions)
         elif options.question is not None:
@@ -89,9 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 class Session:
     """Questions about one text, which is encoded once."""
 
-    def __init__(self, model: Comi, text: str, given: argparse.Namespace):
-        self.model, self.rate = model, given.rate
-        self.context = _encoded(model, text)
+    def __init__(self, model: Comi, text: str, given: argparse.Namespace, step: int):
+        self.model, self.text, self.rate = model, text, given.rate
+        self.account = explanation.account(model, given.checkpoint, step)
+        self.context, self.seconds = _encoded(model, text)
+        self.last: tuple[str, int | None] | None = None  # the question that was answered last, and its rate
         self.options: Options = {
             "max_new_tokens": given.max_new_tokens,
             "repetition_penalty": given.repetition_penalty,
@@ -109,6 +118,7 @@ class Session:
             print(piece, end="", flush=True)
         print(flush=True)
         if stream.answer is not None:
+            self.last = question, stream.answer.rate
             print(_speed(stream.answer, stream.timings), _made_of(stream.answer), sep="\n", file=sys.stderr)
 
     def file(self, questions: Sequence[str]) -> None:
@@ -137,6 +147,9 @@ class Session:
 
     def _command(self, line: str) -> None:
         name, _, value = line.partition(" ")
+        if name == "/explain":
+            self._explain(value.strip())
+            return
         if name != "/rate":
             raise ConfigError(f"there is no command {name}; type {HELP}")
         try:
@@ -146,19 +159,41 @@ class Session:
                 f"the rate is {value.strip() or 'missing'}; type a whole number of at least 1 or auto: /rate 16"
             ) from None
 
+    def _explain(self, name: str) -> None:
+        """Write the page of what was kept for the last question to the file ``name``, or to the first of
+        explanation_1.html, explanation_2.html, ... in this folder that does not exist."""
+        if not isinstance(self.context, Document):
+            explanation.check_system(self.model)
+            return
+        if self.last is None:
+            raise ConfigError("there is no question to explain yet; ask one first")
+        path = Path(cli.path(name)) if name else _free("explanation_{}.html")
+        if not path.parent.is_dir() or path.is_dir():
+            raise ConfigError(f"{path} cannot be written: its folder does not exist, or it is one; give another path")
+        source = explanation.source_of(self.model, self.text, self.context, self.seconds)
+        view = explanation.explain(self.model, source, *self.last, **self.options)
+        content = page(explanation.as_json(source, [view], self.account)).encode("utf-8", "surrogatepass")
+        path.write_bytes(content)
+        print(f"[what was kept for {self.last[0]!r} at rate {view.rate}: {path.resolve()}]", file=sys.stderr)
 
-def _encoded(model: Comi, text: str) -> str | Document:
-    """``text`` as a document, which is encoded once for all questions; the text itself for other systems than COMI,
-    which have no documents."""
+
+def _free(pattern: str) -> Path:
+    """The first file of ``pattern``, numbered from 1, that does not exist."""
+    return next(path for number in itertools.count(1) if not (path := Path(pattern.format(number))).exists())
+
+
+def _encoded(model: Comi, text: str) -> tuple[str | Document, float]:
+    """``text`` as a document, which is encoded once for all questions, and the seconds that took; the text itself for
+    other systems than COMI, which have no documents."""
     if model.architecture.system != "comi":
-        return text
+        return text, 0.0
     since = time.perf_counter()
     with Console(stderr=True).status(f"encoding {len(text):,} characters"):
         document = model.encode(text)
         jax.block_until_ready([segment.kept for segment in document.segments])
-    took = (time.perf_counter() - since) * 1000
-    print(f"[encoded {document.tokens:,} tokens in {took:,.0f} ms, {document.nbytes / 1e6:,.1f} MB]", file=sys.stderr)
-    return document
+    took, size = time.perf_counter() - since, document.nbytes / 1e6
+    print(f"[encoded {document.tokens:,} tokens in {took * 1000:,.0f} ms, {size:,.1f} MB]", file=sys.stderr)
+    return document, took
 
 
 def _typed() -> Iterator[str]:

@@ -5,11 +5,9 @@ vector or by its scores, the groups, and the answer. ``--json`` and ``--png`` wr
 """
 
 import argparse
-import datetime
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from comi_jax import cli
 from comi_jax.data.records import Record
@@ -21,7 +19,6 @@ from comi_jax.serving.compressor import Comi
 from comi_jax.serving.explanation import View
 from comi_jax.serving.explanation_page import page
 from comi_jax.serving.generation import Options
-from comi_jax.version import __version__
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,11 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
                 views.append(explanation.explain(model, source, question, rate, **options))
                 said = views[-1].answer
                 print(f"rate {rate}, {said.memory_vectors} vectors: {question} {said.text}", flush=True)
-        account: dict[str, Any] = {
-            "config": model.run.config.name, "checkpoint": given.checkpoint, "step": step,
-            "made": f"{datetime.date.today()}, comi_jax {__version__}",
-        }  # fmt: skip
-        made = explanation.as_json(source, views, account)
+        made = explanation.as_json(source, views, explanation.account(model, given.checkpoint, step))
         if given.output:
             write(given.output, page(made))
         if given.json:

@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import re
 
 import pytest
 import train_fixtures
@@ -69,6 +70,29 @@ def test_a_conversation(world, texts, answers, capsys, monkeypatch):
     assert [error.split(";")[0] for error in errors[:2]] == ["error: the rate is x", "error: there is no command /rat"]
     assert "the question has 600 tokens" in errors[2] and len(errors) == 3
     assert printed.err.count("[encoded 21 tokens in ") == 1  # for all questions
+
+
+def test_explain_writes_the_page_of_the_last_question(world, texts, answers, capsys, monkeypatch):
+    """At the rate that it was answered at; a page is not written over, and what cannot be is told."""
+    monkeypatch.chdir(texts)
+    typed = ["/explain", QUESTIONS[0], "/rate 4", QUESTIONS[1], "/rate 2", "/explain", "/explain", "/explain x.html",
+             "/explain no/x.html", "/explain folder", "/rate 1", QUESTIONS[1], "/explain", "/quit"]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    command(world, texts)
+    printed = capsys.readouterr().err
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4 and "there is no question to explain yet" in errors[0]
+    assert "no/x.html cannot be written" in errors[1] and "folder cannot be written" in errors[2]
+    assert "at rate 1 nothing is compressed" in errors[3]
+    names = ["explanation_1.html", "explanation_2.html", "x.html"]
+    assert sorted(path.name for path in texts.glob("*.html")) == names
+    for name in names:
+        assert f"at rate 4: {(texts / name).resolve()}]" in printed
+    shown = re.search(r"<script [^>]*application/json[^>]*>(.*?)</script>", (texts / "x.html").read_text(), re.DOTALL)
+    (view,) = json.loads(shown[1])["views"]
+    want = answers[4][1]
+    assert (view["question"], view["rate"], view["answer"]) == (QUESTIONS[1], 4, want.text)
+    assert view["memory_vectors"] == want.memory_vectors and json.loads(shown[1])["text"] == "\n".join(TEXTS)
 
 
 def test_ctrl_c_leaves_the_answer_and_then_the_conversation(world, texts, answers, capsys, monkeypatch):

@@ -4,6 +4,7 @@ The values are those of the memory that the answer was decoded from: the ``Aux``
 of several segments has the groups of all of them, in order; scores, weights and shares are within a segment.
 """
 
+import datetime
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from comi_jax.serving.documents import Document
 from comi_jax.serving.encoding import Model
 from comi_jax.serving.examined import SCORES, Kept, joined, without_padding
 from comi_jax.serving.generation import Options
+from comi_jax.version import __version__
 
 FORMAT = 1  # increment when the JSON has other fields
 
@@ -61,6 +63,11 @@ def encode(model: Comi, text: str) -> Source:
     begun = time.perf_counter()
     document = model.encode(text)
     seconds = time.perf_counter() - begun
+    return source_of(model, text, document, seconds)
+
+
+def source_of(model: Comi, text: str, document: Document, seconds: float) -> Source:
+    """``text`` with the ``document`` that it was encoded into in so many seconds. Raises TextError as ``encode``."""
     spans = token_spans(model.tokenizer, text)[: document.tokens]
     return Source(text, document, np.asarray(spans, np.int32).reshape(-1, 2), seconds)
 
@@ -95,6 +102,12 @@ def kept(model: Model, asked: asking.Question) -> Kept:
             "--step, or set model.dtype=float32"
         )
     return joined(parts)
+
+
+def account(model: Comi, checkpoint: str, step: int) -> dict[str, Any]:
+    """What an explanation was made from and by, for ``as_json``."""
+    made = f"{datetime.date.today()}, comi_jax {__version__}"
+    return {"config": model.run.config.name, "checkpoint": checkpoint, "step": step, "made": made}
 
 
 def as_json(source: Source, views: Sequence[View], account: dict[str, Any]) -> dict[str, Any]:
