@@ -11,11 +11,13 @@ from rich.table import Table
 from comi_jax import cli
 from comi_jax.config import Config
 from comi_jax.devices import topology
+from comi_jax.devices.chips import Chip
 from comi_jax.errors import ConfigError
 from comi_jax.model.architecture import Stage
 from comi_jax.overrides import load
-from comi_jax.planning import sweep
+from comi_jax.planning import serving_counts, sweep
 from comi_jax.planning.programs import Program, backbone_of, serving, train_step
+from comi_jax.planning.serving_counts import BATCHES, Way
 
 EXAMPLES = 100_000  # the size of the paper's training set
 
@@ -66,6 +68,23 @@ def show(programs: list[Program], where: topology.Topology, config: Config, cons
         console.print(table(program, where, config))
 
 
+def counted(ways: list[Way], chip: Chip, config: Config) -> Table:
+    """What each way to answer questions about one text takes at least, on one chip."""
+    data, single, many = config.data, *BATCHES
+    rows = Table(
+        "", "first question to first token: TFLOP", "ms", "further question: TFLOP", "ms",
+        f"ms a token, batch {single}", f"batch {many}", "kept", show_edge=False,
+        title=f"Questions of {data.max_query} tokens about {data.max_context:,}, counted, at least, on one {chip.name}",
+    )  # fmt: skip
+    for way in ways:
+        passes = (
+            f"{value:,.2f}" for p in (way.first, way.further) for value in (p.flop / 1e12, 1000 * p.seconds(chip))
+        )
+        tokens = (f"{1000 * way.token[batch].seconds(chip):,.2f}" for batch in BATCHES)
+        rows.add_row(way.name, *passes, *tokens, f"{way.kept / 1e6:,.1f} MB" if way.kept else "-")
+    return rows
+
+
 def to_json(programs: list[Program], where: topology.Topology, config: Config) -> dict[str, Any]:
     """Everything that ``show`` prints, with the mesh and the settings it was planned for."""
     rows = [dataclasses.asdict(p) | {"waste": p.waste, "bound": p.bound if p.seconds else None} for p in programs]
@@ -103,8 +122,13 @@ def main(arguments: list[str] | None = None) -> None:
             stages: tuple[Stage, ...] = ("autoencoding", "answering") if config.autoencoding_steps else ("answering",)
             programs = [train_step(config, backbone, where, stage) for stage in stages]
         show(programs, where, config, console)
+        report = to_json(programs, where, config)
+        if given.serve and config.system == "comi":
+            ways = serving_counts.ways(config, backbone)
+            console.print(counted(ways, where.chip, config))
+            report["ways"] = [dataclasses.asdict(way) for way in ways]
         if given.json:
-            text = json.dumps(to_json(programs, where, config), indent=2)
+            text = json.dumps(report, indent=2)
             Path(given.json).write_text(text + "\n", encoding="utf-8")
 
 

@@ -126,8 +126,10 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
 
 
 def test_the_plan_of_serving(model, tmp_path):
-    _, (compress, answer) = run(model, tmp_path, "--serve", "--batch-size=2")
+    printed, (compress, answer) = run(model, tmp_path, "--serve", "--batch-size=2")
     assert compress["fits"] and answer["fits"] and compress["waste"] > 1 and not compress["sent"]
+    assert all(way in printed for way in ("re-read", "prefix cache", "COMI, kept, rate 2", "COMI, kept, rate 4"))
+    assert len(json.loads((tmp_path / "plan.json").read_text())["ways"]) == 6
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "h100:12", "h100:0", "tpu"])
