@@ -173,7 +173,8 @@ class Preparer:
         seconds, compressing = encoded - start, time.perf_counter() - encoded
         self._observe(document.tokens, cached, len(question), len(memory), seconds, compressing)
         return Prepared(
-            prompt, document.tokens, cached, len(question), len(memory), asked.rate, document.nbytes, seconds, compressing,
+            prompt, document.tokens, cached, len(question), len(memory), asked.rate, document.nbytes, seconds,
+            compressing,
             self._explained(document, asked, len(memory)) if work.explain else None,
         )  # fmt: skip
 
