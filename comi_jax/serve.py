@@ -52,6 +52,10 @@ def parser() -> cli.Parser:
     made.add_argument("--api-key-file", type=cli.path, help=f"keys, one per line, of {SHORTEST_KEY} characters or more")
     made.add_argument("--no-auth", action="store_true", help="let everybody who reaches the address ask")
     made.add_argument("--cors", default="", metavar="ORIGIN", help="origin whose pages may ask (default: none)")
+    made.add_argument(
+        "--decoder", metavar="URL", help="vLLM's /v1 that decodes (--enable-prompt-embeds), not this server"
+    )
+    made.add_argument("--decoder-key-file", type=cli.path, help="the key for that endpoint, in one line")
     made.add_argument("--documents", type=cli.path, metavar="DIR", help="save uploaded files, for other servers too")
     made.add_argument("--single-message", choices=SINGLE_MESSAGE, default="refuse", help="one message, no context")
     made.add_argument(
@@ -94,6 +98,22 @@ def check_extra() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed; run pip install 'comi-jax[serve]'")
+
+
+def decoder_key_of(options: argparse.Namespace) -> str:
+    """The key for the endpoint of --decoder. Raises ConfigError where there is something to fix."""
+    if options.decoder is None:
+        if options.decoder_key_file is not None:
+            raise ConfigError("--decoder-key-file is for --decoder; give both or none")
+        return ""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("--decoder sends prompts as torch tensors, and torch is not installed; run pip install torch")
+    if options.decoder_key_file is None:
+        return ""
+    key = Path(options.decoder_key_file).read_text(encoding="utf-8").strip()
+    if not key.isascii() or len(key.split()) != 1:
+        raise ConfigError(f"--decoder-key-file={options.decoder_key_file} must hold one key of ASCII characters")
+    return key
 
 
 def keys_of(options: argparse.Namespace) -> list[str]:
@@ -139,6 +159,7 @@ def settings_of(options: argparse.Namespace, model: Comi) -> Settings:
             raise ConfigError(
                 f"--{limit.replace('_', '-')} is {given[limit]}, more than the {most} of the run; raise it with --set"
             )
+    given["decoder_key"] = decoder_key_of(options)
     rates = options.rates or trained_rates(config)
     return Settings(name=name, rates=rates, auto=not why_not_auto(model, rates), **given)
 

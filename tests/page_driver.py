@@ -62,6 +62,7 @@ def explained(tab):
     """Open what was kept for the newest answer. Returns the frame."""
     tab.locator("#answers article").first.get_by_role("button", name="What was kept").click()
     frame = tab.frame_locator("#frame")
+    frame.locator(".row").first.scroll_into_view_if_needed()  # a row is drawn when it is seen
     frame.locator(".g").first.wait_for()
     return frame
 

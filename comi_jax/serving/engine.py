@@ -16,6 +16,7 @@ from typing import Any
 
 from comi_jax.errors import UserError
 from comi_jax.serving.contexts import Ask, Ingest, Prepared, Preparer, Steps
+from comi_jax.serving.remote import RemoteDecoder, RemoteEvent, RemoteHandle
 from comi_jax.serving.settings import Settings
 from comi_jax.serving.slots import BusyError, Event, Handle, SlotDecoder
 from comi_jax.serving.telemetry import Telemetry
@@ -61,7 +62,7 @@ class Job:
     work: Ask | Ingest
     tell: Callable[[Happening], None]
     arrived: float = field(default_factory=time.perf_counter)
-    handle: Handle | None = None  # while it has a slot or waits for its prefill
+    handle: Handle | RemoteHandle | None = None  # while it has a slot or waits for its prefill
     closed: bool = False  # it is finished or has failed; nothing is told of it any more
     first_token: float | None = None
     last_token: float = 0.0
@@ -71,15 +72,17 @@ class Engine:
     """The thread, and the queue in front of it. ``submit``, ``cancel``, ``abort`` and the properties may be used from
     any thread."""
 
-    def __init__(self, preparer: Preparer, decoder: SlotDecoder, settings: Settings, telemetry: Telemetry):
+    def __init__(
+        self, preparer: Preparer, decoder: SlotDecoder | RemoteDecoder, settings: Settings, telemetry: Telemetry
+    ):
         self.preparer, self.settings, self.telemetry = preparer, settings, telemetry
         self.defaults = decoder.defaults  # of decoding
         self.state = COMPILING
-        self._decoder = decoder
+        self._decoder: Any = decoder
         self._waiting: deque[Job] = deque()
         self._preparing: Job | None = None
         self._steps: Steps | None = None  # of the job that is being prepared
-        self._decoding: dict[Handle, Job] = {}
+        self._decoding: dict[Handle | RemoteHandle, Job] = {}
         self._wake = threading.Condition()  # its lock guards all of the above
         self._stopping = False
         self._seconds = USUAL  # that an answer takes on average
@@ -94,6 +97,8 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        if isinstance(self._decoder, RemoteDecoder):
+            self._decoder.close()
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -233,12 +238,14 @@ class Engine:
         self._decoding[job.handle] = job
         job.tell(made)
 
-    def _deliver(self, event: Event) -> None:
+    def _deliver(self, event: Event | RemoteEvent) -> None:
         now = time.perf_counter()
         with self._wake:
             job = self._decoding.get(event.handle)
             if job is None:  # it was cancelled after the step
                 return
+            if isinstance(event, RemoteEvent) and event.error is not None:
+                return self._fail(job, event.error)
             if job.first_token is None:
                 job.first_token = now
                 self.telemetry.first_token.observe(now - job.arrived)

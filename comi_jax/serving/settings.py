@@ -1,7 +1,7 @@
 """What a server may be asked to do: its limits, each with the status that a request above it gets."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from comi_jax.checks import one_of
 from comi_jax.config import Config
@@ -35,6 +35,8 @@ class Settings:
     auto: bool = False  # whether rate "auto" may be asked for: the model is calibrated for rates that are served
     cors: str = ""  # the origin whose pages in a browser may ask
     documents: str = ""  # a folder for uploaded files, which other servers may share; empty: they end with the process
+    decoder: str = ""  # the URL of an endpoint that decodes answers from prompt embeddings; empty: this server does
+    decoder_key: str = field(default="", repr=False)  # for that endpoint
 
     def __post_init__(self):
         one_of("single_message", self.single_message, SINGLE_MESSAGE)

@@ -7,13 +7,14 @@ from comi_jax.data.encode import LengthError
 from comi_jax.errors import UserError
 from comi_jax.serving.contexts import FullError, SizeError
 from comi_jax.serving.engine import DeadlineError, EngineError, ShutdownError
+from comi_jax.serving.remote import DecoderError
 from comi_jax.serving.saved_documents import MissingError
 from comi_jax.serving.slots import BusyError
 
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error",
-    429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error",
+    429: "rate_limit_error", 500: "server_error", 502: "server_error", 503: "service_unavailable_error",
 }  # fmt: skip
 RETRY_FULL = 60  # seconds until files may have been deleted or have expired
 RETRY_SHUTDOWN = 5  # seconds until another process may have taken the place of one that shuts down
@@ -55,6 +56,10 @@ def of(error: BaseException, retry_after: int) -> ApiError:
         return ApiError(408, str(error), code="deadline_exceeded", headers=again)
     if isinstance(error, ShutdownError):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": str(RETRY_SHUTDOWN)})
+    if isinstance(error, DecoderError) and not error.reached:
+        return ApiError(503, str(error), code="decoder_unavailable", headers={"Retry-After": str(RETRY_SHUTDOWN)})
+    if isinstance(error, DecoderError):
+        return ApiError(502, str(error), code="decoder_failed")
     if isinstance(error, MissingError):
         return ApiError(404, str(error), code="file_not_found")
     if isinstance(error, SizeError):

@@ -1,5 +1,6 @@
 """From a checkpoint to a server that listens, and its end: a first SIGTERM drains, a second one ends it at once."""
 
+import copy
 import dataclasses
 import logging
 import time
@@ -13,6 +14,7 @@ from comi_jax.serving.compressor import Comi
 from comi_jax.serving.contexts import Preparer
 from comi_jax.serving.engine import DEAD, Engine
 from comi_jax.serving.http.server import build
+from comi_jax.serving.remote import Endpoint, RemoteDecoder
 from comi_jax.serving.saved_documents import SavedDocuments
 from comi_jax.serving.settings import LOOPBACK, Settings
 from comi_jax.serving.store import DocumentStore
@@ -28,7 +30,13 @@ def engine_of(comi: Comi, settings: Settings) -> Engine:
     """The engine of a server for ``comi``."""
     telemetry = Telemetry()
     store = DocumentStore(settings.store_bytes, settings.host_bytes, say=lambda _: telemetry.evictions.inc())
-    slots = comi.slots(settings.slots, settings.slot_length, waiting=0)
+    if settings.decoder:
+        endpoint, defaults = Endpoint(settings.decoder, settings.decoder_key), comi.run.config.generation
+        slots = RemoteDecoder(endpoint, comi.run.stop, defaults, settings.slots, settings.slot_length)
+        comi = copy.copy(comi)
+        comi.params = {**comi.params, "decoder": {"embed": comi.params["decoder"]["embed"]}}  # the rest is not used
+    else:
+        slots = comi.slots(settings.slots, settings.slot_length, waiting=0)
     saved = SavedDocuments(settings.documents, comi.origin) if settings.documents else None
     return Engine(Preparer(comi, store, settings, telemetry, saved), slots, settings, telemetry)
 

@@ -30,6 +30,7 @@ _ABOUT = {
     415: "The body is of another type.",
     429: "The queue or the store is full; Retry-After says when to ask again.",
     500: "The server has failed.",
+    502: "The decoder's endpoint has failed.",
     503: "The server is starting or shutting down.",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -1,0 +1,269 @@
+"""Answers decoded by another server: vLLM, or what speaks its interface, reads the prompt as vectors.
+
+    POST URL/completions {"prompt_embeds": base64 of torch.save([memory; embed(question)]), "stream": true, ...}
+
+The endpoint serves the decoder of the same checkpoint (``python -m comi_jax.convert export-hf``) and detokenizes.
+"""
+
+import contextlib
+import http.client
+import json
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from comi_jax.config import Generation
+from comi_jax.data.encode import LengthError
+from comi_jax.errors import ConfigError, UserError
+from comi_jax.serving.prompts import PromptEmbeddings
+from comi_jax.serving.slots import BusyError
+
+CONNECT = 10.0  # seconds
+SILENCE = 60.0  # seconds without a byte after which an endpoint is given up
+PAUSE = 0.01  # seconds that a step waits for tokens, as long as there are none
+RETRY = 2.0  # seconds between two attempts to reach an endpoint at the start
+LARGEST = 1 << 20  # bytes of a line of a stream or of an error
+
+
+class DecoderError(UserError):
+    """An endpoint that cannot be reached (``reached`` False), or that answers something else than an answer."""
+
+    def __init__(self, message: str, reached: bool):
+        super().__init__(message)
+        self.reached = reached
+
+
+@dataclass(eq=False)
+class RemoteHandle:
+    """A question at the endpoint."""
+
+    options: Generation
+    finish_reason: str | None = None
+    tokens: range = range(0)  # as many as the answer has so far: the endpoint tells no ids
+    raw: str = ""  # the text so far, and of it what was told
+    text: str = ""
+    connection: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class RemoteEvent:
+    """What came of an answer: text of some tokens, or the ``error`` that ends it."""
+
+    handle: RemoteHandle
+    text: str = ""
+    finish_reason: str | None = None
+    error: DecoderError | None = None
+
+
+class Endpoint:
+    """The connections to an endpoint, one per request."""
+
+    def __init__(self, url: str, key: str = ""):
+        """``url``: up to and with /v1. Raises ConfigError for what is no such URL."""
+        parts = urlsplit(url if "://" in url else "")
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
+            raise ConfigError(f"--decoder={url} is no URL; give one as http://host:8000/v1")
+        path = parts.path.rstrip("/")
+        self._path = path if path.endswith("/v1") else f"{path}/v1"
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.connect = lambda: kind(str(parts.hostname), port, timeout=CONNECT)
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def open(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None = None) -> Any:
+        """The response, whose status is 200. Raises DecoderError."""
+        try:
+            connection.connect()
+            connection.sock.settimeout(SILENCE)
+            connection.request(method, f"{self._path}{path}", body, self._headers)
+            response = connection.getresponse()
+            if response.status == 200:
+                return response
+            content = response.read(LARGEST)
+        except (OSError, http.client.HTTPException) as error:
+            raise DecoderError(f"the decoder's endpoint cannot be reached ({type(error).__name__})", False) from None
+        logging.getLogger(__name__).error("the decoder's endpoint said %d: %r", response.status, content[:500])
+        busy = response.status in (429, 503)
+        what = "is overloaded or starting" if busy else "has refused the request"
+        raise DecoderError(f"the decoder's endpoint {what} (status {response.status})", not busy)
+
+    def model(self) -> dict[str, Any]:
+        """The first model of the endpoint. Raises DecoderError."""
+        connection = self.connect()
+        try:
+            return json.loads(self.open(connection, "GET", "/models").read(LARGEST))["data"][0]
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+            raise DecoderError("the decoder's endpoint lists no model", True) from None
+        finally:
+            connection.close()
+
+
+class RemoteDecoder:
+    """In place of ``SlotDecoder``: ``slots`` questions at once are at the endpoint, each in a thread of its own.
+
+    One thread calls ``step``; ``submit`` and ``cancel`` may come from others."""
+
+    def __init__(self, endpoint: Endpoint, stop: tuple[int, ...], defaults: Generation, slots: int, length: int):
+        self._endpoint, self._stop, self._slots = endpoint, stop, slots
+        self.defaults, self.length = defaults, length
+        self._model, self._closed = "", threading.Event()
+        self._live: set[RemoteHandle] = set()
+        self._events: queue.Queue[RemoteEvent] = queue.Queue()
+        self._lock = threading.Lock()  # of the handles
+
+    @property
+    def live(self) -> int:
+        """The number of answers that are being decoded."""
+        with self._lock:
+            return len(self._live)
+
+    def compile(self) -> None:
+        """Wait until the endpoint lists its model, or ``close``."""
+        said = ""
+        while not self._model and not self._closed.is_set():
+            try:
+                about = self._endpoint.model()
+                self._model = str(about["id"])
+                longest = about.get("max_model_len")
+            except DecoderError as error:
+                if str(error) != said:
+                    logging.getLogger(__name__).warning("%s; waiting for it", error)
+                said = str(error)
+                self._closed.wait(RETRY)
+                continue
+            if isinstance(longest, int) and longest < self.length:
+                logging.getLogger(__name__).warning(
+                    "the decoder's endpoint has %d positions, fewer than --slot-length=%d; longer requests are refused",
+                    longest, self.length,
+                )  # fmt: skip
+                self.length = longest
+
+    def close(self) -> None:
+        """Wait for the endpoint no longer."""
+        self._closed.set()
+
+    def submit(self, prompt: PromptEmbeddings | np.ndarray, options: Generation | None = None) -> RemoteHandle:
+        """Send ``prompt``, vectors [T, D]. Raises LengthError if prompt and answer do not fit, and BusyError if as many
+        questions are at the endpoint as may be."""
+        options = options or self.defaults
+        if not isinstance(prompt, PromptEmbeddings):
+            prompt = PromptEmbeddings(np.asarray(prompt), 0, 0, False)
+        if len(prompt.vectors) + options.max_new_tokens > self.length:
+            raise LengthError(
+                f"a prompt of {len(prompt.vectors)} vectors and an answer of up to {options.max_new_tokens} tokens do "
+                f"not fit into the {self.length} positions of the decoder; use a higher rate or fewer new tokens"
+            )
+        handle = RemoteHandle(options)
+        with self._lock:
+            if len(self._live) >= self._slots:
+                raise BusyError(f"{self._slots} questions are at the endpoint, as many as may; ask again later")
+            self._live.add(handle)
+        threading.Thread(target=self._decode, args=(handle, prompt), name="decoder", daemon=True).start()
+        return handle
+
+    def cancel(self, handle: RemoteHandle) -> None:
+        """End ``handle``: its connection is closed, by which the endpoint ends its work, and nothing is told of it."""
+        with self._lock:
+            self._live.discard(handle)
+            handle.finish_reason = handle.finish_reason or "cancelled"
+            connection = handle.connection
+        if connection is not None and connection.sock is not None:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def step(self) -> list[RemoteEvent]:
+        """What has come since the last step; waits a moment if that is nothing."""
+        events = []
+        with contextlib.suppress(queue.Empty):
+            events.append(self._events.get(timeout=PAUSE))
+            while True:
+                events.append(self._events.get_nowait())
+        return events
+
+    # --- the thread of a question -------------------------------------------------------------------------------------
+
+    def _decode(self, handle: RemoteHandle, prompt: PromptEmbeddings) -> None:
+        connection = handle.connection = self._endpoint.connect()
+        try:
+            body = json.dumps(self._body(handle.options, prompt)).encode()
+            with contextlib.closing(self._endpoint.open(connection, "POST", "/completions", body)) as response:
+                for event in _events(response):
+                    self._take(handle, event)
+            if handle.finish_reason is None:
+                raise DecoderError("the decoder's endpoint has ended an answer without a reason", True)
+        except DecoderError as error:
+            self._fail(handle, error)
+        except (OSError, http.client.HTTPException) as error:
+            self._fail(handle, DecoderError(f"the decoder's endpoint has gone silent ({type(error).__name__})", True))
+        except Exception:
+            logging.getLogger(__name__).exception("a question could not be decoded")
+            self._fail(handle, DecoderError("the decoder's endpoint sent what is no stream of an answer", True))
+        finally:
+            connection.close()
+
+    def _body(self, options: Generation, prompt: PromptEmbeddings) -> dict[str, Any]:
+        """The request. ``prompt_embeds`` alone: no token is put before it."""
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt_embeds": prompt.base64(),
+            "max_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "stop_token_ids": list(self._stop),
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        if options.temperature > 0:
+            body |= {"top_p": options.top_p, "top_k": options.top_k or -1, "seed": options.seed}
+        if options.repetition_penalty != 1:
+            body["repetition_penalty"] = options.repetition_penalty
+        return body | ({"stop": list(options.stop_strings)} if options.stop_strings else {})
+
+    def _take(self, handle: RemoteHandle, event: dict[str, Any]) -> None:
+        """One event of the stream: text, and how many tokens there are; without counts, one."""
+        if "error" in event:
+            logging.getLogger(__name__).error("the decoder's endpoint said %.500r", event["error"])
+            raise DecoderError("the decoder's endpoint has failed within an answer", True)
+        if not event.get("choices"):
+            return
+        (choice,) = event["choices"]
+        usage = event.get("usage") or {}
+        with self._lock:
+            if handle not in self._live:
+                return
+            handle.tokens = range(usage.get("completion_tokens", len(handle.tokens) + 1))
+            handle.finish_reason = choice.get("finish_reason")
+            if handle.finish_reason is not None:
+                self._live.discard(handle)
+                handle.finish_reason = "length" if handle.finish_reason == "length" else "stop"
+            handle.raw += choice.get("text") or ""
+            told, handle.text = len(handle.text), handle.raw.strip()  # as answers that are decoded here
+            self._events.put(RemoteEvent(handle, handle.text[told:], handle.finish_reason))
+
+    def _fail(self, handle: RemoteHandle, error: DecoderError) -> None:
+        with self._lock:
+            if handle in self._live:
+                self._live.discard(handle)
+                handle.finish_reason = "error"
+                self._events.put(RemoteEvent(handle, error=error))
+
+
+def _events(response: Any) -> Iterator[dict[str, Any]]:
+    """The events of a stream, as JSON objects."""
+    while line := response.readline(LARGEST):
+        if line.startswith(b"data:"):
+            content = line[5:].strip()
+            if content == b"[DONE]":
+                return
+            event = json.loads(content)
+            if isinstance(event, dict):
+                yield event
