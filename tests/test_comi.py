@@ -45,6 +45,9 @@ def program(params, batch):
     return memory, comi.answer_logits(params, ARCH, memory, batch)
 
 
+gradient = jax.jit(jax.grad(lambda params, batch: comi.loss(params, ARCH, batch, MIN_RATE).loss))
+
+
 def answer(params, batch):
     """Memory and logits as numpy arrays."""
     return jax.tree.map(np.asarray, program(params, batch))
@@ -216,15 +219,13 @@ def test_encoding_the_context_once_is_encoding_it_with_the_query(params, batch):
 
 def test_what_is_remembered_of_an_encoded_context_is_what_one_pass_gives(params, batch):
     """Contexts of one and of several segments, encoded once and asked: the memory of [context; query] in one pass."""
-    asked = jax.tree.map(jnp.asarray, batch)
 
     @jax.jit
-    def both(params, batch):
+    def in_turn(params, batch):
         encoded = encoder.encode(params, ARCH, batch.context, batch.context_length)
-        once = comi_memory.remember(params, ARCH, encoded, batch.query, batch.query_length, batch.rate, MIN_RATE)
-        return once, comi.memory_of(params, ARCH, batch, MIN_RATE)
+        return comi_memory.remember(params, ARCH, encoded, batch.query, batch.query_length, batch.rate, MIN_RATE)
 
-    once, whole = both(params, asked)
+    once, (whole, _) = in_turn(params, jax.tree.map(jnp.asarray, batch)), answer(params, batch)
     np.testing.assert_array_equal(once.length, whole.length)
     real = np.arange(whole.vectors.shape[1]) < np.asarray(whole.length)[:, None]
     assert real.sum() > 10
@@ -254,7 +255,6 @@ def test_gradients_through_shared_keys_and_values_are_those_of_contexts_written_
     shared = batch.replace(context=batch.context[:2], context_length=batch.context_length[:2])
     pairs = np.array([0, 0, 1, 1])
     apart = batch.replace(context=batch.context[pairs], context_length=batch.context_length[pairs])
-    gradient = jax.jit(jax.grad(lambda p, b: comi.loss(p, ARCH, b, MIN_RATE).loss))
     ours, theirs = flatten(gradient(params, shared)), flatten(gradient(params, apart))
     for path, want in theirs.items():
         np.testing.assert_allclose(ours[path], want, atol=1e-4, rtol=1e-4, err_msg=path)
@@ -301,10 +301,8 @@ def test_segments_are_joined_without_a_gap():
 def test_adapters_and_scalars_learn_but_for_the_coarse_ones(params, batch):
     """Group sizes are integers: α and β of the coarse stage get a gradient of exactly zero. (That encoder, LSA and the
     decoder's own weights get theirs is in test_official.py.)"""
-    learning = {part: params[part] for part in ("lora", "mig")}
-    frozen = {part: params[part] for part in ("encoder", "lsa", "decoder")}
-    loss = jax.jit(jax.grad(lambda learning, frozen, batch: comi.loss(frozen | learning, ARCH, batch, MIN_RATE).loss))
-    for path, grad in flatten(loss(learning, frozen, batch)).items():
+    gradients = gradient(params, batch)
+    for path, grad in flatten({part: gradients[part] for part in ("lora", "mig")}).items():
         assert np.isfinite(grad).all(), path
         assert (np.abs(grad).max() == 0) == (path in ("mig/alpha_coarse", "mig/beta_coarse")), path
 
