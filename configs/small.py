@@ -19,14 +19,14 @@ def get_config() -> Config:
         data=Data(
             train=("synthetic-documents:two_hop=0",),
             eval=("synthetic-documents:two_hop=0",),
-            synthetic_examples=12_800,
+            synthetic_examples=38_400,
             eval_examples=512,
             max_context=800,
             max_query=24,
             max_answer=4,
             buckets=(800,),
         ),
-        optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup=0.05, weight_decay=0.01, beta2=0.98),
-        train=Train(steps=200, batch_size=64, share_context=16, log_every=20, checkpoint_every=50),
+        optimizer=Optimizer(learning_rate=2e-3, schedule="linear", warmup=0.05, weight_decay=0.01, beta2=0.98),
+        train=Train(steps=600, batch_size=64, share_context=16, log_every=20, checkpoint_every=200),
         generation=Generation(max_new_tokens=4),
     )

@@ -67,4 +67,4 @@ def records(word: str, split: str, count: int, seed: int) -> list[Record]:
     try:
         return GENERATORS[name](split, count, seed, **values)
     except ValueError as error:
-        raise ConfigError(f"{word}: {error}") from None
+        raise ConfigError(str(error)) from None
