@@ -126,9 +126,9 @@ class Model:
     attention: str = ""  # attention implementation (cudnn and splash take no KV cache); empty: chosen by the backend
     kernels: str = ""  # implementation of the compression kernels; empty: chosen by the backend
     dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are float32
-    # What the backward pass recomputes in a block: nothing ("off"), the feed-forward layer ("projections"), everything
-    # but attention ("attention"), everything ("full"), or as "attention" with the kept arrays in host memory
-    # ("offload").
+    # What the backward pass recomputes in a block: nothing ("off"), all but matrix products and attention ("products"),
+    # the feed-forward layer too ("projections"), everything but attention ("attention"), everything ("full"), or as
+    # "attention" with the kept arrays in host memory ("offload").
     remat: str = "attention"
 
     def __post_init__(self):

@@ -231,7 +231,16 @@ def pulled(params, x, backbone, remat, number):
 
 
 @pytest.mark.parametrize(
-    "size, remat", [(5, "off"), (7, "attention"), (None, "full"), (None, "projections"), (None, "offload")]
+    "size, remat",
+    [
+        (5, "off"),
+        (7, "attention"),
+        (None, "full"),
+        (None, "projections"),
+        (None, "products"),
+        (3, "products"),
+        (None, "offload"),
+    ],
 )
 def test_slices_on_cpu_and_remat_change_nothing(model, size, remat, monkeypatch):
     """24 tokens in slices of 5 or 7, the last one partly padding; and blocks that are computed again."""
@@ -245,3 +254,16 @@ def test_slices_on_cpu_and_remat_change_nothing(model, size, remat, monkeypatch)
     got = pulled(params, x, backbone, remat, size)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_products_recompute_no_matrix_product(model):
+    """As many products in the gradient as where everything is kept; "projections" multiplies again."""
+    params, backbone = model
+    x = jnp.asarray(random_states())
+
+    def products(remat):
+        runtime = lm.Runtime(attention="blocked", remat=remat)
+        gradient = jax.grad(lambda p, x: jnp.sum(lm.forward(p, x, backbone, runtime=runtime)[0] ** 2), (0, 1))
+        return jax.jit(gradient).lower(params, x).as_text().count("stablehlo.dot_general")
+
+    assert products("off") == products("products") < products("projections") < products("attention")

@@ -222,7 +222,7 @@ def block(
     keys and values of the tokens that ``lora`` marks."""
     w = {name: value.astype(x.dtype) for name, value in weights.items()}
     with jax.named_scope("attention_block"):
-        q, k, v = (checkpoint_name(x, "projections") for x in attention_inputs(w, x, rope, backbone, lora))
+        q, k, v = attention_inputs(w, x, rope, backbone, lora)
         if lora is not None and lora.marked is not None:
             cache = keep(lora.marked, k, v, backbone)
         elif cache is not None:
@@ -235,7 +235,7 @@ def block(
         else:
             named = runtime.attention if runtime.attention in TAKE_START else None
             out = attention_after(q, k, v, *context, implementation=named, mesh=runtime.mesh)
-        x = x + _project_out(w, lora, out)
+        x = checkpoint_name(x + _project_out(w, lora, out), "products")
     with jax.named_scope("mlp"):
         slices = platform(runtime.mesh) == "cpu" and runtime.context_shards == 1
         x = x + mlp(w, rms_norm(x, w["mlp_norm"], backbone.rms_norm_eps), slices)
@@ -259,7 +259,7 @@ def attention_inputs(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """The rotated queries and keys, and the values, of a block with input ``x``."""
     n = rms_norm(x, w["attention_norm"], backbone.rms_norm_eps)
-    q, k, v = (_project(w, lora, name, n) for name in ("q", "k", "v"))
+    q, k, v = (checkpoint_name(_project(w, lora, name, n), "projections") for name in ("q", "k", "v"))
     if backbone.qk_norm:
         q = rms_norm(q, w["q_norm"], backbone.rms_norm_eps)
         k = rms_norm(k, w["k_norm"], backbone.rms_norm_eps)
@@ -271,8 +271,8 @@ def mlp(w: Tree, x: Float[Array, "B T D"], slices: bool) -> Float[Array, "B T D"
     intermediates fit the processor's caches and are rematerialised for the gradient."""
 
     def whole(x):
-        hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, w["gate"])) * jnp.einsum("btd,df->btf", x, w["up"])
-        return jnp.einsum("btf,fd->btd", hidden, w["down"])
+        gate, up = (checkpoint_name(jnp.einsum("btd,df->btf", x, w[name]), "products") for name in ("gate", "up"))
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, w["down"])
 
     batch, length, width = x.shape
     if not slices or length < 2 * CPU_SLICE:

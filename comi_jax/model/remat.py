@@ -8,6 +8,7 @@ import jax
 # What is kept besides the block's input; the rest is recomputed.
 REMAT = {
     "off": None,  # everything
+    "products": ("attention", "projections", "products"),  # all matrix products; what is recomputed is elementwise
     "projections": ("attention", "projections"),  # all but the feed-forward layer
     "attention": ("attention",),  # the most expensive to recompute, and nothing of size T x T
     "full": (),

@@ -1,7 +1,7 @@
 """The memory of a train step, estimated from shapes alone, before anything is compiled.
 
 Depending on model.remat, a block keeps for each token its input (D), the attention output (N H), the projections
-(N H + 2 K H) or everything.
+(N H + 2 K H), the other products (D + 2 F) or everything.
 """
 
 import dataclasses
@@ -75,6 +75,7 @@ def held(
         "offload": 0,
         "attention": heads // tensor,
         "projections": heads // tensor + projections,
+        "products": heads // tensor + projections + backbone.hidden_size + 2 * wide // 3,
         # Norms and rotary embeddings also keep float32 copies.
         "off": heads // tensor + 2 * projections + 5 * wide // 3 + 16 * backbone.hidden_size,
     }[arch.runtime.remat]

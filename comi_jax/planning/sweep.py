@@ -26,7 +26,7 @@ from comi_jax.planning.programs import Program, train_step
 from comi_jax.training import optim, state
 
 # The fraction of the forward pass that each remat policy recomputes.
-RECOMPUTED = {"off": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}
+RECOMPUTED = {"off": 0.0, "products": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def candidates(config: Config, backbone: Backbone, where: Topology) -> Iterator[
         if contexts % (data * fsdp):
             continue
         for micro_batches in (n for n in _divisors(rows) if rows // n <= 4):
-            for remat in ("off", "projections", "attention", "full"):
+            for remat in ("off", "products", "projections", "attention", "full"):
                 yield _estimated(config, backbone, where, (data, fsdp, tensor, context), micro_batches, remat)
 
 
