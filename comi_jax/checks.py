@@ -88,7 +88,7 @@ def model(given: Any) -> None:
         given.dtype == "bfloat16" or given.attention not in ("cudnn", "splash"),
         f"model.attention={given.attention} needs bfloat16, but model.dtype is {given.dtype}; change one of them",
     )
-    one_of("model.remat", given.remat, ("off", "products", "projections", "attention", "full", "offload"))
+    one_of("model.remat", given.remat, ("auto", "off", "products", "projections", "attention", "full", "offload"))
 
 
 def data(given: Any) -> None:

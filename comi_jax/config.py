@@ -127,9 +127,10 @@ class Model:
     kernels: str = ""  # implementation of the compression kernels; empty: chosen by the backend
     dtype: str = "bfloat16"  # of activations and frozen weights; trained weights are float32
     # What the backward pass recomputes in a block: nothing ("off"), all but matrix products and attention ("products"),
-    # the feed-forward layer too ("projections"), everything but attention ("attention"), everything ("full"), or as
-    # "attention" with the kept arrays in host memory ("offload").
-    remat: str = "attention"
+    # the feed-forward layer too ("projections"), everything but attention ("attention"), everything ("full"), as
+    # "attention" with the kept arrays in host memory ("offload"), or the least of these, but the last, that fits the
+    # devices' memory by estimate ("auto").
+    remat: str = "auto"
 
     def __post_init__(self):
         checks.model(self)

@@ -27,9 +27,9 @@ from comi_jax.errors import ConfigError
 from comi_jax.overrides import load
 from comi_jax.runs.description import Run
 from comi_jax.runs.examples import Examples, make
-from comi_jax.training import dataset, optim
+from comi_jax.training import dataset, estimate, optim
 from comi_jax.training.meter import Tally
-from comi_jax.training.state import TrainState, create
+from comi_jax.training.state import TrainState, abstract, create
 from comi_jax.training.step import CompiledStep
 from comi_jax.weights.starting_model import StartingModel, tokenizer_of
 
@@ -69,7 +69,12 @@ def trained_per_second(config: Config, plan: batches.Plan, mesh: jax.sharding.Me
     run = Run(config, start.backbone, start.stop)
     update = optim.optimizer(config.optimizer, config.train.steps)
     state, frozen = create(start.load(run, mesh), run.architecture, update, mesh)
-    step = CompiledStep(run.architecture.on(mesh), update)
+    rows, lengths = plan.contexts_at_once // sharding.row_shards(mesh), estimate.longest(config)
+    arch, _ = estimate.resolve_remat(
+        run.architecture.on(mesh), *abstract(run.architecture, update, mesh), lengths, rows, plan.share, mesh,
+        estimate.available_bytes(jax.local_devices()[0]),
+    )  # fmt: skip
+    step = CompiledStep(arch, update)
     rates = np.resize(config.compression.rates, plan.order.batch * plan.share)
     batch = plan.batch(0, rates)
     placed, key = sharding.put_batch(batch, mesh), jax.random.key(0)

@@ -17,7 +17,7 @@ REMAT = {
 
 
 def remat_policy(name: str) -> Callable[..., Any]:
-    """The policy for jax.checkpoint by a name of REMAT.
+    """The policy for jax.checkpoint by a name of REMAT; a run replaces "auto" by one of them (training.estimate).
 
     cuDNN's results carry no checkpoint name and are matched by their primitive; even "offload" keeps them on the
     device.

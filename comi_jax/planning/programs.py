@@ -28,15 +28,13 @@ from comi_jax.model import architecture, comi, flops, generate
 from comi_jax.model.architecture import Architecture, Stage, frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import flatten, unflatten
-from comi_jax.planning import estimate, hlo
+from comi_jax.planning import hlo
 from comi_jax.planning.compiled import TOO_LARGE, compiled
 from comi_jax.planning.published_models import BACKBONES
 from comi_jax.serving import batching
-from comi_jax.training import optim, state
+from comi_jax.training import estimate, optim, state
 from comi_jax.training.step import CompiledStep, gradients_of
 from comi_jax.weights.starting_model import StartingModel
-
-USABLE = 0.92  # fraction of a GPU's memory that JAX allocates (launch/one_node.sh); on TPU the compiler decides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +94,15 @@ def train_step(config: Config, backbone: Backbone, where: topology.Topology, sta
     batch = abstract_batch(config, examples, share, sharding.rows(mesh))
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    rows, lengths = examples // share // sharding.row_shards(mesh), estimate.longest(config)
+    arch, _ = estimate.resolve_remat(arch, held, frozen, lengths, rows, share, mesh, usable(where))
     step, total = CompiledStep(arch, update, first), gradients_of(held) if micro_batches > 1 else None
-    rows = examples // share // sharding.row_shards(mesh)
-    known = estimate.held(arch, held, frozen, estimate.longest(config), rows, share, mesh)
+    known = estimate.held(arch, held, frozen, lengths, rows, share, mesh)
     held_by_both = {"trained parameters": known.trained, "optimizer": known.optimizer}
     gradients = {"gradients": known.gradients}
-    own = flops.shared(arch, estimate.longest(config), share, stage).total * examples / len(where.devices)
+    own = flops.shared(arch, lengths, share, stage).total * examples / len(where.devices)
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    division = f"{sizes}, {micro_batches} micro-batches, remat {config.model.remat}"
+    division = f"{sizes}, {micro_batches} micro-batches, remat {arch.runtime.remat}"
     lowered = step.lower_gradients(total, held, frozen, batch, key, number, stage)
     arguments = held_by_both | {"frozen parameters": known.frozen} | (gradients if micro_batches > 1 else {})
     name = f"train step, {stage}" if first else "train step"
@@ -180,7 +179,7 @@ def measure(
     return Program(
         name,
         division,
-        needed <= (there if where.per_node is None else USABLE * there),
+        needed <= usable(where),
         needed,
         there,
         memory,
@@ -191,6 +190,11 @@ def measure(
         tuple(sorted(counts.kernels)),
         found.seconds,
     )
+
+
+def usable(where: topology.Topology) -> int:
+    """Bytes of a device's memory that a program can take."""
+    return int(where.chip.memory * (1.0 if where.per_node is None else estimate.USABLE))
 
 
 def in_turn(executions: list[tuple[int, Program]]) -> Program:

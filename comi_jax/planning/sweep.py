@@ -21,9 +21,8 @@ from comi_jax.devices.topology import Topology
 from comi_jax.errors import ConfigError
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
-from comi_jax.planning import estimate
 from comi_jax.planning.programs import Program, train_step
-from comi_jax.training import optim, state
+from comi_jax.training import estimate, optim, state
 
 # The fraction of the forward pass that each remat policy recomputes.
 RECOMPUTED = {"off": 0.0, "products": 0.0, "projections": 0.7, "attention": 0.8, "offload": 0.8, "full": 1.0}
@@ -55,7 +54,7 @@ def candidates(config: Config, backbone: Backbone, where: Topology) -> Iterator[
         if contexts % (data * fsdp):
             continue
         for micro_batches in (n for n in _divisors(rows) if rows // n <= 4):
-            for remat in ("off", "products", "projections", "attention", "full"):
+            for remat in estimate.REMATS:
                 yield _estimated(config, backbone, where, (data, fsdp, tensor, context), micro_batches, remat)
 
 

@@ -17,7 +17,7 @@ from comi_jax.data.records import Record
 from comi_jax.devices import distributed, sharding
 from comi_jax.evaluation import predictions
 from comi_jax.evaluation.answerers import ComiAnswerer
-from comi_jax.model.architecture import Stage, frozen_dtype
+from comi_jax.model.architecture import Architecture, Stage, frozen_dtype
 from comi_jax.model.batch import Batch
 from comi_jax.params import combine, count
 from comi_jax.runs import journal, selection, stored_weights
@@ -54,6 +54,7 @@ class Job:
     tokenizer: Any
     checkpoints: Checkpoints
     progress: Progress  # of the checkpoint it resumes from, or of step 0
+    arch: Architecture  # of ``run`` on the mesh, with a remat policy in place of "auto"
 
     @property
     def steps(self) -> int:
@@ -63,7 +64,7 @@ class Job:
 
     def __post_init__(self):
         first_stage = self.run.config.autoencoding_steps
-        self.step_fn = CompiledStep(self.run.architecture.on(self.mesh), self.update, first_stage)
+        self.step_fn = CompiledStep(self.arch, self.update, first_stage)
 
     def stage(self, step: int) -> Stage:
         """What ``step``, counted from 1, trains."""

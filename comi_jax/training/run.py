@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from comi_jax.config import Config
@@ -20,6 +21,7 @@ from comi_jax.devices import distributed, sharding
 from comi_jax.errors import ConfigError
 from comi_jax.evaluation import predictions, tables
 from comi_jax.evaluation.answerers import ComiAnswerer
+from comi_jax.model import flops
 from comi_jax.runs import lock
 from comi_jax.runs.checkpoints import Checkpoints, Progress
 from comi_jax.runs.checksums import CheckpointError
@@ -29,7 +31,7 @@ from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import existing
 from comi_jax.runs.stored_weights import restore_frozen, save_frozen, weights_of
 from comi_jax.serving.compressor import Comi
-from comi_jax.training import loop, optim
+from comi_jax.training import estimate, loop, optim
 from comi_jax.training.dataset import check_held_out, read_examples, read_held_out
 from comi_jax.training.signals import Stop
 from comi_jax.training.state import abstract, create
@@ -209,9 +211,18 @@ def prepare(
     longest = max(examples, key=lambda example: len(example.context))
     size = (shapes.size([longest])[0], shapes.query, shapes.answer)
     largest = collate([longest] * (settings.batch_size // micro_batches), shapes, settings.share_context, size=size)
+    lengths = flops.Lengths(*size, min(config.compression.rates))
+    rows = plan.contexts_at_once // sharding.row_shards(mesh)
+    available = int(distributed.agreed(np.array(estimate.available_bytes(jax.local_devices()[0]))))
+    arch, told = estimate.resolve_remat(
+        run.architecture.on(mesh), *abstract(run.architecture, update, mesh), lengths, rows, settings.share_context,
+        mesh, available,
+    )  # fmt: skip
+    if told:
+        say(f"{system.title}: {told}")
     return loop.Job(
         system.title, run, output, mesh, update, state, frozen, plan, batches, largest, held_out, start.tokenizer,
-        checkpoints, progress,
+        checkpoints, progress, arch,
     )  # fmt: skip
 
 

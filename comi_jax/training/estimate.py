@@ -1,4 +1,4 @@
-"""The memory of a train step, estimated from shapes alone, before anything is compiled.
+"""The memory of a train step, estimated from shapes alone, before anything is compiled, and model.remat=auto.
 
 Depending on model.remat, a block keeps for each token its input (D), the attention output (N H), the projections
 (N H + 2 K H), the other products (D + 2 F) or everything.
@@ -6,14 +6,21 @@ Depending on model.remat, a block keeps for each token its input (D), the attent
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
 
-from comi_jax.config import Config
+from comi_jax.config import Config, ConfigError
+from comi_jax.devices import chips
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.training.state import TrainState
+
+USABLE = 0.92  # fraction of a GPU's memory that JAX allocates (launch/one_node.sh); on TPU the compiler decides
+# What model.remat=auto chooses from, beginning with the least recomputation. Not "offload": it needs host memory, and
+# its speed depends on the way there.
+REMATS = ("off", "products", "projections", "attention", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,3 +98,53 @@ def held(
         kept=rows * layers * (stays + extra) * width,
         working=rows * max(block, compression, logits),
     )
+
+
+def resolve_remat(
+    arch: Architecture,
+    state: TrainState,
+    frozen: Any,
+    lengths: flops.Lengths,
+    rows: int,
+    share: int,
+    mesh: jax.sharding.Mesh,
+    available: int,
+) -> tuple[Architecture, str]:
+    """``arch`` with the least recomputation with which a step (as in ``held``) fits into ``available`` bytes per device
+    by estimate, in place of "auto", and a sentence about it, "" if model.remat is not "auto". Other systems than COMI,
+    whose memory is not estimated, get "attention".
+
+    Raises ConfigError if nothing fits."""
+    if arch.runtime.remat != "auto":
+        return arch, ""
+
+    def with_remat(name: str) -> Architecture:
+        return dataclasses.replace(arch, runtime=dataclasses.replace(arch.runtime, remat=name))
+
+    if arch.system != "comi":
+        return with_remat("attention"), f"model.remat=auto: attention, as the memory of system={arch.system} is unknown"
+    needed: dict[str, int] = {}
+    for name in REMATS:
+        needed[name] = held(with_remat(name), state, frozen, lengths, rows, share, mesh).total
+        if needed[name] <= available:
+            others = "".join(f", {other} would need {size / 1e9:.1f} GB" for other, size in [*needed.items()][:-1])
+            share_of_memory = f"an estimated {needed[name] / 1e9:.1f} of {available / 1e9:.1f} GB per device"
+            return with_remat(name), f"model.remat=auto: {name}, {share_of_memory}{others}"
+    raise ConfigError(
+        f"a train step needs an estimated {needed['full'] / 1e9:.1f} GB per device even if everything is recomputed, "
+        f"and there are {available / 1e9:.1f} GB; split it over more devices (mesh.fsdp, mesh.context), make "
+        "micro-batches smaller (optimizer.accumulate) or contexts shorter (data.max_context), or name "
+        "model.remat=full to try it"
+    )
+
+
+def available_bytes(device: jax.Device) -> int:
+    """The memory that arrays can take on ``device``: what it reports, else by its data sheet; of a CPU its part of the
+    machine's."""
+    reported = device.memory_stats() or {}
+    if "bytes_limit" in reported:
+        return int(reported["bytes_limit"])
+    chip = chips.find(device.device_kind)
+    if chip is not None:
+        return int(chip.memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
