@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from comi_jax.devices.chips import Chip
 from comi_jax.planning.hlo_text import Computation, Instruction, parse, trip_count
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -56,6 +57,15 @@ def count(text: str, devices_per_node: int | None = None, open_trips: int = 1) -
         if not fused and instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
             counts.traffic += times * _traffic(instruction, computation, computations)
     return counts
+
+
+def lower_bounds(counts: Counts, chip: Chip) -> dict[str, float]:
+    """Seconds for FLOP, main memory and communication (within and between nodes), each at its peak."""
+    return {
+        "compute": counts.flops / chip.flops,
+        "memory": counts.traffic / chip.bandwidth,
+        "link": max(sum(counts.sent.values()) / chip.link, counts.sent_outside / (chip.network or chip.link)),
+    }
 
 
 def walk(

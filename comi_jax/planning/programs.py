@@ -23,7 +23,6 @@ from comi_jax.config import Config
 from comi_jax.data import batches
 from comi_jax.data.encode import Example
 from comi_jax.devices import sharding, topology
-from comi_jax.devices.chips import Chip
 from comi_jax.model import architecture, comi, flops, generate
 from comi_jax.model.architecture import Architecture, Stage, frozen_dtype
 from comi_jax.model.batch import Batch
@@ -186,7 +185,7 @@ def measure(
         counts.flops,
         own_flops,
         counts.sent,
-        lower_bounds(counts, where.chip),
+        hlo.lower_bounds(counts, where.chip),
         tuple(sorted(counts.kernels)),
         found.seconds,
     )
@@ -220,12 +219,3 @@ def in_turn(executions: list[tuple[int, Program]]) -> Program:
         kernels=tuple(sorted({kernel for p in programs for kernel in p.kernels})),
         compile_seconds=sum(p.compile_seconds for p in programs),
     )
-
-
-def lower_bounds(counts: hlo.Counts, chip: Chip) -> dict[str, float]:
-    """Seconds for FLOP, main memory and communication (within and between nodes), each at its peak."""
-    return {
-        "compute": counts.flops / chip.flops,
-        "memory": counts.traffic / chip.bandwidth,
-        "link": max(sum(counts.sent.values()) / chip.link, counts.sent_outside / (chip.network or chip.link)),
-    }
