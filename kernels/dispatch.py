@@ -1,7 +1,7 @@
 """The choice of a kernel's implementation, and helpers for contiguous groups that all implementations share.
 
-"xla" runs anywhere and is tuned for CPU; "tpu" is Pallas with Mosaic, "gpu" Pallas with Triton; "interpret" runs the
-TPU kernel in Pallas' interpreter on any device, for tests.
+"xla" runs anywhere and is tuned for CPU; "tpu" is Pallas with Mosaic; "gpu" is plain XLA in batches that suit a GPU;
+"interpret" runs the TPU kernel in Pallas' interpreter on any device, for tests.
 """
 
 import dataclasses

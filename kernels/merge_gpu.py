@@ -1,74 +1,73 @@
-"""Group softmax merge on GPU: Pallas with Triton; one program per slot and part of the width loops over its tokens.
+"""Group softmax merge on GPU in plain XLA, without atomic additions: the same sums in the same order each time.
 
-The states of a group are read once, in contiguous rows; its gains, 4 bytes per token, by each program of the slot.
+Groups are cut into pieces of at most PIECE tokens. All pieces are summed at once, in one pass over the states; then the
+sums of each group's first pieces are added up, those of its second ones, and so on to the longest group, which the data
+decides. (Why not Pallas: see ``redundancy_gpu``.)
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels import dispatch
 
-TOKENS = 32  # per step
-PART = 256  # of the width
+PIECE = 16  # tokens
 
 
 def merge(
-    x: Float[Array, "B S D"],
-    gain: Float[Array, "B S"],
-    group: Int[Array, "B S"],
-    slots: int,
-    *,
-    interpret: Any = False,
+    x: Float[Array, "B S D"], gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
     """As ``merge.merge``."""
-    batch, _, width = x.shape
-    gain, group = dispatch.pad_tokens(TOKENS, gain, group)
+    batch, length, _ = x.shape
+    (group,) = dispatch.pad_tokens(1, group)
     slot = jnp.arange(slots + 1, dtype=jnp.int32)
     border = jax.vmap(lambda row: jnp.searchsorted(row, slot, side="left"))(group).astype(jnp.int32)
-    memory, normalizer = pl.pallas_call(
-        _kernel,
-        grid=(slots, pl.cdiv(width, PART), batch),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, slots, width), jnp.float32),
-            jax.ShapeDtypeStruct((batch, slots), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="merge",
-    )(border, gain, x)
-    return memory, normalizer
+    first, pieces = border[:, :-1], -(-(border[:, 1:] - border[:, :-1]) // PIECE)
+    ends, most = jnp.cumsum(pieces, axis=1), jnp.max(pieces)
+    # The most pieces that there can be: a short one for each slot.
+    piece = jnp.arange(slots + -(-length // PIECE), dtype=jnp.int32)
+    owner = jax.vmap(lambda row: jnp.searchsorted(row, piece, side="right"))(ends).astype(jnp.int32)
+    real, owner = owner < slots, jnp.minimum(owner, slots - 1)
 
+    def of_owner(a: Array) -> Array:
+        return jnp.take_along_axis(a, owner, axis=1)
 
-def _kernel(border, gain, x, memory, normalizer):
-    slot, part, b = (pl.program_id(axis) for axis in range(3))
-    start, end = border[b, slot], border[b, slot + 1]
-    width = x.shape[2]
-    column = part * PART + jnp.arange(PART, dtype=jnp.int32)
+    start = of_owner(first) + (piece[None, :] - of_owner(ends - pieces)) * PIECE
+    token = start[:, :, None] + jnp.arange(PIECE, dtype=jnp.int32)[None, None, :]
+    inside = real[:, :, None] & (token < of_owner(border[:, 1:])[:, :, None])
+    rows, token = jnp.arange(batch)[:, None, None], jnp.minimum(token, length - 1)
+    gains = jnp.where(inside, gain[rows, token], -jnp.inf)
 
-    def add(step, running):
-        top, total, acc = running
-        at = start + step * TOKENS
-        token = at + jnp.arange(TOKENS, dtype=jnp.int32)
-        inside = token < end
-        gains = plgpu.load(gain.at[b, pl.ds(at, TOKENS)], mask=inside, other=-jnp.inf)
-        highest = jnp.maximum(top, jnp.max(gains))
-        safe = jnp.where(highest > -jnp.inf, highest, 0.0)
-        kept, power = jnp.exp(top - safe), jnp.exp(gains - safe)
-        states = plgpu.load(
-            x.at[b, pl.ds(at, TOKENS), pl.ds(part * PART, PART)],
-            mask=inside[:, None] & (column < width)[None, :],
-            other=0.0,
+    def each_piece(combine, values, start):
+        """``combine`` folded over the values of a slot's pieces, in order."""
+
+        def one(number, running):
+            at = jnp.minimum(ends - pieces + number, piece.shape[0] - 1)
+            there = number < pieces
+            taken = jax.tree.map(lambda a: a[jnp.arange(batch)[:, None], at], values)
+            return combine(running, taken, there)
+
+        return jax.lax.fori_loop(0, most, one, start)
+
+    nothing = jnp.full(first.shape, -jnp.inf, gain.dtype)
+    top = each_piece(lambda a, b, there: jnp.where(there, jnp.maximum(a, b), a), jnp.max(gains, axis=2), nothing)
+    safe = jnp.where(top > -jnp.inf, top, 0.0)
+    power = jnp.exp(gains - of_owner(safe)[:, :, None])
+    weighted = jnp.zeros((batch, piece.shape[0], x.shape[2]), gain.dtype)
+    for i in range(
+        PIECE
+    ):  # unrolled: one kernel reads the states where they are; a sum over them would copy them first
+        states = jnp.where(inside[:, :, i, None], x[rows[:, :, 0], token[:, :, i]], 0).astype(gain.dtype)
+        weighted = weighted + power[:, :, i, None] * states
+    sums = (jnp.sum(power, axis=2), weighted)
+
+    def add(running, taken, there):
+        return (
+            running[0] + jnp.where(there, taken[0], 0.0),
+            running[1] + jnp.where(there[:, :, None], taken[1], 0.0),
         )
-        weighted = power[:, None] * states.astype(jnp.float32)
-        return highest, total * kept + jnp.sum(power), acc * kept + jnp.sum(weighted, axis=0)
 
-    nothing = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((PART,), jnp.float32))
-    top, total, acc = jax.lax.fori_loop(0, pl.cdiv(end - start, TOKENS), add, nothing)
-    share = acc / jnp.where(total > 0, total, 1.0)
-    plgpu.store(memory.at[b, slot, pl.ds(part * PART, PART)], share, mask=column < width)
-    normalizer[b, slot] = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    zeros = (jnp.zeros_like(top), jnp.zeros((batch, slots, x.shape[2]), gain.dtype))
+    total, memory = each_piece(add, sums, zeros)
+    full = jnp.where(total > 0, total, 1.0)
+    return memory / full[:, :, None], jnp.where(total > 0, top + jnp.log(full), -jnp.inf)

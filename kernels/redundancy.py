@@ -3,9 +3,9 @@
     redundancy_i = max_{j in group(i), j != i}  (x_i . x_j) / (|x_i| |x_j|)
 
 Groups are contiguous, so a token's partners are near it: each tile of tokens is multiplied only with the tiles that its
-groups overlap, a data-dependent number. No implementation holds more than one tile of cosines besides its input (plain
-XLA also a padded copy, unless the tokens are a multiple of the tile), and gradients flow to the arg-max alone.
-``redundancy_tpu`` and ``redundancy_gpu`` are the Pallas kernels.
+groups overlap, a data-dependent number. Besides its input it holds one tile of cosines (plain XLA also a padded copy,
+unless the tokens are a multiple of the tile; on GPU a copy, and a tile of cosines for each tile of tokens). Gradients
+flow to the arg-max alone. ``redundancy_tpu`` is a Pallas kernel, ``redundancy_gpu`` plain XLA for GPUs.
 """
 
 import jax

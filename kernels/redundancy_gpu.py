@@ -1,77 +1,68 @@
-"""Redundancy on GPU: Pallas with Triton; one program per token tile loops over the column tiles its groups overlap.
+"""Redundancy on GPU in plain XLA: all pairs of token tiles that are equally far apart are multiplied in one batch.
 
-Triton, because it compiles for every NVIDIA GPU since Ampere, also ahead of time on a machine without one; Mosaic GPU
-needs Hopper and, as of jax 0.10, does not lower ahead of time. Neighbouring programs share column tiles through the L2
-cache, so main memory is read about once.
+First each tile with itself, then with the next one, and so on to the furthest tile that a group reaches, which the data
+decides (the next one, if no group is longer than a tile). It holds a copy of the states, shifted by the distance, and
+the cosines of one distance.
+
+No Pallas: its Triton backend is deprecated since JAX 0.11; its Mosaic GPU backend needs Hopper, has no arg-max, and can
+neither be compiled nor interpreted without a GPU. docs/measurements.md has the bytes that this moves.
 """
-
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from comi_jax.kernels import dispatch
 
-TILE = 64  # tokens of a row tile and of a column tile
-DEPTH = 64  # slice of the width multiplied at a time
+TILE = 128  # tokens
+PRECISION = jax.lax.Precision.HIGHEST
 
 
 def max_cosine(
-    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B S"], *, interpret: Any = False
+    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
     """As ``redundancy.max_cosine``."""
-    batch, length, _ = x.shape
-    inverse, group = dispatch.pad_tokens(TILE, inverse, group)
-    first, end = dispatch.reach(group, TILE)
-    value, index = pl.pallas_call(
-        functools.partial(_kernel, length=length),
-        grid=(group.shape[1] // TILE, batch),
-        out_shape=[jax.ShapeDtypeStruct(group.shape, jnp.float32), jax.ShapeDtypeStruct(group.shape, jnp.int32)],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="redundancy",
-    )(first // TILE, -(-end // TILE), x, inverse, group)
-    return dispatch.without_partner(value[:, :length], index[:, :length])
+    batch, length, width = x.shape
+    x, inverse, group = dispatch.pad_tokens(TILE, x, inverse, group)
+    tiles = x.shape[1] // TILE
+    tile = jnp.arange(tiles, dtype=jnp.int32)
+    furthest = jnp.max(-(-dispatch.reach(group, TILE)[1] // TILE) - 1 - tile[None, :])
+    x = x.reshape(batch, tiles, TILE, width)
+    inverse, group = (a.reshape(batch, tiles, TILE) for a in (inverse, group))
+    token = tile[:, None] * TILE + jnp.arange(TILE, dtype=jnp.int32)[None, :]
 
+    def cosines(here, there):
+        """Of the tokens of the tiles ``here`` (rows) with those of the tiles ``there`` (columns); -inf for other groups
+        and for tokens that do not come later, of which the pair is visited elsewhere, but within a tile."""
+        product = jnp.einsum(
+            "btid,btjd->btij", x[:, here], x[:, there], precision=PRECISION, preferred_element_type=inverse.dtype
+        )
+        cosine = product * (inverse[:, here][:, :, :, None] * inverse[:, there][:, :, None, :])
+        partner = group[:, here][:, :, :, None] == group[:, there][:, :, None, :]
+        partner = partner & (group[:, here] < dispatch.NO_GROUP)[:, :, :, None]
+        row, column = token[here][:, :, None], token[there][:, None, :]
+        same = (tile[here] == tile[there])[:, None, None]
+        return jnp.where(partner & ((row < column) | (same & (row != column)))[None], cosine, -jnp.inf)
 
-def _kernel(first, end, x, inverse, group, value, index, *, length):
-    i, b = pl.program_id(0), pl.program_id(1)
-    row = i * TILE + jnp.arange(TILE, dtype=jnp.int32)
-    row_group, row_inverse = group[b, pl.ds(i * TILE, TILE)], inverse[b, pl.ds(i * TILE, TILE)]
-    width = x.shape[2]
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    def fold(best, cosine, axis, at, others):
+        """``best``, whose tiles ``at`` are updated by the cosines to the tiles ``others``, which lie along ``axis``."""
+        value, index = (a[:, at] for a in best)
+        most = jnp.max(cosine, axis=axis)
+        to = token[others][:, :1][None] + jnp.argmax(cosine, axis=axis).astype(jnp.int32)
+        better = (most > value) | ((most == value) & (to < index))
+        value, index = jnp.where(better, most, value), jnp.where(better, to, index)
+        return best[0].at[:, at].set(value), best[1].at[:, at].set(index)
 
-    def column_tile(j, best):
-        start = j * TILE
-        column = start + jnp.arange(TILE, dtype=jnp.int32)
+    def both(here, there, best):
+        cosine = cosines(here, there)
+        return fold(fold(best, cosine, 3, here, there), cosine, 2, there, here)
 
-        def part(at, first_token, tokens, k):
-            """x[b, tokens, k * DEPTH : (k + 1) * DEPTH], 0 out of bounds."""
-            depth = k * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
-            inside = (tokens < length)[:, None] & (depth < width)[None, :]
-            return plgpu.load(at.at[b, pl.ds(first_token, TILE), pl.ds(k * DEPTH, DEPTH)], mask=inside, other=0.0)
-
-        def multiply(k, product):
-            rows, columns = part(x, i * TILE, row, k), part(x, start, column, k)
-            return product + jax.lax.dot_general(
-                rows, columns, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-            )
-
-        product = jax.lax.fori_loop(0, pl.cdiv(width, DEPTH), multiply, jnp.zeros((TILE, TILE), jnp.float32))
-        cosine = product * (row_inverse[:, None] * inverse[b, pl.ds(start, TILE)][None, :])
-        column_group = group[b, pl.ds(start, TILE)]
-        partner = (row_group[:, None] == column_group[None, :]) & (row_group < dispatch.NO_GROUP)[:, None]
-        partner = partner & (row[:, None] != column[None, :])
-        cosine = jnp.where(partner, cosine, -jnp.inf)
-        top = jnp.max(cosine, axis=1)
-        at = jnp.min(jnp.where(partner & (cosine == top[:, None]), column[None, :], dispatch.NO_GROUP), axis=1)
-        better = top > best[0]  # strictly: columns are visited in ascending order, and ties go to the lowest index
-        return jnp.where(better, top, best[0]), jnp.where(better, at, best[1])
-
-    nothing = (jnp.full((TILE,), -jnp.inf, jnp.float32), jnp.full((TILE,), dispatch.NO_GROUP, jnp.int32))
-    best = jax.lax.fori_loop(first[b, i], end[b, i], column_tile, nothing)
-    value[b, pl.ds(i * TILE, TILE)], index[b, pl.ds(i * TILE, TILE)] = best
+    everywhere = slice(None)
+    best = (jnp.full(group.shape, -jnp.inf, inverse.dtype), jnp.full(group.shape, dispatch.NO_GROUP, jnp.int32))
+    best = fold(best, cosines(everywhere, everywhere), 3, everywhere, everywhere)
+    # The last tiles wrap around to the first ones, which do not come later.
+    value, index = jax.lax.fori_loop(
+        1, furthest + 1, lambda distance, best: both(everywhere, (tile + distance) % tiles, best), best
+    )
+    value, index = (a.reshape(batch, -1)[:, :length] for a in (value, index))
+    return dispatch.without_partner(value, index)

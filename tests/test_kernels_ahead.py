@@ -1,5 +1,5 @@
-"""The Pallas kernels compile for real, ahead of time, for chips that are not here: Mosaic for TPU v5e and v6e, Triton
-for H100. Each in a process of its own, as the compilers must be found before JAX starts."""
+"""The kernels compile for real, ahead of time, for chips that are not here: Pallas' Mosaic for TPU v5e and v6e, plain
+XLA for H100. Each in a process of its own, as the compilers must be found before JAX starts."""
 
 import importlib.util
 import os
@@ -32,9 +32,11 @@ for batch, length, width, dtype in [(1, 32768, 3584, "bfloat16"), (2, 300, 96, "
         lambda x, n, g: merge(x, n, g, slots, implementation=name),
     ):
         compiled = jax.jit(kernel).lower(x, numbers, group).compile()
-        assert ("tpu_custom_call" if name == "tpu" else "triton") in compiled.as_text()
+        assert name != "tpu" or "tpu_custom_call" in compiled.as_text()
         extra = compiled.memory_analysis().temp_size_in_bytes
-        assert extra < 2e6, f"{extra} bytes beyond input and output"
+        # On GPU a copy of the states, the cosines of 128 tokens to each, and a sum for every 16 tokens and every slot.
+        states, sums = (length + 128) * (width * x.dtype.itemsize + 2 * 128 * 4), (slots + length // 16) * 4 * width
+        assert extra < 2e6 + (name == "gpu") * batch * max(states, sums), f"{extra} bytes beyond input and output"
 print("compiled")
 """
 
