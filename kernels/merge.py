@@ -3,8 +3,8 @@
     w_k = softmax_{k in g}(gain_k)        (7)
     h_g = sum_{k in g} w_k x_k            (7), (8)
 
-One pass over the states. ``merge_tpu`` is a Pallas kernel, ``merge_gpu`` plain XLA for GPUs. Relevance is not fused in: the coarse
-stage needs it before the groups exist, so an earlier pass computes it with the norms of the states.
+One pass over the states. ``merge_tpu`` is a Pallas kernel, ``merge_gpu`` plain XLA for GPUs. Relevance is not fused in:
+the coarse stage needs it before the groups exist, so an earlier pass computes it with the norms of the states.
 """
 
 import jax
