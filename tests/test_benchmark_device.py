@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from comi_jax.benchmarks import device, device_checks, device_kit, device_times
-from comi_jax.config import ConfigError
 from comi_jax.devices import chips
+from comi_jax.errors import ConfigError
 
 BLOCKED = ("grain", "datasets", "tensorboardX", "pyarrow", "safetensors", "xxhash", "filelock", "torch", "matplotlib")
 IMPORTS = f"""
@@ -79,10 +79,10 @@ def test_times_have_their_floor(kit):
 
 def test_what_is_timed_is_what_is_named(kit):
     kit.__dict__ |= {"copy_rate": 2e9, "matmul_rate": 3e9}
-    rows = device_times.answering(kit, 2) + device_times.kernels(kit, 64)
+    rows = device_times.answering(kit, 2) + device_times.kernels(kit, 64) + device_times.next_question(kit)
     assert [row.name for row in rows] == [
         "prefill 16 of memory and query, batch 2", "decode a token after 16, batch 2", "redundancy, 64 tokens",
-        "redundancy, forward and backward, 64 tokens", "merge, 64 tokens", "merge, forward and backward, 64 tokens",
+        "redundancy, forward and backward, 64 tokens", "merge, 64 tokens", "merge, forward and backward, 64 tokens", "next question about a kept document of 256 tokens",
     ]  # fmt: skip
     assert all(row.seconds and row.floor and row.seconds > 0 for row in rows)
 

@@ -10,8 +10,9 @@ import pytest
 import train_fixtures
 
 from comi_jax import train
-from comi_jax.config import ConfigError, Mesh
+from comi_jax.config import Mesh
 from comi_jax.devices import sharding
+from comi_jax.errors import ConfigError
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import load
 from comi_jax.planning.published_models import BACKBONES

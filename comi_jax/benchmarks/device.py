@@ -26,8 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import cli
-from comi_jax.config import ConfigError
+from comi_jax.errors import ConfigError
+from comi_jax.training import estimate
 
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU, that JAX takes; its own default is 0.75
 RESERVE = 3.0  # seconds of the given time for ending the process and printing
 NAMES = ("qwen2-7b", "llama2-7b", "qwen3-8b", "tiny")
 
@@ -118,7 +120,9 @@ def supervise(command: Sequence[str], results: Path, deadline: float) -> dict[st
     found: dict[str, Any] = {"about": {}, "rows": []}
     done: set[str] = set()
     while True:
-        process = subprocess.Popen([*command, "--done", json.dumps(sorted(done))])
+        process = subprocess.Popen(
+            [*command, "--done", json.dumps(sorted(done))], env={MEMORY: str(estimate.USABLE)} | os.environ
+        )
         try:
             status = process.wait(timeout=max(deadline - time.monotonic(), 0.1))
             end = f"the process ended with {_signal(status)}"

@@ -95,6 +95,7 @@ class Kit:
         self.device = jax.devices()[0]
         self.chip = chips.find(self.device.device_kind)
         self.key = jax.random.key(self.seed)
+        self._params: dict[str, Any] = {}
 
     @property
     def is_cpu(self) -> bool:
@@ -119,20 +120,22 @@ class Kit:
         """The seconds that moving ``size`` bytes and computing ``flops`` take at least, and which of them it is."""
         return max((size / self.copy_rate, "bytes"), (flops / self.matmul_rate, "FLOP"))
 
-    @cached_property
-    def params(self) -> dict[str, Any]:
-        """Random weights of the whole model in its dtype, one array at a time, to leave memory free."""
-        drawn = {}
-        for path, spec in flatten(architecture.specs(self.shapes.arch)).items():
-            dtype = architecture.frozen_dtype(path, self.shapes.arch)
-            drawn[path] = jax.jit(lambda key, spec=spec, dtype=dtype: initialize({"x": spec}, key, dtype)["x"])(
-                self.key
-            )
-        return unflatten(drawn)
+    def params(self, *parts: str) -> dict[str, Any]:
+        """Random weights of ``parts`` of the model in its dtype, one array at a time, to leave memory free. They are
+        kept until ``forget_params``."""
+        arch = self.shapes.arch
+        for part in set(parts) - set(self._params):
+            drawn = {}
+            for path, spec in flatten({part: architecture.specs(arch)[part]}).items():
+                dtype = architecture.frozen_dtype(path, arch)
+                draw = jax.jit(lambda key, spec=spec, dtype=dtype: initialize({"x": spec}, key, dtype)["x"])
+                drawn[path] = draw(self.key)
+            self._params |= unflatten(drawn)
+        return {part: self._params[part] for part in parts}
 
     def forget_params(self) -> None:
-        """Free the memory of ``params``; the next use draws them again."""
-        self.__dict__.pop("params", None)
+        """Free the memory of all weights; the next use draws them again."""
+        self._params.clear()
 
     def batch(self, context: int) -> Batch:
         """One context of random tokens with a query and an answer."""

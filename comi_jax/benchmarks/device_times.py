@@ -84,7 +84,7 @@ def lengths(kit: Kit) -> flops.Lengths:
 def compress(kit: Kit) -> list[Row]:
     """From token ids to the memory, batch 1."""
     arch, batch = kit.shapes.arch, kit.batch(kit.shapes.context)
-    params = {name: kit.params[name] for name in ("encoder", "lsa", "mig")}
+    params = kit.params("encoder", "lsa", "mig")
     program = compiled(lambda params, batch: comi.memory_of(params, arch, batch, RATE).vectors, params, batch)
     took = seconds(functools.partial(program, params, batch))
     title = f"compress {kit.shapes.context:,} tokens, {kit.shapes.encoder_layers} encoder layers"
@@ -99,7 +99,7 @@ def _blocks(params: Any) -> int:
 def answering(kit: Kit, rows: int) -> list[Row]:
     """The decoder from memory, ``rows`` answers at once: prefill over [memory; query], then tokens one by one."""
     arch, new = kit.shapes.arch, kit.shapes.new_tokens
-    backbone, params = arch.backbone, {"decoder": kit.params["decoder"]}
+    backbone, params = arch.backbone, kit.params("decoder")
     before = max_groups(kit.shapes.context, RATE) + kit.shapes.query
     prompt = jax.random.normal(kit.key, (rows, before, backbone.hidden_size), arch.dtype)
     length, rules, room = jnp.full((rows,), before, jnp.int32), kit.rules(rows), (RUNS + 2) * new
@@ -137,7 +137,7 @@ def answering(kit: Kit, rows: int) -> list[Row]:
 
 def next_question(kit: Kit) -> list[Row]:
     """A further question about a document whose states, keys and values are kept: to its first token."""
-    arch, batch, params = kit.shapes.arch, kit.batch(kit.shapes.context), kit.params
+    arch, batch, params = kit.shapes.arch, kit.batch(kit.shapes.context), kit.params("encoder", "lsa", "mig", "decoder")
     document = compiled(
         lambda params, ids, length: encoder.encode({"encoder": params}, arch, ids, length),
         params["encoder"], batch.context, batch.context_length,
@@ -147,8 +147,8 @@ def next_question(kit: Kit) -> list[Row]:
     def ask(params, document, query, length, rate):
         memory = comi_memory.remember(params, arch, document, query, length, rate, RATE)
         asked = dataclasses.replace(batch, query=query, query_length=length)
-        rows, count = comi.prompt(params, arch, memory, asked)
-        return generate.begin(params, arch, rows, count, rules, (), 1, sampled=False).ids
+        made = comi.prompt(params, arch, memory, asked)
+        return generate.begin(params, arch, made.rows, made.length, rules, (), 1, sampled=False).ids
 
     arguments = (params, document, batch.query, batch.query_length, batch.rate)
     program = compiled(ask, *arguments)

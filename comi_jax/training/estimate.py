@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from comi_jax.config import Config, ConfigError
+from comi_jax.config import Config
 from comi_jax.devices import chips
+from comi_jax.errors import ConfigError
 from comi_jax.model import flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.training.state import TrainState
