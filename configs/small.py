@@ -8,7 +8,7 @@ scratch. A rate is drawn for each question. The questions are about one fact; `d
 `data.eval`) makes half of them two-hop.
 """
 
-from comi_jax.config import Compression, Config, Data, Generation, Model, Optimizer, Train
+from comi_jax.config import Beacon, Compression, Config, Data, Generation, Model, Optimizer, Train
 
 
 def get_config() -> Config:
@@ -16,6 +16,7 @@ def get_config() -> Config:
         model=Model(path="runs/tiny", made_by="python -m comi_jax.train --config=tiny", dtype="float32", remat="off"),
         # One segment holds all documents, so that tokens can be allocated among them; alpha_fine as in tiny.
         compression=Compression(rates=(8, 16, 32), encoder_layers=2, lsa_layers=1, segment_size=800, alpha_fine=4.0),
+        beacon=Beacon(window=64),  # of system=beacon: the published 1,024 would compress nothing
         data=Data(
             train=("synthetic-documents:two_hop=0",),
             eval=("synthetic-documents:two_hop=0",),

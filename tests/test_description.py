@@ -12,7 +12,7 @@ import tiny_models
 import train_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 
-from comi_jax.config import Compression, Config, Lora, Mesh, Model, Train
+from comi_jax.config import Beacon, Compression, Config, Lora, Mesh, Model, Train
 from comi_jax.devices import sharding
 from comi_jax.errors import ConfigError
 from comi_jax.model import architecture
@@ -99,6 +99,16 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
         assert part in str(refused.value)
     assert str(refused.value).count(" -> ") == 2
     assert contents(tmp_path) == before
+
+
+def test_settings_of_other_systems_are_no_difference(tmp_path):
+    saved(tmp_path / "run", run_of())
+    assert description.check_folder(tmp_path / "run", changed("beacon", window=64)) == ["beacon.window 1024 -> 64"]
+    beacon = dataclasses.replace(CONFIG, system="beacon")
+    saved(tmp_path / "beacon", run_of(beacon))
+    other = dataclasses.replace(beacon, beacon=Beacon(window=64))
+    with pytest.raises(checksums.CheckpointError, match="beacon.window 1024 -> 64"):
+        description.check_folder(tmp_path / "beacon", run_of(other))
 
 
 def test_another_backbone_is_a_difference(tmp_path):

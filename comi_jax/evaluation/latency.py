@@ -84,7 +84,7 @@ def of_trained(model: Comi, example: Example, rate: int, tokens: int) -> tuple[d
     def remember(_: Any) -> Any:
         return batching.remember(params, batch, arch, rate)
 
-    entries = int(np.asarray(remember(None).length)[0])
+    entries = int(np.asarray(remember(None).entries)[0])
     if arch.system == "comi":
         first: dict[str, Stage] = {
             "encode": lambda _: _encode(params, batch, arch),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from comi_jax.backbone import Backbone
-from comi_jax.config import Config
+from comi_jax.config import SYSTEMS, Config
 from comi_jax.errors import ConfigError
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import from_dict, override, to_dict
@@ -148,14 +148,16 @@ def _write_config(folder: Folder, run: Run, **more: Any) -> None:
 
 
 def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:
-    """The changed settings: HARMLESS ones (train.output aside), and the others."""
+    """The changed settings: HARMLESS ones (train.output aside) and those of other systems, and the rest."""
     harmless, others = [], []
     for part in ("config", "backbone"):
         a, b = (flatten({part: to_dict(getattr(run, part))}) for run in (old, new))
         for path in sorted(set(a) | set(b)):
             name = path.replace("/", ".").removeprefix("config.")
             if a.get(path) != b.get(path) and name != "train.output":
-                fine = any(name == h or h.endswith(".") and name.startswith(h) for h in HARMLESS)
+                section = name.partition(".")[0]  # "beacon" has settings of that system alone
+                fine = section in SYSTEMS and section != new.config.system == old.config.system
+                fine |= any(name == h or h.endswith(".") and name.startswith(h) for h in HARMLESS)
                 (harmless if fine else others).append(f"{name} {a.get(path)!r} -> {b.get(path)!r}")
     return harmless, others
 

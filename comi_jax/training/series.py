@@ -36,6 +36,7 @@ SYSTEMS = {
     "full_prompt": Variant("full prompt, tuned", ("system=full_prompt",)),
     "gmsa": Variant("GMSA", ("system=gmsa",)),
     "icae": Variant("ICAE", ("system=icae",)),
+    "beacon": Variant("Activation Beacon", ("system=beacon",)),
 }
 # COMI's steps switched off, as in the paper's table 2: trained without them, or without them on one checkpoint.
 ABLATIONS = {
