@@ -82,7 +82,8 @@ def test_what_is_timed_is_what_is_named(kit):
     rows = device_times.answering(kit, 2) + device_times.kernels(kit, 64) + device_times.next_question(kit)
     assert [row.name for row in rows] == [
         "prefill 16 of memory and query, batch 2", "decode a token after 16, batch 2", "redundancy, 64 tokens",
-        "redundancy, forward and backward, 64 tokens", "merge, 64 tokens", "merge, forward and backward, 64 tokens", "next question about a kept document of 256 tokens",
+        "redundancy, forward and backward, 64 tokens", "merge, 64 tokens", "merge, forward and backward, 64 tokens",
+        "next question about a kept document of 256 tokens",
     ]  # fmt: skip
     assert all(row.seconds and row.floor and row.seconds > 0 for row in rows)
 
