@@ -159,7 +159,7 @@ def generation(given: Any) -> None:
 
 
 # COMI's steps, which may be off only where they exist.
-SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy")
+SWITCHES = ("coarse", "fine", "coarse_redundancy", "fine_redundancy", "query_reads_context")
 
 
 def config(given: Any, systems: Mapping[str, str]) -> None:
@@ -171,6 +171,11 @@ def config(given: Any, systems: Mapping[str, str]) -> None:
     )
     if given.system != "comi":
         _rival(given)
+    require(
+        given.compression.query_reads_context or given.mesh.context == 1,
+        f"compression.query_reads_context=false is for contexts on one device each, and mesh.context is "
+        f"{given.mesh.context}; set mesh.context=1",
+    )
     require(
         given.train.batch_size % (max(given.optimizer.accumulate, 1) * given.train.share_context) == 0,
         f"train.batch_size {given.train.batch_size} is not a multiple of optimizer.accumulate "

@@ -41,6 +41,8 @@ class Compression:
     beta_coarse: float = 1.0
     alpha_fine: float = 1.0
     beta_fine: float = 1.0
+    # The query vector is encoded after the context, as in the paper; off: alone, and documents keep states only.
+    query_reads_context: bool = True
     learn_mig: bool = False  # train the four scalars above (the coarse two have no gradient: sizes are integers)
 
     def __post_init__(self):

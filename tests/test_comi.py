@@ -369,3 +369,25 @@ def test_the_vocabulary_meets_answer_positions_only(params, batch):
     shapes = {tuple(map(int, found.split("x"))) for found in re.findall(r"tensor<((?:\d+x)*61)xf32>", text)}
     assert {shape for shape in shapes if len(shape) > 2} == {(4, ANSWER, 61)}
     assert {shape for shape in shapes if len(shape) == 2} <= {(32, 61)}  # the head
+
+
+def test_a_query_that_is_encoded_alone(params, batch):
+    """In one pass and of encoded contexts alike; it is what a context without its keys and values gives."""
+    alone = dataclasses.replace(ARCH, compression=dataclasses.replace(ARCH.compression, query_reads_context=False))
+    numbers = (batch.query, batch.query_length, batch.rate, MIN_RATE)
+
+    def of(arch, *, drop=False):
+        encoded = encoder.encode(params, arch, batch.context, batch.context_length)
+        parts = tuple(part.replace(cache=None) if drop else part for part in encoded.segments)
+        return comi_memory.remember(params, arch, encoder.Encoded(parts), *numbers), parts
+
+    memory, parts = jax.jit(lambda: of(alone))()
+    assert all(part.cache is None for part in parts)
+    once = jax.jit(lambda: comi.memory_of(params, alone, batch, MIN_RATE))()
+    dropped, _ = jax.jit(lambda: of(ARCH, drop=True))()
+    read, _ = jax.jit(lambda: of(ARCH))()
+    for row, length in enumerate(np.asarray(memory.length)):
+        for same in (once, dropped):
+            assert same.length[row] == length
+            np.testing.assert_allclose(same.vectors[row, :length], memory.vectors[row, :length], atol=1e-5)
+    assert np.abs(read.vectors[0] - memory.vectors[0]).max() > 1e-3

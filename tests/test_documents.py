@@ -356,10 +356,24 @@ def test_a_document_that_was_loaded_without_a_model_takes_no_text(model, documen
         Document.load(tmp_path / "a.comi").append("a box")
 
 
-def test_documents_are_for_one_device(world):
-    split = Comi.load(world.run, mesh=sharding.make_mesh(Mesh(data=1, fsdp=4)))
-    with pytest.raises(ConfigError, match="a document is encoded on one device; load the model without a mesh"):
-        split.encode(TEXTS[0])
+def test_documents_are_for_one_device(world, model, documents, tmp_path):
+    """Also those that one device has encoded; texts are answered on several as on one."""
+    split = Comi.load(world.run, batch_size=2, mesh=sharding.make_mesh(Mesh(data=1, fsdp=4)))
+    documents[0].save(tmp_path / "a.comi")
+    loaded = Document.load(tmp_path / "a.comi", split)
+    for refused in (
+        lambda: split.encode(TEXTS[0]),
+        lambda: loaded.append(TEXTS[1]),
+        lambda: split.answer(documents[0], QUESTIONS[0]),
+        lambda: split.compress(loaded, QUESTIONS[0]),
+        lambda: next(split.stream(loaded, QUESTIONS[0])),
+        lambda: split.answer(TEXTS[0], QUESTIONS[0], max_slots=4),
+        lambda: split.answer(TEXTS[0], QUESTIONS[0], keep=[(0, 3)]),
+        lambda: split.answer(TEXTS[0], QUESTIONS[0], rate="auto"),
+    ):
+        with pytest.raises(ConfigError, match="one device, and the model is on 4; load it without a mesh"):
+            refused()
+    assert [a.text for a in split.answer(TEXTS, QUESTIONS)] == [a.text for a in model.answer(TEXTS, QUESTIONS)]
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float16"}, {"place": "disk"}])

@@ -45,7 +45,7 @@ def draw(report: Mapping[str, Any], caption: str) -> bytes | None:
     axis.grid(color="#e4e4e4", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9, ncols=2)
     figure.suptitle(report["title"], x=0.02, ha="left", fontsize=12, fontweight="bold")
     figure.supxlabel(caption, x=0.98, ha="right", fontsize=8, color="#555")
     picture = io.BytesIO()

@@ -132,7 +132,8 @@ def costs(arch: Architecture, lengths: Lengths, stage: Stage) -> dict[str, Cost]
     backbone, settings = arch.backbone, arch.compression
     parts = settings.segments(lengths.context)
     groups = [max_groups(n, lengths.rate) for n in parts]
-    encoder = (blocks(backbone, settings.encoder_layers, n + lengths.query, (True, True)) for n in parts)
+    rows = [n + lengths.query for n in parts] if settings.query_reads_context else [*parts, lengths.query]
+    encoder = (blocks(backbone, settings.encoder_layers, n, (True, True)) for n in rows)
     lsa = (blocks(backbone, settings.lsa_layers, m, (True, True)) for m in groups)
     similar = 2.0 * backbone.hidden_size * sum(m**2 for m in groups)
     return {

@@ -68,7 +68,7 @@ def encode(params: Tree, arch: Architecture, context: Int[Array, "C X"], context
             cache = empty_cache(arch.backbone, arch.compression.encoder_layers, rows.shape[0], width, arch.dtype)
             x = lm.embed_tokens(params["encoder"], rows, arch.dtype, arch.runtime)
             states, cache = lm.forward(params["encoder"], x, arch.backbone, cache=cache, runtime=arch.runtime)
-            parts.append(EncodedSegments(states, length, cache))
+            parts.append(EncodedSegments(states, length, cache if arch.compression.query_reads_context else None))
     return Encoded(tuple(parts))
 
 
@@ -80,7 +80,8 @@ def query_vectors(
     query_length: Int[Array, " B"],
 ) -> Float[Array, "BG D"]:
     """The query vector q̄ (3) of each query, encoded after each segment of its context: all queries about a context
-    attend to one copy of its keys and values. Without these, the query is encoded on its own, an approximation."""
+    attend to one copy of its keys and values. Without these, the query is encoded on its own: an approximation, unless
+    the model was trained so (compression.query_reads_context=false)."""
     (c, g), (b, width) = part.length.shape, query.shape
     share, context = b // c, None
     if part.cache is not None:
@@ -112,6 +113,7 @@ def encode_pairs(
     states between devices.
     """
     encoder, shards, width = params["encoder"], arch.runtime.context_shards, context.shape[2]
+    alone = query, query_length
     query, query_length = (jnp.repeat(x, context.shape[1], axis=0) for x in (query, query_length))
     lengths = context_length.reshape(-1)
     with jax.named_scope("encode"):
@@ -120,8 +122,10 @@ def encode_pairs(
         x = lm.embed_tokens(encoder, rows, arch.dtype, arch.runtime)
         states, _ = lm.forward(encoder, x, arch.backbone, runtime=arch.runtime)
         query_vector = masked_mean(states, lengths, query_length)
-        states = states if shards > 1 else states[:, :width]
-        return EncodedSegments(states, context_length, None), query_vector
+        part = EncodedSegments(states if shards > 1 else states[:, :width], context_length, None)
+    if not arch.compression.query_reads_context:
+        query_vector = query_vectors(params, arch, part, *alone)
+    return part, query_vector
 
 
 def segments(
