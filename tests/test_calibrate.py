@@ -94,6 +94,13 @@ def test_statistics_that_do_not_tell_are_not_used():
     assert made.choose(np.full((3, len(STATISTICS)), np.nan)) == 4  # they do not matter
 
 
+def test_nothing_is_to_be_chosen_if_the_highest_rate_is_within_the_floor():
+    found = outcomes(400, told=False)
+    made, (_, table) = calibrated(dataclasses.replace(found, accuracy=np.ones_like(found.accuracy)))
+    assert made.price is None and made.fixed == 8 and "as the highest is itself within 0.05" in made.said
+    assert table.rows[3]["ratio"] == 8 and "minus that of a random choice" in table.notes[1]
+
+
 def test_too_few_questions_show_nothing():
     made, _ = calibrated(outcomes(80, told=False), floor=0.001)
     assert made.price is None and made.fixed == 2 and "give more data or a larger floor" in made.said

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import tiny_models
 
+from comi_jax.errors import ConfigError
 from comi_jax.model import architecture, comi, comi_memory, encoder
 from comi_jax.model import memory as memory_module
 from comi_jax.model.batch import Batch
 from comi_jax.model.cache import KVCache
+from comi_jax.overrides import load
 from comi_jax.params import flatten
+from comi_jax.runs.description import Run
+from comi_jax.weights import export_models
 
 SEGMENT, REST, QUERY, ANSWER, MIN_RATE = 12, 7, 5, 4, 2
 ARCH = tiny_models.architecture("qwen2", lora=2, learn_mig=True, segment_size=SEGMENT)
@@ -391,3 +395,9 @@ def test_a_query_that_is_encoded_alone(params, batch):
             assert same.length[row] == length
             np.testing.assert_allclose(same.vectors[row, :length], memory.vectors[row, :length], atol=1e-5)
     assert np.abs(read.vectors[0] - memory.vectors[0]).max() > 1e-3
+
+
+def test_queries_that_are_encoded_alone_are_not_exported():
+    run = Run(load("qwen2", ["compression.query_reads_context=false"]), ARCH.backbone, (2,))
+    with pytest.raises(ConfigError, match="query_reads_context=false, and other software encodes the query behind"):
+        export_models.check_exportable("run", run)

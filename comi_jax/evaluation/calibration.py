@@ -181,7 +181,7 @@ def calibrate(
         "calibration",
         f"{len(held.tokens)} held-out questions about {len(np.unique(held.context))} contexts, 95 % intervals",
         [_row(policy, rates, floor, metric) for policy in rows],
-        [said],
+        [said, _best_gain(tried, metric)],
         {
             "floor": floor, "metric": metric, "fitted_on": len(fitted.tokens),
             "fixed": [dataclasses.asdict(policy) for policy in fixed],
@@ -205,10 +205,25 @@ def _said(auto: Policy | None, good: bool, fixed: int, floor: float, metric: str
         )
     lost, gained = (f"{x['mean']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]" for x in (auto.lost, auto.gained))
     random = f"{metric} minus that of a random choice with as many vectors is {gained}"
+    if auto.shares[-1] == 1:
+        return (
+            f'rate="auto" is the fixed rate {fixed}: no statistic beat fixed rates, as the highest is itself within '
+            f"{floor:g} of the lowest {where}, where {metric} minus the lowest's is {lost}"
+        )
     if not good:
         return f'rate="auto" is the fixed rate {fixed}: no statistic beat fixed rates {where}, where {random}'
     own = f"{metric} minus the lowest rate's is {lost}"
     return f'rate="auto" chooses by statistics: ratio {auto.ratio:.1f}; {where} {own}, and {random}'
+
+
+def _best_gain(tried: Sequence[Policy], metric: str) -> str:
+    """How much choosing by statistics is worth at best, at whatever price."""
+    best = max(tried, key=lambda policy: policy.gained["mean"])
+    gained = f"{best.gained['mean']:+.3f} [{best.gained['low']:+.3f}, {best.gained['high']:+.3f}]"
+    return (
+        f"of {len(tried)} prices the one best on these questions has ratio {best.ratio:.1f} and {metric} "
+        f"{best.accuracy['mean']:.3f}, minus that of a random choice with as many vectors: {gained}"
+    )
 
 
 def _row(policy: Policy, rates: Sequence[int], floor: float, metric: str) -> dict[str, Any]:

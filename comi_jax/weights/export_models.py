@@ -77,11 +77,17 @@ def export_hf(
 
 
 def check_exportable(checkpoint: str | Path, run: Run) -> None:
-    """Raises ConfigError for another system than COMI, for which other software has no format."""
+    """Raises ConfigError for what other software has no format for: another system than COMI, and queries that are
+    encoded alone."""
     if run.config.system != "comi":
         raise ConfigError(
             f"{checkpoint} holds system={run.config.system}, and only COMI can be exported; use it with "
             "comi_jax.answer and comi_jax.evaluate"
+        )
+    if not run.config.compression.query_reads_context:
+        raise ConfigError(
+            f"{checkpoint} has compression.query_reads_context=false, and other software encodes the query behind the "
+            "context; use it with comi_jax.answer and comi_jax.evaluate"
         )
 
 
