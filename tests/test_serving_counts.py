@@ -25,9 +25,9 @@ def nbytes(tree):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_bytes_are_those_of_the_arrays(kind, dtype):
-    arch = dataclasses.replace(tiny_models.architecture(kind), dtype=dtype)
+@pytest.mark.parametrize("kind, reads", [("qwen2", True), ("qwen3", False)])
+def test_bytes_are_those_of_the_arrays(kind, reads, dtype):
+    arch = dataclasses.replace(tiny_models.architecture(kind, query_reads_context=reads), dtype=dtype)
     specs = architecture.specs(arch)
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)), specs)
     ids = jax.ShapeDtypeStruct((1, 48), jnp.int32)

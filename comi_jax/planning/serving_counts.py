@@ -77,10 +77,11 @@ def prefix_bytes(arch: Architecture, tokens: int) -> int:
 
 
 def document_bytes(arch: Architecture, tokens: int) -> int:
-    """The bytes that a document of ``tokens`` keeps: states, keys and values of the encoder, and the norms."""
-    width = jnp.dtype(arch.dtype).itemsize
+    """The bytes that a document of ``tokens`` keeps: states, norms and, if questions read them, the encoder's keys and
+    values."""
+    width, settings = jnp.dtype(arch.dtype).itemsize, arch.compression
     states, norms = arch.backbone.hidden_size * width, width + 4  # 1/norm is float32
-    return tokens * (states + norms + arch.compression.encoder_layers * _key_value(arch))
+    return tokens * (states + norms + settings.query_reads_context * settings.encoder_layers * _key_value(arch))
 
 
 def _key_value(arch: Architecture) -> int:

@@ -121,7 +121,8 @@ class Comi:
             dtype: of what is kept: "float32", "bfloat16" or "int8" (with one scale per vector); None: the model's
                 dtype, which is exact.
             keep_kv: keep the encoder's keys and values. Without them, in a fraction of the bytes, questions are encoded
-                without their context: an approximation that a model must be trained for. Others lose most answers.
+                without their context: an approximation that a model must be trained for
+                (compression.query_reads_context=false, which never keeps them). Others lose most answers.
             place: "device", or "host": then at most one segment is on the device at a time, here and in answering, so
                 that a document may be larger than the device's memory.
         """
@@ -268,7 +269,8 @@ class Comi:
         cost = of_memory(self.architecture, asked.context, asked.query, asked.rate, *size)
         made_of = (asked.context, cost, asked.truncated, asked.cut)
         logs = reply.logprobs if logprobs else None
-        return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, logs, asked.rate)
+        rate = None if self.run.config.system == "full_prompt" else asked.rate
+        return Answer(reply.text, reply.tokens, *made_of, reply.finish_reason, logs, rate)
 
     def _memories(
         self, context: Contexts, question: str | Sequence[str], amount: Amount, new_tokens: int
