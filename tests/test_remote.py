@@ -19,7 +19,8 @@ from server_fixtures import FACTS, KEYS, events, serving, wait_for
 from comi_jax import serve
 from comi_jax.config import Generation
 from comi_jax.errors import ConfigError
-from comi_jax.serving.remote import Endpoint, RemoteDecoder
+from comi_jax.serving.endpoint import Endpoint
+from comi_jax.serving.remote import RemoteDecoder
 
 quick_compilation = train_fixtures.quick_compilation
 CHAT, FILES = "/v1/chat/completions", "/v1/files"
@@ -97,6 +98,9 @@ class Answering(http.server.BaseHTTPRequestHandler):
         while handle.finish_reason is None:
             for event in slots.step():
                 choice = {"index": 0, "text": event.text, "finish_reason": event.finish_reason}
+                if self.server.fault != "no ids":
+                    assert body["return_token_ids"]
+                    choice |= {"token_ids": [event.token], "text": "not used"}
                 yield {"choices": [choice], "usage": {"completion_tokens": len(handle.tokens)}}
         yield {"choices": [], "usage": {"completion_tokens": len(handle.tokens)}}
 
@@ -132,7 +136,9 @@ def chat(**more):
     return {"messages": [{"role": "system", "content": TEXT}, {"role": "user", "content": QUESTION}], **more}
 
 
-def test_the_answer_is_that_of_the_servers_own_slots(served, model, fake):
+@pytest.mark.parametrize("fault", ["", "no ids"])
+def test_the_answer_is_that_of_the_servers_own_slots(served, model, fake, fault):
+    fake.fault = fault
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEYS[0], max_retries=0)
     document = model.encode(TEXT)
     for rate, options in ((4, {}), (1, {}), (4, {"temperature": 1.5, "seed": 3, "top_p": 0.9})):
@@ -194,7 +200,7 @@ def test_an_endpoint_that_is_gone_is_503_and_is_waited_for(model):
         server.server_close()
         got = http.post(CHAT, json=chat())
         assert got.status_code == 503 and got.json()["error"]["code"] == "decoder_unavailable"
-    waiting = RemoteDecoder(Endpoint(server.url), (2,), Generation(), 2, 64)
+    waiting = RemoteDecoder(Endpoint(server.url), (2,), model.tokenizer, Generation(), slots=2, length=64)
     thread = threading.Thread(target=waiting.compile)
     thread.start()
     thread.join(0.3)

@@ -232,10 +232,10 @@ class Engine:
         if job.closed:
             return
         try:
-            job.handle = self._decoder.submit(made.prompt, work.options)
+            handle = self._decoder.submit(made.prompt, work.options)
         except UserError as error:  # a prompt that is longer than a slot
             return self._fail(job, error)
-        self._decoding[job.handle] = job
+        job.handle, self._decoding[handle] = handle, job
         job.tell(made)
 
     def _deliver(self, event: Event | RemoteEvent) -> None:
@@ -292,13 +292,3 @@ class Engine:
     def _report(self) -> None:
         self.telemetry.waiting.set(len(self._waiting))
         self.telemetry.running.set(self._count() - len(self._waiting))
-
-
-def figures(job: Job, prepared: Prepared) -> dict[str, Any]:
-    """The times of a job in milliseconds."""
-    first = None if job.first_token is None else round(1000 * (job.first_token - job.arrived), 2)
-    return {
-        "encode_ms": round(1000 * prepared.encode_seconds, 2),
-        "compress_ms": round(1000 * prepared.compress_seconds, 2),
-        "first_token_ms": first,
-    }

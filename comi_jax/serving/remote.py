@@ -2,7 +2,8 @@
 
     POST URL/completions {"prompt_embeds": base64 of torch.save([memory; embed(question)]), "stream": true, ...}
 
-The endpoint serves the decoder of the same checkpoint (``python -m comi_jax.convert export-hf``) and detokenizes.
+The endpoint serves the decoder of the same checkpoint (``python -m comi_jax.convert export-hf``). It is asked for the
+ids of tokens, from which the text is made here; where it gives none, its text is taken.
 """
 
 import contextlib
@@ -12,32 +13,21 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from comi_jax.config import Generation
 from comi_jax.data.encode import LengthError
-from comi_jax.errors import ConfigError, UserError
+from comi_jax.serving.detokenizer import Detokenizer
+from comi_jax.serving.endpoint import DecoderError, Endpoint, events
 from comi_jax.serving.prompts import PromptEmbeddings
 from comi_jax.serving.slots import BusyError
 
-CONNECT = 10.0  # seconds
-SILENCE = 60.0  # seconds without a byte after which an endpoint is given up
 PAUSE = 0.01  # seconds that a step waits for tokens, as long as there are none
 RETRY = 2.0  # seconds between two attempts to reach an endpoint at the start
-LARGEST = 1 << 20  # bytes of a line of a stream or of an error
-
-
-class DecoderError(UserError):
-    """An endpoint that cannot be reached (``reached`` False), or that answers something else than an answer."""
-
-    def __init__(self, message: str, reached: bool):
-        super().__init__(message)
-        self.reached = reached
 
 
 @dataclass(eq=False)
@@ -45,11 +35,12 @@ class RemoteHandle:
     """A question at the endpoint."""
 
     options: Generation
+    reader: Detokenizer = field(repr=False)
     finish_reason: str | None = None
-    tokens: range = range(0)  # as many as the answer has so far: the endpoint tells no ids
-    raw: str = ""  # the text so far, and of it what was told
-    text: str = ""
-    connection: Any = field(default=None, repr=False)
+    tokens: Sequence[int] = ()  # of the answer so far; without ids from the endpoint, as many zeros
+    raw: str = ""  # without ids: the text so far, and of it what was told
+    told: str = ""
+    socket: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,59 +53,22 @@ class RemoteEvent:
     error: DecoderError | None = None
 
 
-class Endpoint:
-    """The connections to an endpoint, one per request."""
-
-    def __init__(self, url: str, key: str = ""):
-        """``url``: up to and with /v1. Raises ConfigError for what is no such URL."""
-        parts = urlsplit(url if "://" in url else "")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
-            raise ConfigError(f"--decoder={url} is no URL; give one as http://host:8000/v1")
-        path = parts.path.rstrip("/")
-        self._path = path if path.endswith("/v1") else f"{path}/v1"
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.connect = lambda: kind(str(parts.hostname), port, timeout=CONNECT)
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-
-    def open(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None = None) -> Any:
-        """The response, whose status is 200. Raises DecoderError."""
-        try:
-            connection.connect()
-            connection.sock.settimeout(SILENCE)
-            connection.request(method, f"{self._path}{path}", body, self._headers)
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            content = response.read(LARGEST)
-        except (OSError, http.client.HTTPException) as error:
-            raise DecoderError(f"the decoder's endpoint cannot be reached ({type(error).__name__})", False) from None
-        logging.getLogger(__name__).error("the decoder's endpoint said %d: %r", response.status, content[:500])
-        busy = response.status in (429, 503)
-        what = "is overloaded or starting" if busy else "has refused the request"
-        raise DecoderError(f"the decoder's endpoint {what} (status {response.status})", not busy)
-
-    def model(self) -> dict[str, Any]:
-        """The first model of the endpoint. Raises DecoderError."""
-        connection = self.connect()
-        try:
-            return json.loads(self.open(connection, "GET", "/models").read(LARGEST))["data"][0]
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-            raise DecoderError("the decoder's endpoint lists no model", True) from None
-        finally:
-            connection.close()
-
-
 class RemoteDecoder:
     """In place of ``SlotDecoder``: ``slots`` questions at once are at the endpoint, each in a thread of its own.
 
     One thread calls ``step``; ``submit`` and ``cancel`` may come from others."""
 
-    def __init__(self, endpoint: Endpoint, stop: tuple[int, ...], defaults: Generation, slots: int, length: int):
-        self._endpoint, self._stop, self._slots = endpoint, stop, slots
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        stop: tuple[int, ...],
+        tokenizer: Any,
+        defaults: Generation,
+        *,
+        slots: int,
+        length: int,
+    ):
+        self._endpoint, self._stop, self._tokenizer, self._slots = endpoint, stop, tokenizer, slots
         self.defaults, self.length = defaults, length
         self._model, self._closed = "", threading.Event()
         self._live: set[RemoteHandle] = set()
@@ -163,7 +117,7 @@ class RemoteDecoder:
                 f"a prompt of {len(prompt.vectors)} vectors and an answer of up to {options.max_new_tokens} tokens do "
                 f"not fit into the {self.length} positions of the decoder; use a higher rate or fewer new tokens"
             )
-        handle = RemoteHandle(options)
+        handle = RemoteHandle(options, Detokenizer(self._tokenizer, options.stop_strings))
         with self._lock:
             if len(self._live) >= self._slots:
                 raise BusyError(f"{self._slots} questions are at the endpoint, as many as may; ask again later")
@@ -176,10 +130,9 @@ class RemoteDecoder:
         with self._lock:
             self._live.discard(handle)
             handle.finish_reason = handle.finish_reason or "cancelled"
-            connection = handle.connection
-        if connection is not None and connection.sock is not None:
+        if handle.socket is not None:
             with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                handle.socket.shutdown(socket.SHUT_RDWR)
 
     def step(self) -> list[RemoteEvent]:
         """What has come since the last step; waits a moment if that is nothing."""
@@ -193,11 +146,13 @@ class RemoteDecoder:
     # --- the thread of a question -------------------------------------------------------------------------------------
 
     def _decode(self, handle: RemoteHandle, prompt: PromptEmbeddings) -> None:
-        connection = handle.connection = self._endpoint.connect()
+        connection = self._endpoint.connect()
         try:
+            self._endpoint.reach(connection)
+            handle.socket = connection.sock
             body = json.dumps(self._body(handle.options, prompt)).encode()
             with contextlib.closing(self._endpoint.open(connection, "POST", "/completions", body)) as response:
-                for event in _events(response):
+                for event in events(response):
                     self._take(handle, event)
             if handle.finish_reason is None:
                 raise DecoderError("the decoder's endpoint has ended an answer without a reason", True)
@@ -219,6 +174,7 @@ class RemoteDecoder:
             "max_tokens": options.max_new_tokens,
             "temperature": options.temperature,
             "stop_token_ids": list(self._stop),
+            "return_token_ids": True,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
@@ -229,25 +185,25 @@ class RemoteDecoder:
         return body | ({"stop": list(options.stop_strings)} if options.stop_strings else {})
 
     def _take(self, handle: RemoteHandle, event: dict[str, Any]) -> None:
-        """One event of the stream: text, and how many tokens there are; without counts, one."""
+        """One event of the stream."""
         if "error" in event:
             logging.getLogger(__name__).error("the decoder's endpoint said %.500r", event["error"])
             raise DecoderError("the decoder's endpoint has failed within an answer", True)
         if not event.get("choices"):
             return
         (choice,) = event["choices"]
-        usage = event.get("usage") or {}
         with self._lock:
             if handle not in self._live:
                 return
-            handle.tokens = range(usage.get("completion_tokens", len(handle.tokens) + 1))
-            handle.finish_reason = choice.get("finish_reason")
+            if choice.get("finish_reason") is not None:
+                handle.finish_reason = "length" if choice["finish_reason"] == "length" else "stop"
+            if choice.get("token_ids") is None:
+                text = _from_text(handle, choice.get("text") or "", event.get("usage") or {})
+            else:
+                text = _from_tokens(handle, choice["token_ids"])
             if handle.finish_reason is not None:
                 self._live.discard(handle)
-                handle.finish_reason = "length" if handle.finish_reason == "length" else "stop"
-            handle.raw += choice.get("text") or ""
-            told, handle.text = len(handle.text), handle.raw.strip()  # as answers that are decoded here
-            self._events.put(RemoteEvent(handle, handle.text[told:], handle.finish_reason))
+            self._events.put(RemoteEvent(handle, text, handle.finish_reason))
 
     def _fail(self, handle: RemoteHandle, error: DecoderError) -> None:
         with self._lock:
@@ -257,13 +213,20 @@ class RemoteDecoder:
                 self._events.put(RemoteEvent(handle, error=error))
 
 
-def _events(response: Any) -> Iterator[dict[str, Any]]:
-    """The events of a stream, as JSON objects."""
-    while line := response.readline(LARGEST):
-        if line.startswith(b"data:"):
-            content = line[5:].strip()
-            if content == b"[DONE]":
-                return
-            event = json.loads(content)
-            if isinstance(event, dict):
-                yield event
+def _from_tokens(handle: RemoteHandle, tokens: Sequence[int]) -> str:
+    """The text that becomes certain with further ``tokens``. A stop string ends the answer here too."""
+    text = handle.reader.add(tokens)
+    if handle.reader.stopped:
+        handle.finish_reason = "stop"
+    elif handle.finish_reason is not None:
+        text += handle.reader.finish()
+    handle.tokens = handle.reader.tokens
+    return text
+
+
+def _from_text(handle: RemoteHandle, text: str, usage: dict[str, Any]) -> str:
+    """The text to be told behind a further ``text`` of the endpoint, stripped as answers that are decoded here."""
+    handle.raw += text
+    handle.tokens = (0,) * usage.get("completion_tokens", len(handle.tokens) + 1)
+    before, handle.told = len(handle.told), handle.raw.strip()
+    return handle.told[before:]

@@ -6,8 +6,8 @@ from typing import Any
 from comi_jax.data.encode import LengthError
 from comi_jax.errors import UserError
 from comi_jax.serving.contexts import FullError, SizeError
+from comi_jax.serving.endpoint import DecoderError
 from comi_jax.serving.engine import DeadlineError, EngineError, ShutdownError
-from comi_jax.serving.remote import DecoderError
 from comi_jax.serving.saved_documents import MissingError
 from comi_jax.serving.slots import BusyError
 

@@ -12,9 +12,10 @@ from starlette.types import ASGIApp
 
 from comi_jax.serving.compressor import Comi
 from comi_jax.serving.contexts import Preparer
+from comi_jax.serving.endpoint import Endpoint
 from comi_jax.serving.engine import DEAD, Engine
 from comi_jax.serving.http.server import build
-from comi_jax.serving.remote import Endpoint, RemoteDecoder
+from comi_jax.serving.remote import RemoteDecoder
 from comi_jax.serving.saved_documents import SavedDocuments
 from comi_jax.serving.settings import LOOPBACK, Settings
 from comi_jax.serving.store import DocumentStore
@@ -32,7 +33,9 @@ def engine_of(comi: Comi, settings: Settings) -> Engine:
     store = DocumentStore(settings.store_bytes, settings.host_bytes, say=lambda _: telemetry.evictions.inc())
     if settings.decoder:
         endpoint, defaults = Endpoint(settings.decoder, settings.decoder_key), comi.run.config.generation
-        slots = RemoteDecoder(endpoint, comi.run.stop, defaults, settings.slots, settings.slot_length)
+        slots = RemoteDecoder(
+            endpoint, comi.run.stop, comi.tokenizer, defaults, slots=settings.slots, length=settings.slot_length
+        )
         comi = copy.copy(comi)
         comi.params = {**comi.params, "decoder": {"embed": comi.params["decoder"]["embed"]}}  # the rest is not used
     else:

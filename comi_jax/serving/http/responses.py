@@ -11,7 +11,7 @@ import numpy as np
 from comi_jax.serving import explanation
 from comi_jax.serving.answers import Answer
 from comi_jax.serving.contexts import Ask, Prepared, Reference
-from comi_jax.serving.engine import Job, Piece, figures
+from comi_jax.serving.engine import Job, Piece
 
 DONE = b"data: [DONE]\n\n"
 
@@ -85,7 +85,7 @@ class Reply:
             "rate": round(made.context_tokens / made.memory_vectors, 3) if made.memory_vectors else None,
             "documents": [piece.name for piece in self.work.pieces if isinstance(piece, Reference)],
             "cached_tokens": made.cached_tokens,
-            **figures(self.job, made),
+            **_figures(self.job, made),
         }
         return account if made.explained is None else account | {"explanation": self._explanation(finish_reason)}
 
@@ -121,3 +121,13 @@ class Reply:
             "model": self.model,
             "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}],
         }
+
+
+def _figures(job: Job, prepared: Prepared) -> dict[str, Any]:
+    """The times of a job in milliseconds."""
+    first = None if job.first_token is None else round(1000 * (job.first_token - job.arrived), 2)
+    return {
+        "encode_ms": round(1000 * prepared.encode_seconds, 2),
+        "compress_ms": round(1000 * prepared.compress_seconds, 2),
+        "first_token_ms": first,
+    }
