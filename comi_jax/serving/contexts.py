@@ -171,11 +171,11 @@ class Preparer:
         memory = np.concatenate(parts)
         prompt = np.concatenate([memory, self._embedded(question)])
         seconds, compressing = encoded - start, time.perf_counter() - encoded
+        explain = work.explain and not (work.rate == AUTO and asked.rate == 1)  # which "auto" may choose
         self._observe(document.tokens, cached, len(question), len(memory), seconds, compressing)
         return Prepared(
             prompt, document.tokens, cached, len(question), len(memory), asked.rate, document.nbytes, seconds,
-            compressing,
-            self._explained(document, asked, len(memory)) if work.explain else None,
+            compressing, self._explained(document, asked, len(memory)) if explain else None,
         )  # fmt: skip
 
     def _explained(self, document: Document, asked: asking.Question, vectors: int) -> Explained:

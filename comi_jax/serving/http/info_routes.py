@@ -62,7 +62,7 @@ async def version(request: Request) -> JSONResponse:
              "max_file", "max_files", "store_bytes")  # fmt: skip
     limits = {name: getattr(settings, name) for name in names}
     about: dict[str, Any] = {"version": __version__, "model": settings.name, "weights": request.app.state.weights}
-    about["auth"] = request.app.state.auth  # whether /v1 needs a key
+    about |= {"auth": request.app.state.auth, "auto": settings.auto}  # whether /v1 needs a key; the rate "auto"
     return JSONResponse({**about, "rates": settings.rates, "limits": limits})
 
 
