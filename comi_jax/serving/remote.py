@@ -149,7 +149,10 @@ class RemoteDecoder:
         connection = self._endpoint.connect()
         try:
             self._endpoint.reach(connection)
-            handle.socket = connection.sock
+            with self._lock:
+                handle.socket = connection.sock
+                if handle not in self._live:  # it was cancelled meanwhile
+                    return
             body = json.dumps(self._body(handle.options, prompt)).encode()
             with contextlib.closing(self._endpoint.open(connection, "POST", "/completions", body)) as response:
                 for event in events(response):

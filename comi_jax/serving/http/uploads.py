@@ -121,7 +121,9 @@ class Uploads:
     def get(self, owner: str, name: str, param: str | None = None) -> Upload:
         """The file ``name`` of ``owner``. Raises ApiError, 404, for another's as for none."""
         found = self._files.get(name)
-        if found is None or self._late(found):
+        if found is None:
+            self._drop(name)  # where another server has removed it
+        elif self._late(found):
             self._remove(name)
         elif found.owner == owner:
             return found
