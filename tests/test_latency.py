@@ -8,9 +8,9 @@ import pytest
 import train_fixtures
 
 from comi_jax import compare
-from comi_jax.config import ConfigError
 from comi_jax.data import encode
 from comi_jax.data.records import Record
+from comi_jax.errors import ConfigError
 from comi_jax.evaluation import latency, latency_tables
 from comi_jax.evaluation.latency import STAGES, SUMS, Timed
 from comi_jax.evaluation.systems import SYSTEMS
