@@ -32,6 +32,7 @@ from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import choose_step
 from comi_jax.runs.stored_weights import weights_of
 from comi_jax.serving.compressor import Comi
+from comi_jax.serving.language_model import starting_model
 from comi_jax.training import contenders, series, timing
 from comi_jax.training.dataset import read_held_out
 from comi_jax.training.signals import STOPPED
@@ -176,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
         trained, untrained = names_of(given)
         if "bm25" in untrained:
             BM25().scores(["a text"], "text")  # which needs a package
+        if untrained:
+            starting_model(config)  # refused before anything is trained
         default = Path(given.checkpoint[0]) / "comparison" if given.checkpoint else Path(f"runs/compare_{given.config}")
         output = Folder(given.output or default)
         runs = series.members(given.config, given.overrides, trained, given.seeds, output) if trained else []

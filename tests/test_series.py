@@ -137,6 +137,15 @@ def test_what_cannot_be_compared_is_refused(world, tmp_path, more, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_no_system_could_start_from_is_refused_before_anything_is_trained(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(series, "run", lambda *_: pytest.fail("trained"))
+    start = f"model.path={world.run}"
+    with pytest.raises(SystemExit, match="is a COMI checkpoint, not a language model; set model.path to the folder"):
+        compare.main(["--config=qwen2", f"--output={tmp_path}", *WORDS, *settings(world), start])
+    with pytest.raises(SystemExit, match="does not match this run's config; pass system=comi"):
+        compare.main(["--config=qwen2", f"--output={tmp_path}", "--systems=comi,gmsa", *settings(world), start])
+
+
 def test_a_folder_with_other_settings_is_refused_before_anything_is_trained(world, tmp_path, monkeypatch):
     shutil.copytree(world.run, tmp_path / "out" / "runs" / "comi_seed1")  # of seed 0
     monkeypatch.setattr(series, "run", lambda *_: pytest.fail("trained"))

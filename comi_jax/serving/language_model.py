@@ -41,12 +41,7 @@ class LanguageModel:
     def open(cls, config: Config, *, batch_size: int = 16, mesh: Mesh | None = None) -> "LanguageModel":
         """The language model that a run with ``config`` starts from (model.path), sharded over ``mesh`` (None: on one
         device). Raises ConfigError if that is a COMI checkpoint, and as ``StartingModel.open``."""
-        start = StartingModel.open(config)
-        if start.before:
-            raise ConfigError(
-                f"{start.folder} is a COMI checkpoint, not a language model; set model.path to the folder of the "
-                "language model that it was trained from"
-            )
+        start = starting_model(config)
         arch = of_backbone(start.backbone, config.model.dtype, attention=config.model.attention or None, mesh=mesh)
         specs = {"decoder": architecture.specs(arch)["decoder"]}
         placed = sharding.parameters(specs, mesh) if mesh else {}
@@ -70,6 +65,17 @@ class LanguageModel:
     def put(self, x: np.ndarray) -> Array:
         """``x`` on the devices, its first axis over the row shards."""
         return sharding.put_batch(x, self.mesh) if self.mesh else jnp.asarray(x)
+
+
+def starting_model(config: Config) -> StartingModel:
+    """The language model that ``config`` names. Raises ConfigError if it is a COMI checkpoint."""
+    start = StartingModel.open(config)
+    if start.before:
+        raise ConfigError(
+            f"{start.folder} is a COMI checkpoint, not a language model; set model.path to the folder of the "
+            "language model that it was trained from"
+        )
+    return start
 
 
 def of_backbone(

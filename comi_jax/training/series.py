@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from rich.console import Console
 
+from comi_jax import config
 from comi_jax.config import Config
 from comi_jax.errors import ConfigError
 from comi_jax.overrides import load, override
@@ -33,10 +34,7 @@ class Variant(NamedTuple):
 SYSTEMS = {
     "comi": Variant("COMI"),
     "mean_pooling": Variant("mean-pooling", ("compression.coarse=false", "compression.fine=false")),
-    "full_prompt": Variant("full prompt, tuned", ("system=full_prompt",)),
-    "gmsa": Variant("GMSA", ("system=gmsa",)),
-    "icae": Variant("ICAE", ("system=icae",)),
-    "beacon": Variant("Activation Beacon", ("system=beacon",)),
+    **{name: Variant(title, (f"system={name}",)) for name, title in config.SYSTEMS.items() if name != "comi"},
 }
 # COMI's steps switched off, as in the paper's table 2: trained without them, or without them on one checkpoint.
 ABLATIONS = {
@@ -106,17 +104,17 @@ def members(name: str, overrides: Sequence[str], systems: Sequence[str], seeds: 
             words = [*overrides, *TRAINED[system].settings, f"train.seed={seed}", "train.compare_mean_pooling=false"]
             if not base.train.checkpoint_every:
                 words.append(f"train.checkpoint_every={max(base.train.steps // SAVES, 1)}")
-            config = override(base, words)
-            same = [m.folder for m in found if _settings(m.config) == _settings(config)]
+            made = override(base, words)
+            same = [m.folder for m in found if _settings(m.config) == _settings(made)]
             place = same[0] if same else Folder(output.path / "runs" / f"{system}_seed{seed}")
             words.append(f"train.output={place}")
-            found.append(Member(system, override(config, [words[-1]]), tuple(words)))
+            found.append(Member(system, override(made, [words[-1]]), tuple(words)))
     return found
 
 
-def _settings(config: Config) -> Config:
-    """``config`` without its folder."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, output=""))
+def _settings(own: Config) -> Config:
+    """``own`` without its folder."""
+    return dataclasses.replace(own, train=dataclasses.replace(own.train, output=""))
 
 
 def train(runs: Sequence[Member], console: Console) -> bool:
@@ -125,6 +123,7 @@ def train(runs: Sequence[Member], console: Console) -> bool:
     for member in runs:
         check(member.config)
         start = StartingModel.open(member.config)
+        start.check()
         own = Run(member.config, start.backbone, start.stop)
         devices(own)
         check_folder(member.folder, own)
