@@ -119,6 +119,8 @@ def names_of(given: Any) -> tuple[list[str], list[str]]:
         raise ConfigError(f"{wrong[0]} is trained: add its run to --checkpoint, or train it with --config=NAME")
     if given.table == "2" and (wrong := [name for name in names if name not in SYSTEMS_OF["2"]]):
         raise ConfigError(f"{wrong[0]} is not COMI without a step; table 2 has {', '.join(SYSTEMS_OF['2'])}")
+    if given.table == "2" and given.config:
+        names = list(dict.fromkeys(["comi", *names]))  # what the others are compared with, and switched off on
     if given.config and not names:
         raise ConfigError(f"--systems={given.systems} leaves nothing to compare; name some systems")
     return [name for name in names if name in series.TRAINED], [name for name in names if name in SYSTEMS]
@@ -146,6 +148,7 @@ def command_of(given: Any, output: Folder, row: Row) -> str:
     words += ["--data", *given.data] if given.data else []
     words += [f"--limit={given.limit}"] if given.limit else []
     words += [f"--table={given.table}"] if given.table != "1" else []
+    words += [f"--bins={','.join(map(str, given.bins))}"] if given.bins else []
     words += [f"--llmlingua2={given.llmlingua2}"] if row.name == "llmlingua2" else []
     name = "comi" if row.name.endswith(comparison_ablations.OFF) else row.name
     alone = name in SYSTEMS or (given.config and name in series.TRAINED)

@@ -87,6 +87,14 @@ def test_a_killed_start_goes_on_and_the_same_command_gives_the_same_table(world,
     assert {name: (output / name).read_bytes() for name in names} == before
 
 
+def test_a_step_is_taken_from_comi_which_is_trained_too():
+    given = compare.parser().parse_args(["--config=tiny", "--table=2", "--systems=without_fine"])
+    assert compare.names_of(given) == (["comi", "without_fine"], [])
+    given = compare.parser().parse_args(["--config=tiny"])
+    trained, untrained = compare.names_of(given)
+    assert trained[:2] == ["comi", "mean_pooling"] and "gmsa" in trained and "llmlingua2" not in untrained
+
+
 def test_a_stopped_run_stops_the_comparison(world, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(series, "run", lambda config, *_: asked.append(config.train.seed) and False)
