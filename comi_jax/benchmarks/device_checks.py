@@ -133,7 +133,10 @@ def _attended(q, k, v, *, name, pull, lengths):
         real = jnp.arange(out.shape[1])[None, :] < lengths[:, None]  # padded queries are no results
         return jnp.where(real[:, :, None, None], out, 0)
 
-    return run(q, k, v), jax.grad(lambda *x: jnp.sum(run(*x) * pull), (0, 1, 2))(q, k, v)
+    def pulled(q, k, v):
+        return jnp.sum(run(q, k, v) * pull)
+
+    return run(q, k, v), jax.grad(pulled, (0, 1, 2))(q, k, v)
 
 
 def bfloat16(kit: Kit) -> list[Row]:

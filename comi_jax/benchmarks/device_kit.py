@@ -188,6 +188,7 @@ def seconds(work: Callable[[], Any], at_once: int | None = None) -> float:
     taken = []
     for _ in range(RUNS):
         since = time.perf_counter()
+        result = None
         for _ in range(at_once):
             result = work()
         jax.block_until_ready(result)
