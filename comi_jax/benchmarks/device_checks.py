@@ -116,7 +116,7 @@ def attentions(kit: Kit) -> list[Row]:
             inputs = [x.astype(dtype) for x in wide]
             want = dense(*(x.astype(jnp.float32) for x in inputs))
             limit = EXACT if dtype == jnp.float32 else TIMES * difference(dense(*inputs), want)
-            for name in sorted({choose(*inputs[:2], None, True, kit.device.platform), "blocked"} - {"dense"}):
+            for name in sorted({choose(inputs[0], inputs[1], None, True, kit.device.platform), "blocked"} - {"dense"}):
                 error = difference(poisoned(functools.partial(of, name=name), *inputs), want)
                 title = f"attention, {jnp.dtype(dtype)}{'' if lengths is None else ', lengths'}"
                 rows.append(check(title, name, error, limit))

@@ -63,7 +63,7 @@ def attentions(kit: Kit) -> list[Row]:
     dtype = kit.shapes.dtype
     inputs = [jax.random.normal(k, (1, tokens, n, backbone.head_dim), dtype) for k, n in zip(keys, heads, strict=True)]
     own = 2.0 * tokens**2 * backbone.num_attention_heads * backbone.head_dim
-    name = choose(*inputs[:2], None, True, kit.device.platform)
+    name = choose(inputs[0], inputs[1], None, True, kit.device.platform)
 
     def total(q, k, v):
         return jnp.sum(attention(q, k, v).astype(jnp.float32))
