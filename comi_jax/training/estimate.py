@@ -140,8 +140,8 @@ def resolve_remat(
 
 
 def available_bytes(device: Any) -> int:
-    """The memory that arrays can take on the JAX ``device``: what it reports, else by its data sheet; of a CPU its part of the
-    machine's."""
+    """The memory that arrays can take on the JAX ``device``: what it reports, else by its data sheet; of a CPU its part
+    of the machine's."""
     reported = device.memory_stats() or {}
     if "bytes_limit" in reported:
         return int(reported["bytes_limit"])
