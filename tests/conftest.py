@@ -5,11 +5,12 @@ import os
 import socket
 from pathlib import Path
 
+from xla_flags import FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("COMI_CACHE", "off")  # what an earlier run compiled is not tested
-# Tests compile much and compute little: without LLVM's optimisation passes they take half the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 import jax
 import pytest

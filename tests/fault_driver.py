@@ -15,9 +15,11 @@ import sys
 import time
 import traceback
 
+from xla_flags import FLAGS
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = FLAGS
 
 import jax
 import jax.numpy as jnp

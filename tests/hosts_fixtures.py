@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import train_fixtures
+from xla_flags import FLAGS
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -48,7 +49,7 @@ class Hosts:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PATH": f"{os.environ['PATH']}:/usr/sbin",
         }
-        self.environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | variables
+        self.environment |= {"XLA_FLAGS": FLAGS} | variables
         self.log = (folder / "log.txt").open("w")
         self.process = subprocess.Popen(
             [*UNSHARE, str(TESTS / "two_hosts.sh"), str(folder), *command],
