@@ -35,6 +35,26 @@ def few_mappings():
         gc.collect()
 
 
+# The files that take longest, by which pytest-xdist's workers begin: one that got such a file last would end minutes
+# after the others. Files with a run of their own stand between those that wait for the shared one of train_fixtures.
+LONGEST = """
+    faults train baselines sharding diagnostics official documents comi systems compare loop context_parallel convert
+    compressor distributed plan server_lifecycle baseline_runs benchmarks replay server adapters launch explain
+    answering kernels_ahead benchmark_serving compress attention backbone pretrain slots store
+""".split()
+
+
+def pytest_configure(config):
+    """pytest-xdist would begin with the files that have most tests, which are not those that take longest."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture
 def free_port():
     """A port of this machine at which nothing listens, where no outgoing connection is given one."""
