@@ -1,6 +1,7 @@
 """The trained systems beside COMI, each against a plain computation; and what a stage trains."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,24 @@ def shared(batch):
     more = {name: np.repeat(getattr(batch, name), 2, axis=0) for name in per_example}
     more["query"][1::2], more["rate"][1::2] = (more["query"][1::2] + 5) % 61, 4
     return batch.replace(**more)
+
+
+# The programs that the tests share.
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "min_rate"))
+def memory_of(params, arch, batch, min_rate=MIN_RATE):
+    return comi.memory_of(params, arch, batch, min_rate)
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def answer_logits(params, arch, memory, batch):
+    return comi.answer_logits(params, arch, memory, batch)
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def reconstruction(params, arch, batch):
+    return comi.reconstruction_loss(params, arch, batch, MIN_RATE)
 
 
 @jax.jit
@@ -124,8 +143,8 @@ def test_memory_and_logits_are_those_of_a_plain_computation(system, batch):
     """Of every row by itself, from merged adapters; segments, groups and memory tokens cut by hand."""
     arch, batch = arch_of(system), shared(batch)
     params = params_of(arch)
-    memory = jax.jit(lambda p, b: comi.memory_of(p, arch, b, MIN_RATE))(params, batch)
-    logits = jax.jit(lambda p, m, b: comi.answer_logits(p, arch, m, b))(params, memory, batch)
+    memory = memory_of(params, arch, batch)
+    logits = answer_logits(params, arch, memory, batch)
     for i, ((context, query, answer), rate) in enumerate(rows_of(batch)):
         expected = plain_memory(params, arch, context, rate)
         assert memory.length[i] == len(expected)
@@ -135,10 +154,6 @@ def test_memory_and_logits_are_those_of_a_plain_computation(system, batch):
             parts.insert(1, np.asarray(params["tasks"]["answering"])[None])
         plain = plain_logits(params, arch, np.concatenate(parts), answer)
         np.testing.assert_allclose(logits[i, : len(answer)], plain, rtol=1e-4, atol=1e-4)
-
-
-def reconstruction(arch):
-    return jax.jit(lambda p, b: comi.reconstruction_loss(p, arch, b, MIN_RATE))
 
 
 @pytest.mark.parametrize("system", ("gmsa", "icae"))
@@ -155,25 +170,24 @@ def test_reconstruction_is_the_cross_entropy_of_the_context_and_its_end(system, 
             expected -= float(jax.nn.log_softmax(scores)[np.arange(len(target)), target].sum())
             right += int((scores.argmax(axis=1) == target).sum())
             tokens += len(target)
-    for size in (comi.RECONSTRUCTED, 5):
-        monkeypatch.setattr(comi, "RECONSTRUCTED", size)
-        sums = reconstruction(arch)(params, batch)
+    at_once = reconstruction(params, arch, batch)
+    monkeypatch.setattr(comi, "RECONSTRUCTED", 5)
+    for sums in (at_once, jax.jit(lambda p, b: comi.reconstruction_loss(p, arch, b, MIN_RATE))(params, batch)):
         assert float(sums.loss) == pytest.approx(expected, rel=1e-5)
         assert (int(sums.tokens), int(sums.correct)) == (tokens, right)
-    lengths = jax.jit(lambda p, b: comi.memory_of(p, arch, b, MIN_RATE))(params, comi.one_per_context(batch)).length
+    lengths = memory_of(params, arch, batch.replace(rate=np.repeat(batch.rate[::2], 2))).length[::2]
     assert int(sums.vectors) == 2 * int(lengths.sum())
 
 
 @pytest.mark.parametrize("system", RIVALS)
 def test_padding_and_companions_change_nothing(system, batch):
-    arch = arch_of(system)
+    arch, batch = arch_of(system), shared(batch)
     params = params_of(arch)
 
-    @jax.jit
     def run(params, batch):
-        memory = comi.memory_of(params, arch, batch, MIN_RATE)
-        losses = comi.reconstruction_loss(params, arch, batch, MIN_RATE).loss if system != "full_prompt" else 0.0
-        return memory.length, comi.answer_logits(params, arch, memory, batch), losses
+        memory = memory_of(params, arch, batch)
+        losses = reconstruction(params, arch, batch).loss if system != "full_prompt" else 0.0
+        return memory.length, answer_logits(params, arch, memory, batch), losses
 
     def padded(name):
         ids, length = np.array(getattr(batch, name)), getattr(batch, f"{name}_length")
@@ -186,25 +200,25 @@ def test_padding_and_companions_change_nothing(system, batch):
     np.testing.assert_array_equal(length, length_2)
     np.testing.assert_array_equal(np.asarray(logits)[real], np.asarray(logits_2)[real])
     assert float(loss) == float(loss_2)
-    order = [0, 3, 2, 1]
-    strangers = other.replace(**{name: value[order] for name, value in vars(other).items()})
+    order = {4: [0, 3, 2, 1], 8: [0, 1, 6, 7, 4, 5, 2, 3]}  # of contexts, and of the questions about them
+    strangers = other.replace(**{name: value[order[len(value)]] for name, value in vars(other).items()})
     np.testing.assert_allclose(run(params, strangers)[1][0], logits[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("system", ("gmsa", "icae"))
 def test_the_memory_does_not_depend_on_the_question(system, batch):
-    arch = arch_of(system)
-    memory = jax.jit(lambda p, b: comi.memory_of(p, arch, b, MIN_RATE).vectors)
+    arch, batch = arch_of(system), shared(batch)
     params = params_of(arch)
-    asked = batch.replace(query=(batch.query + 7) % 61, query_length=np.array([5, 1, 2, 3], np.int32))
-    np.testing.assert_array_equal(memory(params, batch), memory(params, asked))
+    asked = batch.replace(query=(batch.query + 7) % 61, query_length=batch.query_length % 5 + 1)
+    got, want = (memory_of(params, arch, rows).vectors for rows in (asked, batch))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_icae_has_one_memory_for_all_rates(batch):
     """The first vectors at any rate: a memory token does not see those after it."""
     arch = arch_of("icae", segment_size=40)
-    memory = jax.jit(lambda p, b: comi.memory_of(p, arch, b, 4))
-    fine, coarse = (memory(params_of(arch), batch.replace(rate=np.full(4, rate, np.int32))) for rate in (4, 8))
+    rates = (np.full(4, rate, np.int32) for rate in (4, 8))
+    fine, coarse = (memory_of(params_of(arch), arch, batch.replace(rate=rate), 4) for rate in rates)
     np.testing.assert_array_equal(coarse.length, [4, 2, 1, 0])
     for row, count in enumerate(coarse.length):
         np.testing.assert_array_equal(fine.vectors[row, :count], coarse.vectors[row, :count])
@@ -229,6 +243,12 @@ def mesh_of(count, **sizes):
     return sharding.make_mesh(Mesh(**{"data": 1} | sizes), jax.devices()[:count])
 
 
+def decaying():
+    """An optimizer with two stages, whose learning rate stays the same."""
+    settings = Optimizer(learning_rate=0.01, warmup=0.0, weight_decay=0.5, schedule="constant")
+    return optim.optimizer(settings, 10, 5)
+
+
 WANTED = {
     ("gmsa", "autoencoding"): ("encoder", "lsa", "tasks"),
     ("gmsa", "answering"): ("lora",),
@@ -242,10 +262,7 @@ WANTED = {
 def test_a_stage_changes_its_own_parameters_and_no_others(system, stage, batch):
     """By finite gradients; weight decay does not reach the others either."""
     arch = arch_of(system)
-    params, update = (
-        params_of(arch),
-        optim.optimizer(Optimizer(learning_rate=0.01, warmup=0.0, weight_decay=0.5), 10, 5),
-    )
+    params, update = params_of(arch), decaying()
     new, metrics = step(arch, params, batch, mesh_of(1), update, stage)
     assert np.isfinite(list(metrics.values())).all() and float(metrics["gradient_norm"]) > 0
     before = flatten(params)
@@ -294,8 +311,7 @@ def test_a_step_is_the_same_on_one_device_and_on_four(system, stage, batch):
 def test_the_second_stage_begins_with_fresh_moments(batch):
     """Its first step is that of an optimizer that has seen nothing, whatever the first stage left."""
     arch = arch_of("icae")
-    params, settings = params_of(arch), Optimizer(learning_rate=0.01, warmup=0.0, schedule="constant")
-    update = optim.optimizer(settings, 10, 5)
+    params, update = params_of(arch), decaying()
     trained, frozen = partition(params, lambda path: is_trained(path, arch))
     used = update.init(trained)
     used = jax.tree.map(lambda x: x + jnp.asarray(3, x.dtype), used)

@@ -51,9 +51,13 @@ def gradients(states, query, scalars, settings, mesh=None):
     return jax.grad(loss, argnums=(0, 1, 2))(states, query, scalars)
 
 
+@functools.cache
+def program(function, settings, mesh=None):
+    return jax.jit(functools.partial(function, settings=settings, mesh=mesh))
+
+
 def same(function, settings, mesh, arguments):
-    alone = jax.jit(functools.partial(function, settings=settings))(*arguments)
-    split = jax.jit(functools.partial(function, settings=settings, mesh=mesh))(*arguments)
+    alone, split = (program(function, settings, where)(*arguments) for where in (None, mesh))
     for ours, want in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-5)
     return alone
