@@ -26,7 +26,7 @@ CONFIGS = (Config(), *(load(path.stem) for path in sorted((ROOT / "configs").glo
 SECTIONS = {name: set(values) for name, values in to_dict(Config()).items() if isinstance(values, dict)}
 COMMANDS = (
     "train", "evaluate", "answer", "convert", "plan", "prepare", "pretrain", "report", "diagnose", "compare", "serve",
-    "explain",
+    "explain", "calibrate",
 )  # fmt: skip
 CONVERSIONS = ("import-hf", "import-official", "export-official", "export-hf", "inspect")
 # Of tensorboard, hf, vLLM, pytest-xdist, kubectl, pyright and chromium.
