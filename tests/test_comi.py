@@ -378,6 +378,7 @@ def test_the_vocabulary_meets_answer_positions_only(params, batch):
 def test_a_query_that_is_encoded_alone(params, batch):
     """In one pass and of encoded contexts alike; it is what a context without its keys and values gives."""
     alone = dataclasses.replace(ARCH, compression=dataclasses.replace(ARCH.compression, query_reads_context=False))
+    batch = jax.tree.map(jnp.asarray, batch)
     numbers = (batch.query, batch.query_length, batch.rate, MIN_RATE)
 
     def of(arch, *, drop=False):
@@ -398,6 +399,7 @@ def test_a_query_that_is_encoded_alone(params, batch):
 
 
 def test_queries_that_are_encoded_alone_are_not_exported():
-    run = Run(load("qwen2", ["compression.query_reads_context=false"]), ARCH.backbone, (2,))
+    words = ["compression.query_reads_context=false", "compression.encoder_layers=2"]
+    run = Run(load("qwen2", words), ARCH.backbone, (2,))
     with pytest.raises(ConfigError, match="query_reads_context=false, and other software encodes the query behind"):
         export_models.check_exportable("run", run)
