@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from comi_jax.benchmarks import device, device_checks, device_kit, device_times
+from comi_jax.benchmarks import device
+from comi_jax.benchmarks.accelerator import checks as device_checks
+from comi_jax.benchmarks.accelerator import kit as device_kit
+from comi_jax.benchmarks.accelerator import times as device_times
 from comi_jax.devices import chips
 from comi_jax.errors import ConfigError
 
@@ -23,7 +26,10 @@ class Blocked:
         if name.partition(".")[0] in {BLOCKED}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
-from comi_jax.benchmarks import device, device_checks, device_kit, device_times
+from comi_jax.benchmarks import device
+from comi_jax.benchmarks.accelerator import checks as device_checks
+from comi_jax.benchmarks.accelerator import kit as device_kit
+from comi_jax.benchmarks.accelerator import times as device_times
 print(len(device.items(device_kit.SHAPES["qwen2-7b"])))
 """
 

@@ -36,8 +36,7 @@ NAMES = ("qwen2-7b", "llama2-7b", "qwen3-8b", "tiny")
 
 def items(shapes: Any) -> dict[str, Callable[[Any], list[Any]]]:
     """Every measurement by name, the most important first; each makes some rows from a ``Kit``."""
-    from comi_jax.benchmarks import device_checks as checks
-    from comi_jax.benchmarks import device_times as times
+    from comi_jax.benchmarks.accelerator import checks, times
 
     main, *others = shapes.kernel_tokens
     first, *batches = shapes.batches
@@ -66,12 +65,12 @@ def measure(shapes_name: str, seed: int, done: set[str], results: Path) -> None:
     """Run the measurements that are not ``done`` and append a JSON line to ``results`` when each begins and ends."""
     import jax
 
-    from comi_jax.benchmarks import device_kit
+    from comi_jax.benchmarks.accelerator import kit as accelerator
     from comi_jax.devices import compilations
 
     compilations.keep()
     name = shapes_name or ("tiny" if jax.default_backend() == "cpu" else NAMES[0])
-    kit = device_kit.Kit(device_kit.SHAPES[name], seed)
+    kit = accelerator.Kit(accelerator.SHAPES[name], seed)
     with results.open("a", encoding="utf-8") as lines:
 
         def tell(**values: Any) -> None:
@@ -87,7 +86,7 @@ def measure(shapes_name: str, seed: int, done: set[str], results: Path) -> None:
             try:
                 rows = function(kit)
             except Exception as error:  # whatever it is, it is one row, and the others go on
-                rows = [device_kit.Row(item, failed=True, note=_reason(error))]
+                rows = [accelerator.Row(item, failed=True, note=_reason(error))]
             print(f"{item}: {time.perf_counter() - since:.1f} s", file=sys.stderr, flush=True)
             tell(ended=item, rows=[dataclasses.asdict(row) for row in rows])
 

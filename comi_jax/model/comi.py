@@ -94,7 +94,8 @@ def answer_logits(
     with jax.named_scope("decode"):
         before = prompt(params, arch, memory, batch)
         states = predicting(params, arch, before, batch.answer, batch.answer_length, dropout_key)
-        return lm.logits(params["decoder"], states)
+        # Where tokens are split, by columns, as the gradient arrives: XLA would hold it whole on every device.
+        return lm.logits(params["decoder"], lm.split_columns(states, arch.runtime))
 
 
 def predicting(

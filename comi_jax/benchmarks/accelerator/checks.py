@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax.benchmarks.device_kit import Kit, Row
+from comi_jax.benchmarks.accelerator.kit import Kit, Row
 from comi_jax.kernels import bench, dispatch
 from comi_jax.kernels.merge import merge, merge_reference
 from comi_jax.kernels.redundancy import max_cosine, max_cosine_reference

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from comi_jax.benchmarks.device_kit import RATE, RUNS, Kit, Row, compiled, seconds, size_of
+from comi_jax.benchmarks.accelerator.kit import RATE, RUNS, Kit, Row, compiled, seconds, size_of
 from comi_jax.config import Mesh, Optimizer, max_groups
 from comi_jax.devices import sharding
 from comi_jax.kernels import bench, dispatch
