@@ -33,8 +33,16 @@ def costs(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against the FLOP until the first token of an answer, encoder included, and against the bytes of the KV
     entries that stand for the context, as a PNG. A system that reads no context is a level."""
     figure = _panels(rows, [(_flop, SHOWN["em"], "em"), (_bytes, SHOWN["em"], "em")], levels=False)
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     figure.axes[0].set(xlabel="FLOP from context and question to the first token")
     figure.axes[1].set(xlabel="bytes of KV entries kept for the context")
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 1.5, high * 1.5)  # so that systems of nearly equal cost leave room for two labels
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.minorticks_off()
     save(figure, path)
 
 
