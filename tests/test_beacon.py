@@ -21,7 +21,7 @@ from comi_jax.model.architecture import Architecture, is_trained, own_parameters
 from comi_jax.model.baselines import beacon
 from comi_jax.model.batch import Batch
 from comi_jax.model.cache import ContextKV, empty_cache
-from comi_jax.params import abstract, combine, flatten, partition
+from comi_jax.params import abstract, flatten, partition
 from comi_jax.serving import batching
 from comi_jax.serving.prompts import PromptEmbeddings
 from comi_jax.serving.slots import SlotDecoder
@@ -175,28 +175,6 @@ def repeated(batch):
     return batch.replace(**contexts)
 
 
-def test_examples_that_share_a_context_have_the_beacons_that_each_had_alone(batch):
-    """Read once for all with a single rate, and the gradients are the same."""
-    arch = arch_of(rank=0, rates=(3,))
-    batch = batch.replace(rate=np.full(8, 3, np.int32))
-    trained, frozen = partition(params_of(arch), lambda path: is_trained(path, arch))
-
-    @jax.jit
-    def run(trained, batch):
-        def loss(trained):
-            return comi.loss(combine(trained, frozen), arch, batch, 3).loss
-
-        return jax.value_and_grad(loss)(trained)
-
-    (shared, gradients), (alone, expected) = (run(trained, rows) for rows in (batch, repeated(batch)))
-    assert float(shared) == pytest.approx(float(alone), rel=1e-5)
-    for path, gradient in expected.items():
-        assert np.linalg.norm(gradient) > 0
-        assert np.linalg.norm(gradients[path] - gradient) <= 1e-5 * np.linalg.norm(gradient), path
-    memory = jax.eval_shape(lambda p, b: beacon.memory_of(p, arch, b, 3), params_of(arch), batch)
-    assert memory.before.k.shape[1] == 4 and memory.length.shape == (8,)
-
-
 def test_padding_and_companions_change_nothing(batch):
     arch = arch_of()
     params = params_of(arch)
@@ -278,11 +256,14 @@ def test_the_decoder_is_trained_as_comis_is_and_the_beacons_are():
         assert {path for path in trained if not path.startswith("beacons/")} == of_decoder != set()
 
 
-def test_a_step_is_the_same_on_one_device_and_on_four(batch):
-    arch, update = arch_of(rank=0), optax.trace(1.0)  # whose state is the gradient
+def test_a_step_is_the_same_on_four_devices_and_with_shared_windows(batch):
+    """Loss, entries and gradients: of contexts that are each read once for two questions, as a single rate allows, on
+    four devices; and of a context for each question, on one."""
+    arch, update = arch_of(rank=0, rates=(3,)), optax.trace(1.0)  # whose state is the gradient
+    batch = batch.replace(rate=np.full(8, 3, np.int32))
     trained, frozen = partition(params_of(arch), lambda path: is_trained(path, arch))
 
-    def step(count, **sizes):
+    def step(rows, count, **sizes):
         mesh = sharding.make_mesh(Mesh(**{"data": 1} | sizes), jax.devices()[:count])
         placed = sharding.parameters(specs(arch), mesh)
         mine, rest = (
@@ -291,20 +272,19 @@ def test_a_step_is_the_same_on_one_device_and_on_four(batch):
         begun = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
         state = TrainState(begun, mine, update.init(mine))
         function = CompiledStep(arch.on(mesh), update)
-        return function(state, rest, sharding.put_batch((batch,), mesh), jax.random.key(0))
+        return function(state, rest, sharding.put_batch((rows,), mesh), jax.random.key(0))
 
-    alone, metrics = step(1)
-    spread, metrics_4 = step(4, fsdp=2, tensor=2)
+    alone, metrics = step(repeated(batch), 1)
+    spread, metrics_4 = step(batch, 4, fsdp=2, tensor=2)
     for name, value in metrics.items():
         assert float(metrics_4[name]) == pytest.approx(float(value), rel=1e-5), name
-    assert float(metrics["memory_vectors"]) == sum(
-        beacons + len(context) % WINDOW
-        for (context, *_), rate in rows_of(batch)
-        for beacons in [len(context) // WINDOW * -(-WINDOW // rate)]
-    )
+    # Three windows of three beacons and five tokens; two windows; seven tokens; nothing: for two questions each.
+    assert float(metrics["memory_vectors"]) == 2 * (3 * 3 + 5 + 2 * 3 + 7)
     for path, gradient in alone.optimizer.trace.items():
         difference = np.linalg.norm(np.asarray(spread.optimizer.trace[path]) - gradient)
-        assert difference <= 1e-5 * np.linalg.norm(gradient), path
+        assert difference <= 1e-5 * np.linalg.norm(gradient) > 0, path
+    contexts = jax.eval_shape(lambda p, b: beacon.memory_of(p, arch, b, 3), params_of(arch), batch).before.length.shape
+    assert contexts == (4,)
 
 
 def test_dropout_of_adapters_acts_on_windows_and_differs_between_them(batch):
