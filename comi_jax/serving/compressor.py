@@ -219,7 +219,7 @@ class Comi:
         chosen = generation.chosen(self.run.config.generation, decoding)
         made = self._memories(context, question, amount, chosen.max_new_tokens)
         ((_, memory, batch),) = made.batches
-        (size,) = batching.sizes(memory)
+        size = batching.sizes(memory)[0]  # filler rows follow
         compressed = time.perf_counter()
         pieces = generation.stream(self.params, self.architecture, memory, batch, chosen, self.run.stop, self.tokenizer)
         return AnswerStream(pieces, lambda reply: self._answer(reply, made.asked[0], size, logprobs), begun, compressed)
