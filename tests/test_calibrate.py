@@ -213,6 +213,9 @@ def test_what_is_no_calibration_of_the_model_is_refused(world, run, model):
         (json.dumps(values | {"weights": "others"}), "is the calibration of other weights"),
     ):
         assert message in refusal(text) and command in refusal(text)
+    settings = {name: value for name, value in values["settings"].items() if name != "compression.query_reads_context"}
+    place.write_text(json.dumps(values | {"settings": settings}))  # of before there was that setting
+    assert Comi.load(run).calibration().rates == (2, 4)
     other = refusal(overrides=["compression.coarse_redundancy=false"])
     assert "was calibrated with compression.coarse_redundancy=True, but" in other and command in other
     alone = refusal(overrides=["compression.rates=4"])

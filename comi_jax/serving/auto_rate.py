@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from comi_jax.config import Compression
 from comi_jax.errors import ConfigError
 from comi_jax.overrides import to_dict
 from comi_jax.params import flatten
@@ -113,10 +114,11 @@ class Calibration:
 
 def settings_of(run: Run) -> dict[str, Any]:
     """The settings that the statistics and the accuracy depend on, by path."""
-    compression = flatten({"compression": to_dict(run.config.compression)})
-    return {path.replace("/", "."): value for path, value in compression.items()} | {
-        "model.dtype": run.architecture.dtype
-    }
+    return _by_path(run.config.compression) | {"model.dtype": run.architecture.dtype}
+
+
+def _by_path(compression: Compression) -> dict[str, Any]:
+    return {path.replace("/", "."): value for path, value in flatten({"compression": to_dict(compression)}).items()}
 
 
 def read(path: Path | None, run: Run, weights: str, name: str) -> Calibration:
@@ -138,11 +140,13 @@ def read(path: Path | None, run: Run, weights: str, name: str) -> Calibration:
         raise ConfigError(f"{path} is damaged or of another version ({error}); run {command} again") from None
     if found.weights != weights:
         raise ConfigError(f"{path} is the calibration of other weights than those of {name}; run {command} again")
+    defaults = _by_path(Compression())  # what a setting meant before there was one
     for setting, value in settings_of(run).items():
-        if found.settings.get(setting) != _plain(value):
+        before = found.settings.get(setting, _plain(defaults.get(setting)))
+        if before != _plain(value):
             raise ConfigError(
-                f"{path} was calibrated with {setting}={found.settings.get(setting)}, but {name} was loaded with "
-                f"{_plain(value)}; load it with that, or run {command} again"
+                f"{path} was calibrated with {setting}={before}, but {name} was loaded with {_plain(value)}; load it "
+                f"with that, or run {command} again"
             )
     if found.price is None:
         logging.getLogger(__name__).warning(found.said)
