@@ -35,13 +35,18 @@ def needed(step, remat):
     return estimate.held(arch, *shapes).total
 
 
+def resolved(step, available):
+    arch, (held, frozen, lengths, rows, share, mesh) = step
+    return estimate.resolve_remat(arch, held, frozen, lengths, rows, share, mesh, available)
+
+
 def test_more_recomputation_needs_less_memory(step):
     sizes = [needed(step, name) for name in estimate.REMATS]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
 
 
 def test_where_everything_fits_nothing_is_computed_again(step):
-    arch, told = estimate.resolve_remat(*unpacked(step), needed(step, "off"))
+    arch, told = resolved(step, needed(step, "off"))
     assert arch.runtime.remat == "off" and re.fullmatch(r"model.remat=auto: off, an estimated .* per device", told)
 
 
@@ -49,7 +54,7 @@ def test_where_everything_fits_nothing_is_computed_again(step):
 def test_where_not_the_lightest_that_fits_is_taken(step, name, before):
     """As soon as a byte is missing for the one before it, and as long as there is one for itself."""
     for available in (needed(step, before) - 1, needed(step, name)):
-        arch, told = estimate.resolve_remat(*unpacked(step), available)
+        arch, told = resolved(step, available)
         assert arch.runtime.remat == name
         assert f"auto: {name}, " in told and f", {before} would need {needed(step, before) / 1e9:.1f} GB" in told
 
@@ -58,19 +63,14 @@ def test_where_nothing_fits_one_sentence_says_what_to_do(step):
     with pytest.raises(
         ConfigError, match=r"needs an estimated .* even if everything is recomputed.*mesh.fsdp"
     ) as error:
-        estimate.resolve_remat(*unpacked(step), needed(step, "full") - 1)
+        resolved(step, needed(step, "full") - 1)
     assert "\n" not in str(error.value)
 
 
 def test_what_is_named_is_obeyed(step):
     arch, shapes = step
     named = dataclasses.replace(arch, runtime=dataclasses.replace(arch.runtime, remat="full"))
-    assert estimate.resolve_remat(named, *shapes, 0) == (named, "")
-
-
-def unpacked(step):
-    arch, shapes = step
-    return arch, *shapes
+    assert resolved((named, shapes), 0) == (named, "")
 
 
 def test_a_run_says_what_it_took(tmp_path, monkeypatch):
