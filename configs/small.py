@@ -8,8 +8,8 @@ scratch. A rate is drawn for each question. The questions are about one fact; `d
 `data.eval`) makes half of them two-hop.
 
 Expected: em 0.76 at 8x in the closing table, 0.80 at 16x, 0.75 at 32x, on 512 questions about people that occur in no
-training text; longer runs have not been tried. The second command took 8 minutes of processor time, 25 minutes on a busy
-machine (docs/results.md, with what each step of COMI does for it).
+training text; longer runs have not been tried. The second command took 8 minutes of processor time, 25 minutes on a
+busy machine (docs/results.md, with what each step of COMI does for it).
 """
 
 from comi_jax.config import Beacon, Compression, Config, Data, Generation, Model, Optimizer, Train
