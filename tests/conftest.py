@@ -38,9 +38,9 @@ def few_mappings():
 # The files that take longest, by which pytest-xdist's workers begin: one that got such a file last would end minutes
 # after the others. Files with a run of their own stand between those that wait for the shared one of train_fixtures.
 LONGEST = """
-    faults train baselines sharding diagnostics official documents comi systems compare loop context_parallel convert
-    compressor distributed plan server_lifecycle baseline_runs benchmarks replay server adapters launch explain
-    answering kernels_ahead benchmark_serving compress attention backbone pretrain slots store
+    faults train baselines beacon sharding diagnostics official documents comi systems compare loop context_parallel
+    convert beacon_runs compressor distributed plan server_lifecycle baseline_runs benchmarks replay server adapters
+    launch explain answering kernels_ahead benchmark_serving compress attention backbone pretrain slots store
 """.split()
 
 
