@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("COMI_CACHE", "off")  # what an earlier run compiled is not tested
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: no table is broken to the width of a terminal
 
 import jax
 import pytest

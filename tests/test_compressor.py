@@ -218,7 +218,8 @@ def test_the_command_prints_the_answer_and_the_ratio(world, together, tmp_path, 
     printed = capsys.readouterr()
     expected = together[0][0]
     assert printed.out == expected.text + "\n"
-    assert f"[21 context tokens in {expected.memory_vectors} memory vectors: ratio {expected.ratio:.1f}]" in printed.err
+    vectors, ratio = expected.memory_vectors, expected.ratio
+    assert f"[21 context tokens in {vectors} memory vectors at rate 2: ratio {ratio:.1f}]" in printed.err
 
 
 def test_the_command_reads_standard_input_and_says_what_was_cut(world, capsys, monkeypatch):

@@ -164,7 +164,7 @@ TOKENS, VOCABULARY = 1024, 4096
 def compiled_step(mesh, batch_size):
     """The step of a small model over 1,024 tokens on four devices, two layers everywhere."""
     config = Config(
-        model=Model(dtype="float32", attention="blocked"),
+        model=Model(dtype="float32", attention="blocked", remat="attention"),
         compression=Compression(rates=(16,), encoder_layers=2, lsa_layers=2, segment_size=TOKENS),
         data=Data(max_context=TOKENS, max_query=8, max_answer=4),
         optimizer=Optimizer(accumulate=1), train=Train(batch_size=batch_size), mesh=mesh,

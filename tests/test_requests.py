@@ -11,7 +11,7 @@ from comi_jax.config import Generation
 from comi_jax.serving.contexts import Reference
 from comi_jax.serving.http import api, messages
 from comi_jax.serving.http.errors import ApiError
-from comi_jax.serving.http.uploads import Upload, Uploads
+from comi_jax.serving.http.uploads import MemoryFiles, Upload, Uploads
 from comi_jax.serving.settings import Settings
 
 LIMITS = Settings("tiny", rates=(16, 1))
@@ -94,17 +94,21 @@ def test_without_a_seed_every_request_draws_its_own():
 
 def test_a_file_expires_and_is_its_owners_alone():
     clock, dropped = [100.0], []
-    files = Uploads(2, dropped.append, lambda: clock[0])
-    made = Upload(files.new_id(), "one", "a.txt", "user_data", 3, 100.0, 160.0, 1, 1)
-    files.add(made)
-    files.add(dataclasses.replace(made, id=files.new_id(), owner="two", expires=None))
+    files = Uploads(MemoryFiles(), 2, 9, dropped.append, lambda: clock[0])
+    made = Upload(files.new_id(3), "one", "a.txt", "user_data", 3, 100.0, 160.0, 1, 1)
+    files.add(made, b"abc")
+    with pytest.raises(ApiError, match="as large as may be") as caught:
+        files.new_id(7)
+    assert caught.value.status == 429
+    files.add(dataclasses.replace(made, id=files.new_id(3), owner="two", expires=None), b"def")
     assert files.get("one", made.id) == made and files.of("one") == [made]
+    assert files.content("one", made.id) == b"abc"
     for owner, name in (("two", made.id), ("one", "file-0")):
         with pytest.raises(ApiError) as caught:
             files.delete(owner, name)
         assert caught.value.status == 404
     with pytest.raises(ApiError) as caught:
-        files.new_id()
-    assert caught.value.status == 429 and dropped == []
+        files.new_id(1)
+    assert caught.value.status == 429 and dropped == ["file-0"]
     clock[0] = 160.0
-    assert files.of("one") == [] and dropped == [made.id] and files.new_id()
+    assert files.of("one") == [] and dropped == ["file-0", made.id] and files.new_id(1)

@@ -5,7 +5,6 @@ synthetic-documents                                 several, with repeated facts
 synthetic-documents:two_hop=1:questions=8           NAME[:OPTION=VALUE]...
 """
 
-import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
@@ -31,8 +30,7 @@ def _options(generator: Callable[..., object]) -> dict[str, type]:
 # The options of each word and their types.
 OPTIONS: dict[str, dict[str, type]] = {
     "synthetic": {"questions": int} | _options(synthetic.examples),
-    "synthetic-documents": {"questions": int}
-    | {field.name: field.type for field in dataclasses.fields(synthetic_documents.Difficulty)},  # pyright: ignore
+    "synthetic-documents": {"questions": int} | inspect.get_annotations(synthetic_documents.Difficulty),
 }
 
 
