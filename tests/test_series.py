@@ -42,7 +42,9 @@ def made(world, tmp_path_factory):
     shutil.copytree(world.run, output / "runs" / "comi_seed0")
     with pytest.MonkeyPatch.context() as patch:
         trained, train = [], series.run
-        patch.setattr(series, "run", lambda config, *a: trained.append(config.train.seed) or train(config, *a))
+        patch.setattr(
+            series, "run", lambda config, *a, **k: trained.append(config.train.seed) or train(config, *a, **k)
+        )
         found = run(world, output, *WORDS)
     return output, found, trained
 
@@ -97,7 +99,7 @@ def test_a_step_is_taken_from_comi_which_is_trained_too():
 
 def test_a_stopped_run_stops_the_comparison(world, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(series, "run", lambda config, *_: asked.append(config.train.seed) and False)
+    monkeypatch.setattr(series, "run", lambda config, *_, **__: asked.append(config.train.seed) and False)
     with pytest.raises(SystemExit) as stopped:
         run(world, tmp_path / "out", *WORDS)
     assert stopped.value.code == 85 and asked == [0] and not (tmp_path / "out" / "results.json").exists()
@@ -146,7 +148,7 @@ def test_what_cannot_be_compared_is_refused(world, tmp_path, more, message):
 
 
 def test_what_no_system_could_start_from_is_refused_before_anything_is_trained(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(series, "run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(series, "run", lambda *_, **__: pytest.fail("trained"))
     start = f"model.path={world.run}"
     with pytest.raises(SystemExit, match="is a COMI checkpoint, not a language model; set model.path to the folder"):
         compare.main(["--config=qwen2", f"--output={tmp_path}", *WORDS, *settings(world), start])
@@ -156,7 +158,7 @@ def test_what_no_system_could_start_from_is_refused_before_anything_is_trained(w
 
 def test_a_folder_with_other_settings_is_refused_before_anything_is_trained(world, tmp_path, monkeypatch):
     shutil.copytree(world.run, tmp_path / "out" / "runs" / "comi_seed1")  # of seed 0
-    monkeypatch.setattr(series, "run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(series, "run", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(SystemExit, match="comi_seed1 already holds another run, with train.seed 0 -> 1"):
         run(world, tmp_path / "out", *WORDS)
 

@@ -55,9 +55,11 @@ class Data:
     shapes: Shapes
 
 
-def run(config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False) -> bool:
-    """Run one training run. Returns whether it reached its end; False if a signal stopped it, after saving. Raises
-    UserError."""
+def run(
+    config: Config, console: Console, *, allow_change: bool = False, dry_run: bool = False, evaluate: bool = True
+) -> bool:  # fmt: skip
+    """Run one training run, with the closing table if ``evaluate``. Returns whether it reached its end; False if a
+    signal stopped it, after saving. Raises UserError."""
     say = functools.partial(console.print, highlight=False)
     output = Folder(config.train.output or f"runs/{config.name}")
     scratch = tempfile.TemporaryDirectory(prefix="comi_jax-") if dry_run else None  # instead of the run's folder
@@ -113,7 +115,7 @@ def run(config: Config, console: Console, *, allow_change: bool = False, dry_run
 
         # --- 4. evaluate all systems ---
         with stop.saved():
-            if held_out and not dry_run:
+            if held_out and evaluate and not dry_run:
                 closing_table(systems, held_out, output, console)
     if dry_run:
         say("dry run: everything is in order; nothing was trained or written")

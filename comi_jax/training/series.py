@@ -1,6 +1,7 @@
 """The training runs of a comparison: every system with every seed, in a folder of its own.
 
-Each is the run that ``python -m comi_jax.train`` with the same settings makes. One that reached its last step is taken
+Each is the run that ``python -m comi_jax.train`` with the same settings makes, without its closing table: the
+comparison answers its own questions. One that reached its last step is taken
 over, one that was stopped or killed is resumed.
 """
 
@@ -134,7 +135,7 @@ def train(runs: Sequence[Member], console: Console) -> bool:
         begun = time.monotonic()
         console.print(f"training {number} of {len(left)}: {member.title}, seed {member.seed}", highlight=False)
         console.print(f"  {member.command}", highlight=False)
-        if not run(member.config, console):
+        if not run(member.config, console, evaluate=False):
             return False
         minutes = (time.monotonic() - begun) / 60
         console.print(f"{member.title}, seed {member.seed}: trained in {minutes:.1f} minutes", highlight=False)
