@@ -235,6 +235,26 @@ for line in sys.stdin:
 """
 
 
+# The package's interface, as of 0.2.2: without device_map it wants a GPU, and it prints while it works.
+PACKAGE = """
+class PromptCompressor:
+    def __init__(self, model_name, device_map="cuda", use_llmlingua2=False):
+        assert (model_name, device_map, use_llmlingua2) == ("a model", "cpu", True)
+    def compress_prompt(self, context, rate):
+        print("working")
+        return {"compressed_prompt": context[: int(len(context) * rate)]}
+"""
+
+
+def test_the_program_of_llmlingua2_runs_without_a_gpu(tmp_path, monkeypatch):
+    (tmp_path / "llmlingua.py").write_text(PACKAGE)
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    texts, wanted = tmp_path / "texts.jsonl", [{"key": "1", "context": "a red cup", "keep": 0.6}]
+    llmlingua2.run([sys.executable, str(llmlingua2.PROGRAM), "a model"], wanted, texts)
+    assert json.loads(texts.read_text()) == {"key": "1", "text": "a red"}
+
+
 def test_llmlingua2_is_a_program_and_its_texts(model, config, tmp_path):
     texts = tmp_path / "texts.jsonl"
     rows = [

@@ -14,9 +14,12 @@ MODEL = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank"
 
 
 def main() -> None:
-    llmlingua = importlib.import_module("llmlingua")  # which this package's own environment lacks
+    # This package's own environment lacks both.
+    llmlingua, torch = importlib.import_module("llmlingua"), importlib.import_module("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.redirect_stdout(sys.stderr):
-        compressor = llmlingua.PromptCompressor(sys.argv[1] if len(sys.argv) > 1 else MODEL, use_llmlingua2=True)
+        model = sys.argv[1] if len(sys.argv) > 1 else MODEL
+        compressor = llmlingua.PromptCompressor(model, device_map=device, use_llmlingua2=True)
     for line in sys.stdin:
         request = json.loads(line)
         with contextlib.redirect_stdout(sys.stderr):
