@@ -25,7 +25,7 @@ from comi_jax.evaluation.comparison import Row, compare
 from comi_jax.evaluation.comparison_seeds import joined
 from comi_jax.evaluation.systems import SYSTEMS, check_names
 from comi_jax.evaluation.systems.bm25 import BM25
-from comi_jax.overrides import load
+from comi_jax.overrides import load, settings
 from comi_jax.runs import lock
 from comi_jax.runs.description import read_run
 from comi_jax.runs.folder import Folder
@@ -88,6 +88,13 @@ def parser() -> cli.Parser:
     made.add_argument("--llmlingua2", metavar="PYTHON [MODEL]", help="Python of an environment that has llmlingua")
     made.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
     return made
+
+
+def settings_apart(given: Any) -> None:
+    """Take the settings that follow --data=A B, which argparse reads as more of its values, out of it."""
+    paths, words = settings(), given.data or []
+    found = [word for word in words if word.partition("=")[0] in paths and "=" in word]
+    given.data, given.overrides = [word for word in words if word not in found] or None, [*given.overrides, *found]
 
 
 def check_table(name: str) -> None:
@@ -172,6 +179,7 @@ def held_out(given: Any, config: Config, console: Console) -> dict[str, list[Rec
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, evaluate all systems at all rates and write the comparison."""
     given = parser().parse_intermixed_args(arguments)
+    settings_apart(given)
     console = Console(width=cli.width(), soft_wrap=True, markup=False)
     with cli.one_way_out(), contextlib.ExitStack() as until_end:
         check_table(given.table)

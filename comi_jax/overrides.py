@@ -57,19 +57,24 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """``config`` with all ``path=value`` applied before any is validated, as some settings only work together."""
-    values = to_dict(config)
+    values, valid = to_dict(config), settings()
     for word in overrides:
         path, equals, text = word.partition("=")
         require(bool(equals), f"{shown(word)} is not an override; write path=value, e.g. train.steps=100")
         section, _, leaf = path.partition(".")
-        valid = [f"{s}.{leaf}" for s, entry in values.items() if isinstance(entry, dict) for leaf in entry]
-        require(path in [*valid, "system"], f"there is no setting {shown(path)}{_nearest(path, [*valid, 'system'])}")
+        require(path in valid, f"there is no setting {shown(path)}{_nearest(path, valid)}")
         if path == "system":
             values[path] = text
             continue
         hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[leaf]
         values[section][leaf] = _parse(text, hint, path)
     return from_dict(Config, values)
+
+
+def settings() -> list[str]:
+    """The paths of all settings that ``override`` takes."""
+    sections = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+    return [f"{name}.{leaf}" for name, hint in sections.items() for leaf in typing.get_type_hints(hint)] + ["system"]
 
 
 def _nearest(name: str, valid: list[str]) -> str:

@@ -160,3 +160,19 @@ def test_what_cannot_be_is_refused(world, tmp_path, more, message):
 def test_one_run_of_a_system_alone(world, tmp_path):
     with pytest.raises(SystemExit, match="is a second run of system=comi"):
         compare.main(["--checkpoint", str(world.run), str(world.run), f"--output={tmp_path}"])
+
+
+def test_settings_behind_several_entries_of_data_are_settings():
+    words = [
+        "--config=qwen2",
+        "--data",
+        "a.jsonl",
+        "synthetic-documents:two_hop=0",
+        "train.steps=3",
+        "--limit=2",
+        "system=x",
+    ]
+    given = compare.parser().parse_intermixed_args(words)
+    compare.settings_apart(given)
+    assert given.data == ["a.jsonl", "synthetic-documents:two_hop=0"]
+    assert given.overrides == ["system=x", "train.steps=3"]
