@@ -123,7 +123,7 @@ def test_csv_and_latex_have_every_cell():
         ["c", "", "", "", ""],
     ]  # fmt: skip
     text = table_files.as_latex(rows)
-    assert r"a \& b & 50.00 & 0.123 \\" in text and r"c & -- & -- \\" in text
+    assert r"a \& b & 50.00 {\scriptsize [25.00, 75.00]} & 0.123 \\" in text and r"c & -- & -- \\" in text
 
 
 @pytest.mark.parametrize(

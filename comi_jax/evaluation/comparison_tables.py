@@ -15,6 +15,7 @@ from rich.table import Table
 from comi_jax.evaluation.comparison import Row
 from comi_jax.evaluation.comparison_seeds import SPREAD
 from comi_jax.evaluation.paper_figures import NOT_COMPARABLE, beside
+from comi_jax.evaluation.tables import latex_interval
 
 # The metrics of the paper's tables, as this project names them, and their headings.
 SHOWN = {"em": "EM, strict", "acc_subspan": "contained", "f1_first": "F1, first reference"}
@@ -129,7 +130,7 @@ def as_latex(rows: Sequence[Row]) -> str:
         cells = ["--"] * (len(SHOWN) + 2)
         if not row.refused:
             ratio = row.result["account"]["ratio"]
-            cells = [f"{100 * row.result['metrics'][name]['mean']:.2f}" for name in SHOWN]
+            cells = [latex_interval(row.result["metrics"][name]) for name in SHOWN]
             cells += [f"{row.result['account']['entries']:.1f}", f"{ratio['mean']:.2f}" if ratio else "--"]
         title = "" if row.title == before else row.title
         before = row.title

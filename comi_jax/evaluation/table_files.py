@@ -10,6 +10,7 @@ from typing import Any
 
 from comi_jax.evaluation.comparison_tables import write_text
 from comi_jax.evaluation.diagnostics import Table
+from comi_jax.evaluation.tables import latex_interval
 
 
 def write(table: Table, about: Mapping[str, Any], folder: Path) -> None:
@@ -50,7 +51,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_latex(rows: Sequence[Mapping[str, Any]], unit: int = 100) -> str:
-    """A tabular for booktabs; of a mean with its interval the mean, times ``unit``: in percent as in the paper."""
+    """A tabular for booktabs; means and their intervals times ``unit``: in percent as in the paper."""
     lines = [r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}", r"\toprule"]
     lines += [" & ".join(map(_escaped, rows[0])) + r" \\", r"\midrule"]
     lines += [" & ".join(_latex(value, unit) for value in row.values()) + r" \\" for row in rows]
@@ -59,7 +60,7 @@ def as_latex(rows: Sequence[Mapping[str, Any]], unit: int = 100) -> str:
 
 def _latex(value: Any, unit: int) -> str:
     if isinstance(value, Mapping):
-        return f"{unit * value['mean']:.2f}"
+        return latex_interval(value, unit)
     if value is None or value == "":
         return "--"
     return f"{value:.3g}" if isinstance(value, float) else _escaped(str(value))

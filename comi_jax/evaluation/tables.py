@@ -57,3 +57,9 @@ def _cell(value: Any, tenths: bool) -> str:
 
 def _interval(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def latex_interval(value: Mapping[str, float], unit: int = 100) -> str:
+    """A mean with its interval for LaTeX, times ``unit``: in percent as in the paper."""
+    mean, low, high = (f"{unit * value[end]:.2f}" for end in ("mean", "low", "high"))
+    return rf"{mean} {{\scriptsize [{low}, {high}]}}"
