@@ -45,6 +45,24 @@ def _log_choice(kernel: str, implementation: str, dtype: str, platform: str) -> 
     logging.getLogger(__name__).info("%s: %s for %s on %s", kernel, implementation, dtype, platform)
 
 
+def of_contexts(x: Array, index: Int[Array, "B K"]) -> Array:
+    """The elements ``index`` [B, K] of per-token arrays x [C, S, ...]: B / C rows of ``index`` belong to each row of x,
+    in order."""
+    flat = index.reshape(x.shape[0], -1)
+    found = jnp.take_along_axis(x, flat.reshape(flat.shape + (1,) * (x.ndim - 2)), axis=1)
+    return found.reshape(*index.shape, *x.shape[2:])
+
+
+def for_rows(x: Array, rows: int) -> Array:
+    """x [C, ...] written out for ``rows`` rows, a multiple of C, those of a context in order."""
+    return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
+
+
+def summed(x: Array, contexts: int) -> Array:
+    """The transpose of ``for_rows``: x [B, ...] summed over the rows of each context."""
+    return x if x.shape[0] == contexts else jnp.sum(x.reshape(contexts, -1, *x.shape[1:]), axis=1)
+
+
 def wide(x: Float[Array, "..."]) -> Any:
     """The dtype for sums over ``x``: float32 at least."""
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
@@ -104,10 +122,11 @@ class Part:
         return self.put(array, self.of(array) + values)
 
 
-def by_parts(length: int, implementation: str, step: Callable[[Part, Any], Any], start: Any) -> Any:
+def by_parts(length: int, implementation: str, step: Callable[[Part, Any], Any], start: Any, share: int = 1) -> Any:
     """Fold ``step`` over all parts of ``length`` tokens: with "xla" parts that fit a CPU's caches, otherwise all tokens
-    at once."""
-    size = min(PART, length) if implementation == "xla" else length
+    at once. If ``share`` rows belong to one context, parts are that much shorter, so that ``step`` may write out a
+    part of the contexts for all rows."""
+    size = -(-(min(PART, length) if implementation == "xla" else length) // share)
     if size == length:
         return step(Part(jnp.int32(0), length, jnp.int32(0)), start)
 

@@ -17,7 +17,7 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 
 def merge_reference(
-    x: Float[Array, "B S D"], gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
+    x: Float[Array, "C S D"], gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
     """The definition, with the whole [M, S] matrix: the reference for every implementation."""
     member = group[:, None, :] == jnp.arange(slots, dtype=group.dtype)[None, :, None]
@@ -25,11 +25,12 @@ def merge_reference(
     weight = jax.nn.softmax(gain, axis=2)
     weight = jnp.where(jnp.isnan(weight), 0.0, weight)  # for slots that are empty, or whose gains are all -inf
     normalizer = jax.nn.logsumexp(gain, axis=2)
-    return jnp.einsum("bms,bsd->bmd", weight, x.astype(dispatch.wide(x)), precision=PRECISION), normalizer
+    states = dispatch.for_rows(x, gain.shape[0]).astype(dispatch.wide(x))
+    return jnp.einsum("bms,bsd->bmd", weight, states, precision=PRECISION), normalizer
 
 
 def merge(
-    x: Float[Array, "B S D"],
+    x: Float[Array, "C S D"],
     gain: Float[Array, "B S"],
     group: Int[Array, "B S"],
     slots: int,
@@ -37,6 +38,8 @@ def merge(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
     """The merged vector of each of ``slots`` groups, in float32 at least, and the log-sum-exp of the group's gains.
+
+    The groups of each context of ``x`` are B / C rows of ``gain`` and ``group``, in order, and share it without a copy.
 
     ``group`` is non-decreasing along a row and below ``slots``; -1, at the end of a row only, marks tokens of no group,
     whose values are ignored. A slot that is empty, or whose gains are all -inf, gives the vector 0 and -inf.
@@ -87,16 +90,18 @@ def _backward(slots, implementation, saved, cotangents):
     to_memory, to_normalizer = cotangents
     weight, slot = weights(gain, normalizer, group), jnp.maximum(group, 0)
     shift = to_normalizer - jnp.sum(memory * to_memory, axis=2)
-    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    (contexts, length, _), batch = x.shape, gain.shape[0]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def put(part, results):
         to_x, inner = results
-        mine, states = to_memory[rows, part.of(slot)], part.of(x)
+        mine, states = to_memory[rows, part.of(slot)], dispatch.for_rows(part.of(x), batch)
         states = jnp.where((part.of(group) >= 0)[:, :, None], states, 0).astype(mine.dtype)
-        to_x = part.put(to_x, (part.of(weight)[:, :, None] * mine).astype(x.dtype))
+        to_x = part.put(to_x, dispatch.summed(part.of(weight)[:, :, None] * mine, contexts).astype(x.dtype))
         return to_x, part.put(inner, jnp.sum(states * mine, axis=2))
 
-    to_x, inner = dispatch.by_parts(x.shape[1], implementation, put, (jnp.zeros_like(x), jnp.zeros_like(gain)))
+    nothing = (jnp.zeros_like(x), jnp.zeros_like(gain))
+    to_x, inner = dispatch.by_parts(length, implementation, put, nothing, batch // contexts)
     return to_x, weight * (inner + jnp.take_along_axis(shift, slot, axis=1)), None
 
 
@@ -116,11 +121,12 @@ def _scattered(x, gain, group, slots):
         return weight, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
     weight, normalizer = jax.vmap(row)(gain, group)
-    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    (contexts, length, width), batch = x.shape, gain.shape[0]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def add(part, memory):
-        weighted = part.fresh(weight)[:, :, None] * part.of(x).astype(weight.dtype)
+        weighted = part.fresh(weight)[:, :, None] * dispatch.for_rows(part.of(x), batch).astype(weight.dtype)
         return memory.at[rows, part.of(group)].add(weighted, mode="drop")
 
-    nothing = jnp.zeros((x.shape[0], slots, x.shape[2]), weight.dtype)
-    return dispatch.by_parts(x.shape[1], "xla", add, nothing), normalizer
+    nothing = jnp.zeros((batch, slots, width), weight.dtype)
+    return dispatch.by_parts(length, "xla", add, nothing, batch // contexts), normalizer

@@ -15,10 +15,10 @@ PIECE = 16  # tokens
 
 
 def merge(
-    x: Float[Array, "B S D"], gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
+    x: Float[Array, "C S D"], gain: Float[Array, "B S"], group: Int[Array, "B S"], slots: int
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
     """As ``merge.merge``."""
-    batch, length, _ = x.shape
+    batch, length = gain.shape
     (group,) = dispatch.pad_tokens(1, group)
     slot = jnp.arange(slots + 1, dtype=jnp.int32)
     border = jax.vmap(lambda row: jnp.searchsorted(row, slot, side="left"))(group).astype(jnp.int32)
@@ -36,6 +36,7 @@ def merge(
     token = start[:, :, None] + jnp.arange(PIECE, dtype=jnp.int32)[None, None, :]
     inside = real[:, :, None] & (token < of_owner(border[:, 1:])[:, :, None])
     rows, token = jnp.arange(batch)[:, None, None], jnp.minimum(token, length - 1)
+    context = rows[:, :, 0] // (batch // x.shape[0])
     gains = jnp.where(inside, gain[rows, token], -jnp.inf)
 
     def each_piece(combine, values, start):
@@ -57,7 +58,7 @@ def merge(
     for i in range(
         PIECE
     ):  # unrolled: one kernel reads the states where they are; a sum over them would copy them first
-        states = jnp.where(inside[:, :, i, None], x[rows[:, :, 0], token[:, :, i]], 0).astype(gain.dtype)
+        states = jnp.where(inside[:, :, i, None], x[context, token[:, :, i]], 0).astype(gain.dtype)
         weighted = weighted + power[:, :, i, None] * states
     sums = (jnp.sum(power, axis=2), weighted)
 

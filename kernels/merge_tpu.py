@@ -21,7 +21,7 @@ VMEM = 8 * 2**20  # bytes for double-buffered blocks: half of a kernel's default
 
 
 def merge(
-    x: Float[Array, "B S D"],
+    x: Float[Array, "C S D"],
     gain: Float[Array, "B S"],
     group: Int[Array, "B S"],
     slots: int,
@@ -29,7 +29,8 @@ def merge(
     interpret: Any = False,
 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
     """As ``merge.merge``."""
-    batch, _, width = x.shape
+    (contexts, _, width), batch = x.shape, gain.shape[0]
+    share = batch // contexts
     # x itself is not padded: what a tile reads beyond its end has no group and is set to 0.
     gain, group = dispatch.pad_tokens(TOKENS, gain, group)
     tiles = -(-slots // SLOTS)
@@ -51,7 +52,9 @@ def merge(
             in_specs=[
                 by_token,
                 by_token,
-                pl.BlockSpec((1, TOKENS, width), lambda b, i, k, *reach: (b, token_tile(b, i, k, *reach), 0)),
+                pl.BlockSpec(
+                    (1, TOKENS, width), lambda b, i, k, *reach: (jax.lax.div(b, share), token_tile(b, i, k, *reach), 0)
+                ),
             ],
             out_specs=[
                 pl.BlockSpec((1, SLOTS, width), lambda b, i, k, first, last: (b, i, 0)),

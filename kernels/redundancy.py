@@ -19,10 +19,10 @@ PRECISION = jax.lax.Precision.HIGHEST  # float32 means float32: the default is T
 
 
 def max_cosine_reference(
-    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B S"]
+    x: Float[Array, "C S D"], inverse: Float[Array, "C S"], group: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
     """The definition, with the whole [S, S] matrix: the reference for every implementation."""
-    wide = x.astype(dispatch.wide(x))
+    wide, inverse = (dispatch.for_rows(a, group.shape[0]) for a in (x.astype(dispatch.wide(x)), inverse))
     cosine = jnp.einsum("bid,bjd->bij", wide, wide, precision=PRECISION) * (inverse[:, :, None] * inverse[:, None, :])
     same = (group[:, :, None] == group[:, None, :]) & (group >= 0)[:, :, None] & ~jnp.eye(x.shape[1], dtype=bool)[None]
     cosine = jnp.where(same, cosine, -jnp.inf)
@@ -32,8 +32,8 @@ def max_cosine_reference(
 
 
 def max_cosine(
-    x: Float[Array, "B S D"],
-    inverse: Float[Array, "B S"],
+    x: Float[Array, "C S D"],
+    inverse: Float[Array, "C S"],
     group: Int[Array, "B S"],
     *,
     implementation: str | None = None,
@@ -45,6 +45,8 @@ def max_cosine(
     marks tokens of no group, whose values are ignored. A token without a partner gets value 0 and index -1. Ties go to
     the lowest index, and their gradient too. ``implementation`` is one of dispatch.NAMES, or None for the device's
     default.
+
+    The groups of each context of ``x`` are B / C rows of ``group``, in order, and share it without a copy.
 
     For a sequence that is split over devices, pass each a window of whole groups around its own tokens.
 
@@ -82,21 +84,24 @@ def _backward(implementation, saved, cotangents):
     x, inverse, index = saved
     partner, wide = jnp.maximum(index, 0), inverse.dtype
     pull = jnp.where(index >= 0, cotangents[0], 0.0)
-    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    (contexts, length, _), batch = x.shape, index.shape[0]
+    rows = (jnp.arange(batch, dtype=jnp.int32) // (batch // contexts))[:, None]
 
     def add(part, totals):
         to_x, to_inverse = totals
-        at, own, c = part.of(partner), part.of(inverse), part.fresh(pull)
+        at, c = part.of(partner), part.fresh(pull)
+        mine, own = (dispatch.for_rows(part.of(a), batch) for a in (x, inverse))
         paired = (part.of(index) >= 0)[:, :, None]  # other tokens may hold infinities, and 0 * inf is NaN
-        mine, others = (jnp.where(paired, a, 0).astype(wide) for a in (part.of(x), x[rows, at]))
+        mine, others = (jnp.where(paired, a, 0).astype(wide) for a in (mine, x[rows, at]))
         their = inverse[rows, at]
         scale = (c * own * their)[:, :, None]
-        to_x = part.add(to_x.at[rows, at].add(scale * mine), scale * others)
+        to_x = part.add(to_x.at[rows, at].add(scale * mine), dispatch.summed(scale * others, contexts))
         cosine = c * jnp.sum(mine * others, axis=2)
-        return to_x, part.add(to_inverse.at[rows, at].add(cosine * own), cosine * their)
+        to_inverse = to_inverse.at[rows, at].add(cosine * own)
+        return to_x, part.add(to_inverse, dispatch.summed(cosine * their, contexts))
 
     nothing = (jnp.zeros(x.shape, wide), jnp.zeros(inverse.shape, wide))
-    to_x, to_inverse = dispatch.by_parts(x.shape[1], implementation, add, nothing)
+    to_x, to_inverse = dispatch.by_parts(length, implementation, add, nothing, batch // contexts)
     return to_x.astype(x.dtype), to_inverse, None
 
 
@@ -109,7 +114,7 @@ def _tiled(x, inverse, group):
     Values and indices (exact in float32 up to 16 million) are in one array: with two, XLA would copy both in full in
     each iteration, which is quadratic.
     """
-    batch, length, _ = x.shape
+    batch, length = group.shape
     x, inverse, group = dispatch.pad_tokens(TILE, x, inverse, group)
     tiles, wide = x.shape[1] // TILE, inverse.dtype
     end = jnp.max(-(-dispatch.reach(group, TILE)[1] // TILE), axis=0)  # one past the last tile to multiply with
@@ -133,7 +138,7 @@ def _tiled(x, inverse, group):
         cosine = product * (at(inverse, i)[:, :, None] * at(inverse, j)[:, None, :])
         same = (at(group, i)[:, :, None] == at(group, j)[:, None, :]) & (at(group, i) < dispatch.NO_GROUP)[:, :, None]
         same = same & ((i != j) | (inside[:, None] != inside[None, :]))[None]
-        return jnp.where(same, cosine, -jnp.inf)
+        return jnp.where(same, dispatch.for_rows(cosine, batch), -jnp.inf)
 
     def row(i, best):
         def pair(j, state):

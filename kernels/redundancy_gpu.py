@@ -19,16 +19,16 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 
 def max_cosine(
-    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B S"]
+    x: Float[Array, "C S D"], inverse: Float[Array, "C S"], group: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
     """As ``redundancy.max_cosine``."""
-    batch, length, width = x.shape
+    (contexts, _, width), (batch, length) = x.shape, group.shape
     x, inverse, group = dispatch.pad_tokens(TILE, x, inverse, group)
     tiles = x.shape[1] // TILE
     tile = jnp.arange(tiles, dtype=jnp.int32)
     furthest = jnp.max(-(-dispatch.reach(group, TILE)[1] // TILE) - 1 - tile[None, :])
-    x = x.reshape(batch, tiles, TILE, width)
-    inverse, group = (a.reshape(batch, tiles, TILE) for a in (inverse, group))
+    x = x.reshape(contexts, tiles, TILE, width)
+    inverse, group = (a.reshape(a.shape[0], tiles, TILE) for a in (inverse, group))
     token = tile[:, None] * TILE + jnp.arange(TILE, dtype=jnp.int32)[None, :]
 
     def cosines(here, there):
@@ -42,7 +42,9 @@ def max_cosine(
         partner = partner & (group[:, here] < dispatch.NO_GROUP)[:, :, :, None]
         row, column = token[here][:, :, None], token[there][:, None, :]
         same = (tile[here] == tile[there])[:, None, None]
-        return jnp.where(partner & ((row < column) | (same & (row != column)))[None], cosine, -jnp.inf)
+        return jnp.where(
+            partner & ((row < column) | (same & (row != column)))[None], dispatch.for_rows(cosine, batch), -jnp.inf
+        )
 
     def fold(best, cosine, axis, at, others):
         """``best``, whose tiles ``at`` are updated by the cosines to the tiles ``others``, which lie along ``axis``."""

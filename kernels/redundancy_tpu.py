@@ -21,10 +21,11 @@ VMEM = 8 * 2**20  # bytes for double-buffered tiles: half of a kernel's default 
 
 
 def max_cosine(
-    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B S"], *, interpret: Any = False
+    x: Float[Array, "C S D"], inverse: Float[Array, "C S"], group: Int[Array, "B S"], *, interpret: Any = False
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
     """As ``redundancy.max_cosine``."""
-    batch, length, width = x.shape
+    (contexts, length, width), batch = x.shape, group.shape[0]
+    share = batch // contexts
     token_bytes = 2 * width * x.dtype.itemsize
     rows = ROWS if length > COLUMNS and (ROWS + COLUMNS) * token_bytes <= VMEM else COLUMNS
     # x itself is not padded: what a tile reads beyond its end has no group and is masked out.
@@ -33,23 +34,34 @@ def max_cosine(
     first, end = dispatch.reach(group, rows)
     first, last = first // COLUMNS, (end - 1) // COLUMNS
     steps = jnp.maximum(jnp.max(last - first) + 1, 1)
-    by_row = pl.BlockSpec((1, 1, rows), lambda b, i, k, first, last: (b, 0, i))
 
     def column_tile(b, i, k, first, last):
         return jnp.minimum(first[b, i] + k, jnp.maximum(last[b, i], 0))
 
-    by_column = pl.BlockSpec((1, 1, COLUMNS), lambda b, i, k, *reach: (b, 0, column_tile(b, i, k, *reach)))
+    def context(b):
+        return jax.lax.div(b, share)
+
+    def numbers(row):
+        """Of arrays [rows, 1, S], whose row for the grid's ``b`` is row(b): the row tile, and the column tile."""
+        return (
+            pl.BlockSpec((1, 1, rows), lambda b, i, k, first, last: (row(b), 0, i)),
+            pl.BlockSpec((1, 1, COLUMNS), lambda b, i, k, *reach: (row(b), 0, column_tile(b, i, k, *reach))),
+        )
+
+    own = pl.BlockSpec((1, 1, rows), lambda b, i, k, first, last: (b, 0, i))
     value, index = pl.pallas_call(
         _kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, padded // rows, steps),
             in_specs=[
-                pl.BlockSpec((1, rows, width), lambda b, i, k, first, last: (b, i, 0)),
-                pl.BlockSpec((1, COLUMNS, width), lambda b, i, k, *reach: (b, column_tile(b, i, k, *reach), 0)),
-                by_row, by_column, by_row, by_column,
+                pl.BlockSpec((1, rows, width), lambda b, i, k, first, last: (context(b), i, 0)),
+                pl.BlockSpec(
+                    (1, COLUMNS, width), lambda b, i, k, *reach: (context(b), column_tile(b, i, k, *reach), 0)
+                ),
+                *numbers(context), *numbers(lambda b: b),
             ],
-            out_specs=[by_row, by_row],
+            out_specs=[own, own],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, 1, padded), jnp.float32),

@@ -112,6 +112,25 @@ def test_of_equal_partners_on_several_devices_the_first_takes_the_gradient():
     assert np.abs(alone).max() > 0.1
 
 
+def test_questions_about_one_split_sequence_are_those_of_a_whole_one():
+    """Two questions a row, each at a rate of its own, values and gradients: one copy of the states on one device, on
+    several, and written out."""
+    states, _ = inputs(6)
+    query = jnp.asarray(np.random.default_rng(7).standard_normal((8, WIDTH)), jnp.float32)
+    rates, lengths = jnp.asarray([8, 2, 4, 32, 2, 2, 8, 8], jnp.int32), jnp.asarray(LENGTHS)
+
+    def loss(states, query, copies, mesh):
+        states, n = (jnp.repeat(a, copies, axis=0) for a in (states, lengths))
+        memory = c.compress(states, query, n, rates, scalars(), Compression(rates=(2, 32)), SLOTS, mesh=mesh).memory
+        return jnp.sum(jnp.sin(memory)), memory
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=(2, 3))
+    apart = gradient(states, query, 2, None)
+    for mesh in (None, mesh_of((1, 1, 1, 4)), mesh_of((2, 1, 1, 2))):
+        for ours, want in zip(jax.tree.leaves(gradient(states, query, 1, mesh)), jax.tree.leaves(apart), strict=True):
+            np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes, devices", [([8] * 8, 0), ([8] * 5, 0), ([], 0), ([8, 16, 40], 2), ([60, 4], 3)])
 def test_vectors_pass_as_far_as_a_group_reaches(sizes, devices):
     """Also where the tokens of the last devices have no group."""

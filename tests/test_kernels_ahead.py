@@ -21,15 +21,19 @@ from comi_jax.kernels.redundancy import max_cosine
 where = topology.find(sys.argv[1])
 home = SingleDeviceSharding(where.devices[0])
 name = sys.argv[2]
-for batch, length, width, dtype in [(1, 32768, 3584, "bfloat16"), (2, 300, 96, "float32"), (1, 4096, 4096, "float32")]:
-    x, numbers, group = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=home)
-        for shape, kind in (((batch, length, width), dtype), ((batch, length), "float32"), ((batch, length), "int32"))
+for contexts, batch, length, width, dtype in [
+    (1, 1, 32768, 3584, "bfloat16"), (2, 8, 300, 96, "float32"), (1, 1, 4096, 4096, "float32")
+]:
+    x, inverse, gain, group = (
+        jax.ShapeDtypeStruct((rows, length, *more), kind, sharding=home)
+        for rows, more, kind in (
+            (contexts, (width,), dtype), (contexts, (), "float32"), (batch, (), "float32"), (batch, (), "int32")
+        )
     )
     slots = -(-length // 16)
-    for kernel in (
-        lambda x, n, g: max_cosine(x, n, g, implementation=name),
-        lambda x, n, g: merge(x, n, g, slots, implementation=name),
+    for kernel, numbers in (
+        (lambda x, n, g: max_cosine(x, n, g, implementation=name), inverse),
+        (lambda x, n, g: merge(x, n, g, slots, implementation=name), gain),
     ):
         compiled = jax.jit(kernel).lower(x, numbers, group).compile()
         assert name != "tpu" or "tpu_custom_call" in compiled.as_text()

@@ -71,6 +71,28 @@ def test_random_groups(name, seed, sizes):
     check(IMPLEMENTATIONS[name], *inputs(seed), jnp.stack([groups(s) for s in sizes]))
 
 
+@each_implementation
+def test_a_context_that_is_shared_is_one_written_out(name):
+    """Two contexts, three times each, with groups and gains of its own every time; values and gradients."""
+    (x, _), (_, gain) = inputs(4), inputs(5, rows=6)
+    group = jnp.stack([groups(s) for s in ([100, 190], [7] * 40, [1, 298], [300], [], [128, 128])])
+
+    def loss(x, gain):
+        memory, normalizer = IMPLEMENTATIONS[name](x, gain, group, SLOTS)
+        return jnp.sum(jnp.sin(memory)) + jnp.sum(jnp.where(normalizer > -jnp.inf, normalizer, 0.0)), (
+            memory,
+            normalizer,
+        )
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (to_x, to_gain), ours = gradient(x, gain)
+    (want_x, want_gain), apart = gradient(jnp.repeat(x, 3, axis=0), gain)
+    for mine, want in zip(ours, apart, strict=True):
+        np.testing.assert_allclose(mine, want, atol=1e-6)
+    np.testing.assert_allclose(to_gain, want_gain, atol=1e-6)
+    np.testing.assert_allclose(to_x, want_x.reshape(2, 3, *x.shape[1:]).sum(1), atol=1e-6)
+
+
 SIZES = [[LENGTH], [1] * LENGTH, [128, 128, 44], [127, 2, 128, 1], [1, 298, 1], [5, 0, 0, 9, 200, 0, 3], [1], []]
 
 

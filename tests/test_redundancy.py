@@ -95,6 +95,27 @@ def test_groups_of_one_of_all_and_along_the_borders_of_tiles(name, sizes):
 
 
 @each_implementation
+def test_a_context_that_is_shared_is_one_written_out(name):
+    """Two contexts, three times each, with other groups every time; values, partners and gradients."""
+    rng = np.random.default_rng(8)
+    x = jnp.asarray(rng.standard_normal((2, LENGTH, WIDTH)), jnp.float32)
+    inverse = 1 / jnp.linalg.norm(x, axis=2)
+    group = jnp.stack([groups(s) for s in ([100, 190], [7] * 40, [1, 298], [300], [], [128, 128])])
+
+    def loss(x, inverse):
+        value, index = IMPLEMENTATIONS[name](x, inverse, group)
+        return jnp.sum(jnp.sin(value)), (value, index)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    ours, (value, index) = gradient(x, inverse)
+    apart, (want, partner) = gradient(*(jnp.repeat(a, 3, axis=0) for a in (x, inverse)))
+    np.testing.assert_allclose(value, want, atol=1e-6)
+    np.testing.assert_array_equal(index, partner)
+    for mine, each in zip(ours, apart, strict=True):
+        np.testing.assert_allclose(mine, each.reshape(2, 3, *mine.shape[1:]).sum(1), atol=1e-5)
+
+
+@each_implementation
 @pytest.mark.parametrize("length", [1, 5, 128, 129, 257])
 def test_lengths_around_a_tile(name, length):
     group = groups([length // 2, length - length // 2], length)[None]

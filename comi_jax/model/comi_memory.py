@@ -19,7 +19,6 @@ from comi_jax.model.encoder import (
     encode,
     encode_pairs,
     query_vectors,
-    segment_of_row,
     segments,
 )
 from comi_jax.model.memory import Memory, align, join_memories, join_segments
@@ -114,17 +113,20 @@ def compress_segments(
     kept: Bool[Array, "BG S"] | None = None,
 ) -> Compressed:
     """The merged vectors of all segments of one width, one row for each segment and query vector, before the LSA."""
-    b, g = rate.shape[0], part.length.shape[1]
-    states, lengths, norms = part.states, part.length.reshape(-1), part.norms
-    if states.shape[0] < b * g:
-        segment = segment_of_row(part, b)
-        states, lengths, norms = jax.tree.map(lambda x: x[segment], (states, lengths, norms))
+    (c, g), b = part.length.shape, rate.shape[0]
+
+    def swapped(x: Array, first: int, second: int) -> Array:
+        return x.reshape(c, first, second, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+    # The questions about a segment are neighbours there, elsewhere the segments of a question.
+    asked = jax.tree.map(lambda x: swapped(x, b // c, g), (query_vector, jnp.repeat(rate, g), kept))
     with jax.named_scope("compress"):
-        kernels = dispatch.choose("compression", arch.runtime.kernels, states.dtype, platform(arch.runtime.mesh))
-        return compress(
-            states, query_vector, lengths, jnp.repeat(rate, g, axis=0), params["mig"], arch.compression, slots,
-            norms=norms, kept=kept, kernels=kernels, mesh=arch.runtime.mesh,
+        kernels = dispatch.choose("compression", arch.runtime.kernels, part.states.dtype, platform(arch.runtime.mesh))
+        out = compress(
+            part.states, asked[0], part.length.reshape(-1), asked[1], params["mig"], arch.compression, slots,
+            norms=part.norms, kept=asked[2], kernels=kernels, mesh=arch.runtime.mesh,
         )  # fmt: skip
+        return jax.tree.map(lambda x: swapped(x, g, b // c), out)
 
 
 def costs(arch: Architecture, lengths: Lengths, stage: Stage) -> dict[str, Cost]:

@@ -1,8 +1,9 @@
 """COMI's compression, section 4 of the paper: coarse group sizes by MIG, (4) to (6), and fine merging, (7) and (8).
 
 All shapes are static: group sizes are data, carried as one group id per token. Arithmetic is in float32 at least. Rows
-are right-padded segments of S tokens with up to M groups. The two operations that read the states themselves,
-redundancy and merge, are in ``kernels``.
+are right-padded segments of S tokens with up to M groups. Of B rows, B / C neighbours ask about the same of the C rows
+of states, which are not copied for them. The two operations that read the states themselves, redundancy and merge, are
+in ``kernels``.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from comi_jax.config import Compression
 from comi_jax.devices.sharding import row_axes
+from comi_jax.kernels import dispatch
 from comi_jax.kernels.merge import weights
 from comi_jax.model import mig
 from comi_jax.model.context_parallel import Split, Whole
@@ -64,9 +66,9 @@ class Compressed:
 
 
 def compress(
-    states: Float[Array, "B S D"],
+    states: Float[Array, "C S D"],
     query: Float[Array, "B D"],
-    lengths: Int[Array, " B"],
+    lengths: Int[Array, " C"],
     rates: Int[Array, " B"],
     scalars: Tree,
     settings: Compression,
@@ -81,8 +83,9 @@ def compress(
 
     ``query`` is the query vector (3); ``scalars`` holds alpha_coarse, beta_coarse, alpha_fine and beta_fine; ``slots``
     is M, at least max_groups(S, smallest rate); ``kernels`` is one of kernels.dispatch.NAMES, or None. Each row has its
-    own rate. A row of length 0 gives no memory. ``norms`` of the states, if computed already. ``kept`` tokens become
-    vectors of their own, and ``rates`` is that of the others: see ``set_apart``. Both are for one device.
+    own rate. A row of length 0 gives no memory. B / C queries in a row are about one row of states. ``norms`` of the
+    states, if computed already. ``kept`` tokens become vectors of their own, and ``rates`` is that of the others: see
+    ``set_apart``. Both are for one device.
 
     With a ``mesh`` of several devices, each computes its own rows (axes data and fsdp; rows that do not divide are
     replicated) and its own shard of every row's tokens (axis context; see ``context_parallel``).
@@ -115,9 +118,9 @@ def compress(
 
 
 def compress_rows(
-    states: Float[Array, "B S D"],
+    states: Float[Array, "C S D"],
     query: Float[Array, "B D"],
-    lengths: Int[Array, " B"],
+    lengths: Int[Array, " C"],
     rates: Int[Array, " B"],
     scalars: Tree,
     *,
@@ -133,7 +136,7 @@ def compress_rows(
     position = sequence.position(states.shape[1])
     real = (position[None, :] < lengths[:, None])[:, :, None]
     directions, inverse = mig.directions(jnp.where(real, states, 0), norms)
-    relevance = mig.relevance(directions, inverse, query)
+    relevance, lengths = mig.relevance(directions, inverse, query), dispatch.for_rows(lengths, query.shape[0])
     coarse = share = None
     with jax.named_scope("coarse"):
         if settings.coarse:
@@ -160,8 +163,8 @@ def compress_rows(
 
 
 def coarse_sizes(
-    directions: Float[Array, "B S D"],
-    inverse: Float[Array, "B S"],
+    directions: Float[Array, "C S D"],
+    inverse: Float[Array, "C S"],
     relevance: Float[Array, "B S"],
     lengths: Int[Array, " B"],
     rates: Int[Array, " B"],
@@ -185,8 +188,8 @@ def coarse_sizes(
 
 
 def representatives(
-    directions: Float[Array, "B S D"],
-    inverse: Float[Array, "B T"],
+    directions: Float[Array, "C S D"],
+    inverse: Float[Array, "C T"],
     relevance: Float[Array, "B T"],
     group: Int[Array, "B T"],
     scalars: Tree,
@@ -201,7 +204,7 @@ def representatives(
     chosen = sequence.vectors(directions, token)
     redundancy = jnp.zeros(token.shape, relevance.dtype)
     if settings.coarse_redundancy:
-        chosen_inverse = jnp.take_along_axis(inverse, token, axis=1)
+        chosen_inverse = dispatch.of_contexts(inverse, token)
         redundancy = mig.redundancy(chosen, chosen_inverse, jnp.where(exists, 0, -1), kernels)
     chosen_relevance = jnp.take_along_axis(relevance, token, axis=1)
     gain = mig.gain(chosen_relevance, redundancy, scalars["alpha_coarse"], scalars["beta_coarse"])

@@ -38,19 +38,19 @@ class Whole:
         """The inverse of ``all``: the scalars of this device's tokens."""
         return numbers
 
-    def vectors(self, x: Float[Array, "B S D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+    def vectors(self, x: Float[Array, "C S D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
         """The vectors of a few tokens, by their positions in the row."""
-        return jnp.take_along_axis(x, index[:, :, None], axis=1)
+        return dispatch.of_contexts(x, index)
 
     def redundancy(
-        self, x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B T"], kernels: str | None
+        self, x: Float[Array, "C S D"], inverse: Float[Array, "C S"], group: Int[Array, "B T"], kernels: str | None
     ) -> Float[Array, "B S"]:
         """``mig.redundancy`` of this device's tokens among all tokens of the row; ``group`` covers all of them."""
         return mig.redundancy(x, inverse, group, kernels)
 
     def merge(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "C S D"],
         gain: Float[Array, "B S"],
         group: Int[Array, "B T"],
         slots: int,
@@ -78,24 +78,33 @@ class Split:
         length = numbers.shape[1] // self.devices
         return jax.lax.dynamic_slice_in_dim(numbers, jax.lax.axis_index(self.axis) * length, length, axis=1)
 
-    def vectors(self, x: Float[Array, "B S D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+    def vectors(self, x: Float[Array, "C S D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
         here, inside = self._here(index, x.shape[1], jax.lax.axis_index(self.axis))
-        mine = jnp.where(inside[:, :, None], jnp.take_along_axis(x, here[:, :, None], axis=1), 0)
+        mine = jnp.where(inside[:, :, None], dispatch.of_contexts(x, here), 0)
         return jax.lax.psum(mine, self.axis)
 
     def redundancy(
-        self, x: Float[Array, "B S D"], inverse: Float[Array, "B S"], group: Int[Array, "B T"], kernels: str | None
+        self, x: Float[Array, "C S D"], inverse: Float[Array, "C S"], group: Int[Array, "B T"], kernels: str | None
     ) -> Float[Array, "B S"]:
         reach = self._reach(group, x.shape[1])
         partner = self._partners(*jax.lax.stop_gradient((x, inverse)), group, reach, kernels)
-        other, wide = _fetch(self, x, partner, reach), inverse.dtype
-        product = jnp.sum(x.astype(wide) * other.astype(wide), axis=2)
-        cosine = product * (inverse * jnp.take_along_axis(self.all(inverse), jnp.maximum(partner, 0), axis=1))
+        wide, contexts = inverse.dtype, x.shape[0]
+
+        def product(partner):
+            return jnp.sum(x.astype(wide) * _fetch(self, x, partner, reach).astype(wide), axis=2)
+
+        if partner.shape[0] == contexts:
+            products = product(partner)
+        else:  # one question of each context at a time, fetched again for gradients: it fetches a vector for each token
+            asked = partner.reshape(contexts, -1, partner.shape[1]).swapaxes(0, 1)
+            products = jax.lax.map(jax.checkpoint(product), asked).swapaxes(0, 1).reshape(partner.shape)
+        inverses = dispatch.for_rows(inverse, partner.shape[0])
+        cosine = products * (inverses * dispatch.of_contexts(self.all(inverse), jnp.maximum(partner, 0)))
         return jnp.where(partner >= 0, cosine, 0.0)
 
     def merge(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "C S D"],
         gain: Float[Array, "B S"],
         group: Int[Array, "B T"],
         slots: int,

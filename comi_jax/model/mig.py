@@ -49,16 +49,22 @@ def directions(
 
 
 def relevance(
-    x: Float[Array, "B S D"], inverse: Float[Array, "B S"], query: Float[Array, "B D"]
+    x: Float[Array, "C S D"], inverse: Float[Array, "C S"], query: Float[Array, "B D"]
 ) -> Float[Array, "B S"]:
-    """cos(x_i, q̄) of each token with its example's query vector; ``x`` and ``inverse`` as ``directions`` gives them."""
+    """cos(x_i, q̄) of each token with each query vector of its context, the B / C of a context in order; ``x`` and
+    ``inverse`` as ``directions`` gives them."""
     query, query_inverse = directions(query.astype(inverse.dtype))
-    return jnp.sum(x.astype(inverse.dtype) * (query * query_inverse[:, None])[:, None, :], axis=2) * inverse
+    x, unit = x.astype(inverse.dtype), query * query_inverse[:, None]
+    if x.shape[0] == unit.shape[0]:
+        return jnp.sum(x * unit[:, None, :], axis=2) * inverse
+    unit = unit.reshape(x.shape[0], -1, x.shape[2])  # matrices: gradients of sums would hold x once for each query
+    cosines = jnp.einsum("csd,cqd->cqs", x, unit, precision=jax.lax.Precision.HIGHEST) * inverse[:, None]
+    return cosines.reshape(-1, x.shape[1])
 
 
 def redundancy(
-    x: Float[Array, "B S D"],
-    inverse: Float[Array, "B S"],
+    x: Float[Array, "C S D"],
+    inverse: Float[Array, "C S"],
     group: Int[Array, "B S"],
     implementation: str | None = None,
 ) -> Float[Array, "B S"]:

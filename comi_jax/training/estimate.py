@@ -89,7 +89,7 @@ def held(
     }[arch.runtime.remat]
     stays = 0 if arch.runtime.remat == "offload" else backbone.hidden_size
     block = (2 * wide + 2 * projections + 4 * backbone.hidden_size) * width * encoded
-    compression = share * 5 * 4 * backbone.hidden_size * encoded
+    compression = 4 * backbone.hidden_size * (5 * encoded + 3 * share * memory)
     logits = share * 4 * 4 * lengths.answer * backbone.vocab_size
     return Held(
         trained=trained,
