@@ -222,7 +222,7 @@ class Train:
     steps: int = 1000
     batch_size: int = 64  # examples per update, over all devices and micro-batches
     # Up to this many consecutive examples with the same context are batched together, and the context is encoded once.
-    # All of them attend to one copy of the encoder's keys and values; its states are copied for each.
+    # All of them share one copy of its states, keys and values.
     share_context: int = 1
     seed: int = 0
     log_every: int = 10
