@@ -8,7 +8,7 @@ import pytest
 import train_fixtures
 from rich.console import Console
 
-from comi_jax.benchmarks import data, documents, restart
+from comi_jax.benchmarks import data, documents, long_document, restart
 from comi_jax.data import batches
 from comi_jax.overrides import load
 from comi_jax.runs import examples as stored
@@ -49,6 +49,16 @@ def test_documents_are_measured_against_the_exact_one(world):
     assert sizes[0] > sizes[2] > sizes[4] and all(a > b for a, b in zip(sizes[::2], sizes[1::2], strict=True))
     assert float(rows[0][3]) == float(rows[0][4]) == 0 and rows[0][5] == "0 of 3"
     assert all(0 < float(row[3]) <= float(row[4]) < 1 for row in rows[2::2])
+
+
+def test_the_device_holds_one_segment_of_a_document_in_host_memory_at_a_time(world):
+    """Of 24 segments, while the document is encoded and asked; on the device it holds all of them."""
+    model = Comi.load(world.run, overrides=["data.max_context=500", "compression.segment_size=16"], batch_size=1)
+    text = long_document.text_of(model, 370)
+    host, device = (long_document.measure(model, text, place) for place in ("host", "device"))
+    assert host.segments == device.segments > 20 and host.nbytes == device.nbytes
+    assert host.on_device <= host.largest < device.on_device / 20 and device.on_device <= device.nbytes
+    assert all(each > 0 for made in (host, device) for each in (made.grew_encoding + made.nbytes, made.question))
 
 
 def test_what_cannot_be_read_is_said_in_a_sentence(world):
