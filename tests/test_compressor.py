@@ -184,7 +184,7 @@ def test_half_a_surrogate_pair_is_refused_in_one_sentence(model, text, half):
     for context, question, name in ((text, "what ?", "the context"), ("a box", text, "the question")):
         with pytest.raises(ConfigError, match=f"^{name} has half a surrogate pair {half}"):
             model.answer(context, question)
-    with pytest.raises(ConfigError, match="^context 1 has half"):
+    with pytest.raises(ConfigError, match="^context 2 has half"):
         model.compress(["a box", text], ["what ?", "what ?"])
 
 

@@ -266,7 +266,7 @@ def test_empty_and_long_texts_and_questions_are_refused_and_nothing_is_changed(m
     for text in ("", " ", "a " * 65):
         with pytest.raises(LengthError, match="^the text has (no|65) tokens"):
             model.encode(text)
-    with pytest.raises(LengthError, match="^text 1 has no tokens"):
+    with pytest.raises(LengthError, match="^text 2 has no tokens"):
         model.encode(["a", ""])
     document = model.encode(TEXTS[2])
     for text in ("", "a " * 23):
@@ -374,6 +374,28 @@ def test_documents_are_for_one_device(world, model, documents, tmp_path):
         with pytest.raises(ConfigError, match="one device, and the model is on 4; load it without a mesh"):
             refused()
     assert [a.text for a in split.answer(TEXTS, QUESTIONS)] == [a.text for a in model.answer(TEXTS, QUESTIONS)]
+
+
+def test_what_is_no_text_no_span_and_no_rate_is_refused(model):
+    document = model.encode(TEXTS[0])
+    for given in (None, 3, b"a box"):
+        for refused in (
+            lambda given=given: model.encode(given),
+            lambda given=given: model.answer(document, given),
+            lambda given=given: model.answer(given, QUESTIONS[0]),
+        ):
+            with pytest.raises(ConfigError, match=f"is of the type {type(given).__name__}; give a text"):
+                refused()
+    with pytest.raises(ConfigError, match="^text 2 is of the type int; give a text"):
+        model.encode(["a", 3])
+    with pytest.raises(ConfigError, match="^keep is 3; give pairs"):
+        model.answer(document, QUESTIONS[0], keep=3)
+    with pytest.raises(ConfigError, match="^the rate is 10{30}; it is at most 2,147,483,647$"):
+        model.answer(document, QUESTIONS[0], rate=10**30)
+    spans = [(0, 1), (2, 5)]
+    kept = model.answer(document, QUESTIONS[0], rate=2, keep=spans)
+    assert model.answer(document, QUESTIONS[0], rate=2, keep=np.array(spans)) == kept
+    assert model.answer(document, QUESTIONS[0], rate=2, keep=np.zeros((0, 2), int)).text
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float16"}, {"place": "disk"}])

@@ -19,6 +19,7 @@ from comi_jax.errors import UserError
 FORMAT = 2  # increment when the same records give different examples
 CHUNK = 256  # records per tokenizer call, which processes them in parallel
 PARTS = ("context", "question", "answer")
+SETTINGS = ("context", "query", "answer")  # their limits are data.max_NAME
 
 
 class LengthError(UserError):
@@ -100,11 +101,14 @@ def encoded(
         yield examples
     if long and data.on_long == "refuse":
         number, lengths = long[0]
+        over = [
+            f"{length} tokens of {part}, more than data.max_{name} ({limit}{', end of sequence included' * room})"
+            for part, name, length, limit, room in zip(PARTS, SETTINGS, lengths, limits, spare, strict=True)
+            if length + room > limit
+        ]
         raise LengthError(
             f"{len(long)} of {report.examples} records are too long, the first is record {number} with "
-            f"{lengths[0]}, {lengths[1]} and {lengths[2]} tokens of context, query and answer; raise data.max_context "
-            f"({limits[0]}), data.max_query ({limits[1]}) or data.max_answer ({limits[2]}, end of sequence included), "
-            "or set data.on_long=truncate"
+            f"{' and '.join(over)}; raise {'that' if len(over) == 1 else 'these'}, or set data.on_long=truncate"
         )
 
 

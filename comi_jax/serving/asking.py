@@ -30,7 +30,7 @@ from comi_jax.serving.encoding import Model, check_origins, document_of
 from comi_jax.serving.generation import Options
 from comi_jax.serving.rates import AUTO, Rate
 from comi_jax.serving.segments import Contents, Kept, Segment, restored
-from comi_jax.serving.spans import Spans, checked_spans, kept_tokens, rate_of_others
+from comi_jax.serving.spans import Spans, checked_spans, kept_tokens, listed_spans, rate_of_others
 
 
 class Amount(TypedDict, total=False):
@@ -78,7 +78,7 @@ def of_documents(context: Any, amount: Amount) -> bool:
     unknown = sorted(set(amount) - set(Amount.__annotations__))
     if unknown:
         raise ConfigError(f"there is no option {unknown[0]}; there are: {', '.join(Amount.__annotations__)}")
-    contexts = [context] if isinstance(context, str | Document) else context
+    contexts = [context] if isinstance(context, str | Document) else batching.listed("context", context)
     special = amount.get("max_slots") is not None or amount.get("keep") is not None or amount.get("rate") == AUTO
     return special or any(isinstance(each, Document) for each in contexts)
 
@@ -86,6 +86,7 @@ def of_documents(context: Any, amount: Amount) -> bool:
 def memories(model: Model, context: Any, question: str | Sequence[str], amount: Amount, new_tokens: int) -> Memories:
     """The memories of questions about documents, or about texts as documents. Raises UserErrors for what cannot be
     asked."""
+    amount = {**amount, "keep": listed_spans(amount.get("keep"))}
     documents, texts = pairs(model, context, question, amount.get("keep"))
     questions = ask(model, documents, texts, amount, new_tokens)
     asked = [Asked(q.context_tokens, len(q.query), q.rate, bool(q.cut), q.cut) for q in questions]
@@ -147,9 +148,9 @@ def pairs(
 ) -> tuple[list[Document], list[str]]:
     """Documents and questions, pair by pair: one document and one or many questions, or two lists of equal length.
     Texts are encoded. Raises ConfigError for anything else, and for ``keep`` of several documents."""
-    questions = [question] if isinstance(question, str) else list(question)
+    questions = batching.listed("question", question)
     single = isinstance(context, str | Document)
-    contexts = [context] * len(questions) if single else list(context)
+    contexts = [context] * len(questions) if single else batching.listed("context", context)
     if len(contexts) != len(questions) or (isinstance(question, str) and not single):
         raise ConfigError(
             f"there are {len(contexts)} documents and {len(questions)} questions; give one document, or as many as "

@@ -5,7 +5,7 @@ import functools
 import logging
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -24,6 +24,8 @@ from comi_jax.model.architecture import Architecture
 from comi_jax.model.batch import Batch
 from comi_jax.model.encoder import encode
 from comi_jax.runs.description import Run
+
+MOST = 2**31 - 1  # the largest whole number that a program takes
 
 
 def check(run: Run, examples: Sequence[Example], rate: SupportsIndex | str | None, new_tokens: int) -> int:
@@ -47,9 +49,11 @@ def whole_rate(run: Run, rate: SupportsIndex | str | None) -> int:
 
 
 def whole(name: str, value: Any) -> int:
-    """``value``, a whole number of at least 1. Raises ConfigError otherwise."""
+    """``value``, a whole number of at least 1 and at most MOST. Raises ConfigError otherwise."""
     if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < 1:
         raise ConfigError(f"{name} is {value}; it is a whole number of at least 1")
+    if operator.index(value) > MOST:
+        raise ConfigError(f"{name} is {value}; it is at most {MOST:,}")
     return operator.index(value)
 
 
@@ -91,16 +95,24 @@ def batches(
         yield rows, sharding.put_batch(batch, mesh) if mesh else jax.tree.map(jnp.asarray, batch)
 
 
+def listed(name: str, given: Any) -> list[Any]:
+    """``given``, called ``name`` in messages, as a list: what is in a list, a text alone. Raises ConfigError for what
+    is neither."""
+    if isinstance(given, bytes | bytearray) or not isinstance(given, str | Iterable):
+        raise ConfigError(f"the {name} is of the type {type(given).__name__}; give a text, or a list of texts")
+    return [given] if isinstance(given, str) else list(given)
+
+
 def check_texts(name: str, texts: Sequence[Any]) -> None:
-    """``check_text`` of each, called ``name`` and its index in messages, or "the ``name``" if it is the only one."""
-    for number, text in enumerate(texts):
+    """``check_text`` of each, called ``name`` and its number in messages, or "the ``name``" if it is the only one."""
+    for number, text in enumerate(texts, start=1):
         check_text(text, f"{name} {number}" if len(texts) > 1 else f"the {name}")
 
 
 def check_text(text: Any, name: str) -> None:
     """Raise ConfigError unless ``text`` is Unicode text, of which a half of a surrogate pair is none."""
     if not isinstance(text, str):
-        raise ConfigError(f"{name} is a {type(text).__name__}, not a text")
+        raise ConfigError(f"{name} is of the type {type(text).__name__}; give a text")
     half = re.search("[\ud800-\udfff]", text)
     if half:
         raise ConfigError(

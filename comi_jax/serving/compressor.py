@@ -126,9 +126,9 @@ class Comi:
             place: "device", or "host": then at most one segment is on the device at a time, here and in answering, so
                 that a document may be larger than the device's memory.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = batching.listed("text", text)
         batching.check_texts("text", texts)
-        names = [f"text {i}" if len(texts) > 1 else "the text" for i in range(len(texts))]
+        names = [f"text {i}" if len(texts) > 1 else "the text" for i in range(1, len(texts) + 1)]
         pairs = zip(texts, names, strict=True)
         documents = [encoding.document_of(self, *pair, dtype, keep_kv, place) for pair in pairs]
         return documents[0] if isinstance(text, str) else documents
@@ -290,8 +290,7 @@ class Comi:
         return asking.Memories(asked, batches, exact=False)
 
     def _examples(self, context: Any, question: str | Sequence[str]) -> list[Example]:
-        contexts = [context] if isinstance(context, str) else list(context)
-        questions = [question] if isinstance(question, str) else list(question)
+        contexts, questions = batching.listed("context", context), batching.listed("question", question)
         if isinstance(context, str) != isinstance(question, str) or len(contexts) != len(questions):
             given = ("a text" if isinstance(g, str) else f"a list of {len(g)}" for g in (context, question))
             raise ValueError(

@@ -10,6 +10,15 @@ from comi_jax.errors import ConfigError
 from comi_jax.serving.segments import Contents
 
 Spans = Sequence[tuple[SupportsIndex, SupportsIndex]]
+ADVICE = "give pairs of whole numbers, the first character of a span and the one behind it"
+
+
+def listed_spans(spans: Any) -> list[Any]:
+    """``spans``, an array or anything that holds spans, as a list; None holds none. Raises ConfigError for the rest."""
+    try:
+        return [] if spans is None else list(spans)
+    except TypeError:
+        raise ConfigError(f"keep is {spans!r:.80}; {ADVICE}") from None
 
 
 def checked_spans(contents: Contents, spans: Any) -> list[tuple[int, int]]:
@@ -17,9 +26,7 @@ def checked_spans(contents: Contents, spans: Any) -> list[tuple[int, int]]:
     try:
         found = sorted((start.__index__(), end.__index__()) for start, end in spans)
     except (TypeError, ValueError, AttributeError):
-        raise ConfigError(
-            f"keep is {spans!r:.80}; give pairs of whole numbers, the first character of a span and the one behind it"
-        ) from None
+        raise ConfigError(f"keep is {spans!r:.80}; {ADVICE}") from None
     for start, end in found:
         if not 0 <= start < end <= contents.characters:
             raise ConfigError(
