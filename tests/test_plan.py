@@ -132,6 +132,12 @@ def test_the_plan_of_serving(model, tmp_path):
     assert len(json.loads((tmp_path / "plan.json").read_text())["ways"]) == 6
 
 
+def test_the_plan_of_serving_another_system_counts_no_ways_of_comi(model, tmp_path):
+    printed, (compress, answer) = run(model, tmp_path, "--serve", "system=full_prompt")
+    assert "counted for COMI, not for system=full_prompt" in printed and "COMI, kept" not in printed
+    assert compress["fits"] and answer["fits"] and "ways" not in json.loads((tmp_path / "plan.json").read_text())
+
+
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "h100:12", "h100:0", "tpu"])
 def test_a_name_that_means_nothing_is_refused(name):
     with pytest.raises(ConfigError, match="no topology|not a valid number of GPUs"):
