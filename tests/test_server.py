@@ -194,3 +194,15 @@ def test_a_lone_message_is_refused_or_answered_as_it_is(http, model, served):
         got = plain.post(CHAT, json=lone).json()
     assert got["comi"]["memory_vectors"] == 0 and got["comi"]["rate"] is None
     assert got["usage"]["prompt_tokens"] == 7 and got["choices"][0]["message"]["content"]
+
+
+def test_an_answer_that_ends_at_once_says_so(http, served, model):
+    """One token, and "stop"."""
+    decoder = served.engine._decoder._decoder
+    stop = decoder._stop
+    decoder._stop = model.answer(model.encode(TEXT), QUESTION, max_new_tokens=1).tokens
+    try:
+        got = http.post(CHAT, json=chat(temperature=0)).json()
+    finally:
+        decoder._stop = stop
+    assert got["choices"][0]["finish_reason"] == "stop" and got["usage"]["completion_tokens"] == 1
