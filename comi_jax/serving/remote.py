@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from comi_jax.config import Generation
 from comi_jax.data.encode import LengthError
@@ -106,15 +107,12 @@ class RemoteDecoder:
         """Wait for the endpoint no longer."""
         self._closed.set()
 
-    def submit(self, prompt: PromptEmbeddings | np.ndarray, options: Generation | None = None) -> RemoteHandle:
-        """Send ``prompt``, vectors [T, D]. Raises LengthError if prompt and answer do not fit, and BusyError if as many
-        questions are at the endpoint as may be."""
-        options = options or self.defaults
-        if not isinstance(prompt, PromptEmbeddings):
-            prompt = PromptEmbeddings(np.asarray(prompt), 0, 0, False)
-        if len(prompt.vectors) + options.max_new_tokens > self.length:
+    def submit(self, prompt: Float[np.ndarray, "T D"], options: Generation) -> RemoteHandle:
+        """Send ``prompt``. Raises LengthError if prompt and answer do not fit, and BusyError if as many questions are
+        at the endpoint as may be."""
+        if len(prompt) + options.max_new_tokens > self.length:
             raise LengthError(
-                f"a prompt of {len(prompt.vectors)} vectors and an answer of up to {options.max_new_tokens} tokens do "
+                f"a prompt of {len(prompt)} vectors and an answer of up to {options.max_new_tokens} tokens do "
                 f"not fit into the {self.length} positions of the decoder; use a higher rate or fewer new tokens"
             )
         handle = RemoteHandle(options, Detokenizer(self._tokenizer, options.stop_strings))
@@ -145,7 +143,7 @@ class RemoteDecoder:
 
     # --- the thread of a question -------------------------------------------------------------------------------------
 
-    def _decode(self, handle: RemoteHandle, prompt: PromptEmbeddings) -> None:
+    def _decode(self, handle: RemoteHandle, prompt: Float[np.ndarray, "T D"]) -> None:
         connection = self._endpoint.connect()
         try:
             self._endpoint.reach(connection)
@@ -169,11 +167,11 @@ class RemoteDecoder:
         finally:
             connection.close()
 
-    def _body(self, options: Generation, prompt: PromptEmbeddings) -> dict[str, Any]:
+    def _body(self, options: Generation, prompt: Float[np.ndarray, "T D"]) -> dict[str, Any]:
         """The request. ``prompt_embeds`` alone: no token is put before it."""
         body: dict[str, Any] = {
             "model": self._model,
-            "prompt_embeds": prompt.base64(),
+            "prompt_embeds": PromptEmbeddings(prompt, 0, 0, False).base64(),
             "max_tokens": options.max_new_tokens,
             "temperature": options.temperature,
             "stop_token_ids": list(self._stop),
