@@ -74,3 +74,45 @@ def test_a_long_document_whose_client_leaves_is_given_up_at_the_next_segment(ser
         assert len(seen) == 1 and len(served.engine.preparer.store) == stored
         monkeypatch.undo()
         assert http.post(CHAT, json=asked(SHORT)).status_code == 200
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_short_question_waits_for_one_segment_of_anothers_long_text(served, monkeypatch, kept):
+    """Two long uploads and a third user, who asks about a stored document or sends a short one: the question is
+    answered after the segment that is being encoded, or one more, and the answer is its own."""
+    gate, seen, real = threading.Semaphore(0), [], encoding.read_segment
+
+    def held(params, padded, length, *words):
+        seen.append(int(length[0]))
+        assert gate.acquire(timeout=20)
+        return real(params, padded, length, *words)
+
+    with served.client() as http, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        name = http.post(FILES, files={"file": ("a", SHORT.encode())}).json()["id"]
+        parts = [{"type": "file", "file": {"file_id": name}}, {"type": "text", "text": QUESTION}]
+        body = asked(SHORT) | ({"messages": [{"role": "user", "content": parts}]} if kept else {})
+        want = http.post(CHAT, json=body).json()["choices"]
+        monkeypatch.setattr(encoding, "read_segment", held)
+        long = [pool.submit(http.post, FILES, files={"file": ("a", LONG.encode())}) for _ in range(2)]
+        wait_for(lambda: len(seen) == 1 and served.engine.open == 2)
+        question = pool.submit(http.post, CHAT, json=body)
+        wait_for(lambda: served.engine.open == 3)
+        for _ in range(2 if kept else 3):  # a long text's, the short one's own, and one more while it is answered
+            gate.release()
+        wait_for(lambda: served.engine._decoding or question.done())
+        assert len(seen) <= 4 and not any(each.done() for each in long)
+        gate.release(100)
+        assert question.result().json()["choices"] == want
+        assert [each.result().status_code for each in long] == [200, 200]
+        assert seen.count(32) == 2 * SEGMENTS and (kept or seen.index(28) == 1)
+
+
+def test_a_long_text_gets_on_however_many_short_questions_come(served, monkeypatch):
+    seen, real = [], encoding.read_segment
+    monkeypatch.setattr(encoding, "read_segment", lambda *words: (seen.append(int(words[2][0])), real(*words))[1])
+    with served.client() as http, concurrent.futures.ThreadPoolExecutor(4) as pool, served.held():
+        long = pool.submit(http.post, FILES, files={"file": ("a", LONG.encode())})
+        short = [pool.submit(http.post, CHAT, json=asked(SHORT) | {"max_tokens": 1}) for _ in range(3)]
+        served.engine._decoder.free.set()
+        assert long.result().status_code == 200 and all(each.result().status_code == 200 for each in short)
+    assert seen.count(28) == 3 and len(seen) == 3 + SEGMENTS

@@ -27,6 +27,8 @@ from comi_jax.serving.settings import Settings
 from comi_jax.serving.store import DEVICE, DocumentStore
 from comi_jax.serving.telemetry import Telemetry
 
+CHARACTERS = 4  # of a token, about
+
 
 class SizeError(UserError):
     """A document that is larger than the whole store."""
@@ -119,6 +121,12 @@ class Preparer:
     def compile(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Run every program once, so that no request waits for a compilation; ``enough`` ends that early."""
         warm_up.run(self._comi, self._settings, enough)
+
+    def is_long(self, work: Ask | Ingest) -> bool:
+        """Whether ``work`` has more text to encode than about a segment. What is stored is not encoded."""
+        pieces = (work.text,) if isinstance(work, Ingest) else work.pieces
+        characters = sum(len(piece) for piece in pieces if isinstance(piece, str))
+        return characters > CHARACTERS * self._comi.run.config.compression.segment_size
 
     def prepare(self, work: Ask | Ingest) -> Steps:
         """The steps of ``work``."""

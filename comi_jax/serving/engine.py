@@ -2,8 +2,8 @@
 
     submit -> waiting -> prepared (encoded, compressed), when a slot is free -> one token a step -> closed
 
-One job is prepared at a time, and between two steps one segment of it at most, so that a long context does not stop
-the answers beside it. A job that is cancelled, late or aborted loses its slot before the next step.
+Between two steps one segment at most is prepared, so that a long context does not stop the answers beside it, nor, see
+``turns``, the questions behind it. A job that is cancelled, late or aborted loses its slot before the next step.
 """
 
 import logging
@@ -20,6 +20,7 @@ from comi_jax.serving.remote import RemoteDecoder, RemoteEvent, RemoteHandle
 from comi_jax.serving.settings import Settings
 from comi_jax.serving.slots import BusyError, Event, Handle, SlotDecoder
 from comi_jax.serving.telemetry import Telemetry
+from comi_jax.serving.turns import Turns
 
 COMPILING, READY, DRAINING, DEAD = "compiling", "ready", "draining", "dead"
 USUAL = 1.0  # seconds of an answer, until one was measured
@@ -61,6 +62,8 @@ class Job:
 
     work: Ask | Ingest
     tell: Callable[[Happening], None]
+    long: bool  # whether it takes many steps to prepare it
+    steps: Steps | None = None  # once they have begun
     arrived: float = field(default_factory=time.perf_counter)
     handle: Handle | RemoteHandle | None = None  # while it has a slot or waits for its prefill
     closed: bool = False  # it is finished or has failed; nothing is told of it any more
@@ -80,8 +83,7 @@ class Engine:
         self.state = COMPILING
         self._decoder: Any = decoder
         self._waiting: deque[Job] = deque()
-        self._preparing: Job | None = None
-        self._steps: Steps | None = None  # of the job that is being prepared
+        self._preparing: Turns[Job] = Turns(self._waiting)
         self._decoding: dict[Handle | RemoteHandle, Job] = {}
         self._wake = threading.Condition()  # its lock guards all of the above
         self._stopping = False
@@ -117,7 +119,7 @@ class Engine:
 
     def submit(self, work: Ask | Ingest, tell: Callable[[Happening], None]) -> Job:
         """Queue ``work``. Raises BusyError if as many jobs are open as may be, EngineError if the thread is dead."""
-        job = Job(work, tell)
+        job = Job(work, tell, self.preparer.is_long(work))
         with self._wake:
             if self.state == DEAD:
                 raise EngineError("the engine has failed")
@@ -182,20 +184,20 @@ class Engine:
                     self._fail(job, DeadlineError(f"no answer within {self.settings.deadline:g} seconds"))
 
     def _prepare(self) -> None:
-        """One step of the job that is being prepared; else of the first waiting one, if it needs no slot or one is
-        free."""
+        """One step of a job that is being prepared, or begins to be."""
         with self._wake:
-            job = self._preparing or self._taken()
+            job = self._preparing.next(lambda job: not isinstance(job.work, Ask) or not self._full())
+            self._report()
         if job is None:
             return
-        if self._steps is None:
+        if job.steps is None:
             self.telemetry.queued.observe(time.perf_counter() - job.arrived)
-            self._steps = self.preparer.prepare(job.work)
+            job.steps = self.preparer.prepare(job.work)
         if job.closed:
-            self._steps.close()
+            job.steps.close()
             return self._prepared(job, None)
         try:
-            next(self._steps)
+            next(job.steps)
         except StopIteration as end:
             self._prepared(job, end.value)
         except Exception as error:  # of this job alone: the slots have no part in it
@@ -203,18 +205,10 @@ class Engine:
                 logging.getLogger(__name__).exception("a job could not be prepared")
             self._prepared(job, error)
 
-    def _taken(self) -> Job | None:
-        """Take the first waiting job, if it can be prepared. The lock is held."""
-        if not self._waiting or isinstance(self._waiting[0].work, Ask) and self._full():
-            return None
-        self._preparing = self._waiting.popleft()
-        self._report()
-        return self._preparing
-
     def _prepared(self, job: Job, made: Prepared | Exception | None) -> None:
         """Go on with what the job has become; None: it was closed meanwhile."""
         with self._wake:
-            self._preparing = self._steps = None
+            self._preparing.end(job)
             if isinstance(made, Exception):
                 self._fail(job, made)
             elif made is None:
@@ -265,14 +259,14 @@ class Engine:
     # --- with the lock held -------------------------------------------------------------------------------------------
 
     def _all(self) -> list[Job]:
-        preparing = [] if self._preparing is None else [self._preparing]
-        return [*self._waiting, *preparing, *self._decoding.values()]
+        return [*self._waiting, *self._preparing, *self._decoding.values()]
 
     def _count(self) -> int:
-        return len(self._waiting) + (self._preparing is not None) + len(self._decoding)
+        return len(self._waiting) + len(self._preparing) + len(self._decoding)
 
     def _full(self) -> bool:
-        return len(self._decoding) >= self.settings.slots
+        """Whether all slots are taken, by answers and by questions that are being prepared."""
+        return len(self._decoding) + sum(isinstance(job.work, Ask) for job in self._preparing) >= self.settings.slots
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """End ``job`` with ``error``, if it is open. One that is being prepared is given up behind its present step."""
