@@ -3,8 +3,10 @@
 import concurrent.futures
 import dataclasses
 import threading
+import time
 
 import httpx2
+import jax
 import pytest
 import server_fixtures
 import train_fixtures
@@ -116,3 +118,21 @@ def test_a_long_text_gets_on_however_many_short_questions_come(served, monkeypat
         served.engine._decoder.free.set()
         assert long.result().status_code == 200 and all(each.result().status_code == 200 for each in short)
     assert seen.count(28) == 3 and len(seen) == 3 + SEGMENTS
+
+
+def test_a_segment_is_computed_when_its_step_ends(quick_compilation, monkeypatch):
+    """And not merely queued at the device, behind which the questions of others would wait for all of them."""
+    made, real = [], encoding.read_segment
+
+    @jax.jit
+    def late(x):
+        return jax.pure_callback(lambda y: (time.sleep(0.01), y)[1], jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    def slow(*words):
+        made.append(jax.tree.map(late, real(*words)))
+        return made[-1]
+
+    monkeypatch.setattr(encoding, "read_segment", slow)
+    for _ in encoding.encoded_in_steps(server_fixtures.comi(), " ".join(FACTS), "a text"):
+        assert all(x.is_ready() for x in jax.tree.leaves(made[-1]))
+    assert len(made) == 2

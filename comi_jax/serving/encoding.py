@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 import xxhash
 
@@ -79,7 +80,8 @@ def finished(steps: Generator[None, None, R]) -> R:
 def encoded_in_steps(
     model: Model, text: str, name: str, dtype: str | None = None, keep_kv: bool = True, place: str = "device"
 ) -> Generator[None, None, Document]:
-    """``document_of`` as a generator that returns the document, and pauses behind each segment."""
+    """``document_of`` as a generator that returns the document, and pauses behind each segment, which is computed then
+    and not merely queued: whatever is asked of the device in a pause waits for no other segment."""
     dtype = dtype or model.architecture.dtype
     one_of("dtype", dtype, DTYPES)
     one_of("place", place, PLACES)
@@ -89,6 +91,7 @@ def encoded_in_steps(
     ids, characters, truncated = _tokens(model, text, name, 0)
     segments = []
     for segment in _segments(model, ids, characters, dtype, keep_kv, place):
+        jax.block_until_ready(segment.kept)
         segments.append(segment)
         yield
     return adopt(model, Contents(model.origin, tuple(segments), len(text), truncated))
