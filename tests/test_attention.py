@@ -32,6 +32,7 @@ CASES = {
 def small_blocks(monkeypatch):
     monkeypatch.setattr(attention_blocked, "BLOCK_ROWS", 24)
     monkeypatch.setattr(attention_blocked, "BLOCK_KEYS", 16)
+    monkeypatch.setattr(attention_blocked, "WIDE", 2)
 
 
 def inputs(B, T, S, N, K, H, dtype=np.float32):
@@ -199,9 +200,21 @@ def test_blocked_under_scan_and_remat(small_blocks):
     saving, recomputing = functools.partial(jax.checkpoint, policy=names), jax.checkpoint
     expected = jax.jit(model("dense", lambda f: f))(q)
     np.testing.assert_allclose(jax.jit(model("blocked", saving))(q), expected, rtol=1e-5, atol=1e-5)
-    # What is saved spares the backward pass a second forward, with its two exponentials in each of two loops.
-    exps = [str(jax.make_jaxpr(model("blocked", transform))(q)).count("= exp ") for transform in (saving, recomputing)]
-    assert exps[1] == exps[0] + 4, exps
+    # What is saved spares the backward pass a second forward, with its two products in each of two loops.
+    dots = [
+        str(jax.make_jaxpr(model("blocked", transform))(q)).count("= dot_general[")
+        for transform in (saving, recomputing)
+    ]
+    assert dots[1] == dots[0] + 4, dots
+
+
+def test_power_of_2():
+    """Over all magnitudes, to the last digits; exactly 0 for what is masked."""
+    x = np.concatenate([np.linspace(-126, 127, 100_001), np.linspace(-0.5, 0.5, 10_001)]).astype(np.float32)
+    power = np.asarray(attention_blocked.power_of_2(jnp.asarray(x)), np.float64)
+    np.testing.assert_allclose(power, np.exp2(x.astype(np.float64)), rtol=3e-7)
+    masked = attention_blocked.power_of_2(jnp.array([-126.5, -1e9, attention_blocked.MASKED, -jnp.inf], jnp.float32))
+    assert not masked.any()
 
 
 def test_blocked_in_shard_map(small_blocks):
