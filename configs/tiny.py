@@ -31,6 +31,6 @@ def get_config() -> Config:
             buckets=(192,),
         ),
         optimizer=Optimizer(learning_rate=2e-3, schedule="linear", warmup=0.05, weight_decay=0.01, beta2=0.98),
-        train=Train(steps=400, batch_size=128, share_context=16, log_every=20, compare_mean_pooling=True),
+        train=Train(steps=500, batch_size=128, share_context=16, log_every=20, compare_mean_pooling=True),
         generation=Generation(max_new_tokens=4),
     )
