@@ -8,6 +8,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 import server_fixtures
 from server_fixtures import (
@@ -27,7 +28,9 @@ from server_fixtures import (
     words,
 )
 
+from comi_jax.benchmarks import load
 from comi_jax.serving import encoding
+from comi_jax.serving.endpoint import Endpoint
 
 quick_compilation = server_fixtures.quick_compilation
 model = server_fixtures.model
@@ -223,3 +226,21 @@ def test_a_second_signal_ends_it_at_once(model, pool):
             other.thread.join(10)
             assert not other.thread.is_alive()
         assert asked.exception() is not None or asked.result().status_code >= 500
+
+
+def test_a_load_is_answered_and_counted(served, model, monkeypatch):
+    """The benchmark's requests: kept and sent each time give the same tokens, and nothing stays in the store."""
+    monkeypatch.setattr(load, "PAUSE", 0.02)
+    texts = load.documents(model.tokenizer, [20, 10], np.random.default_rng(0))
+    assert [len(text.split()) for text in texts] == [20, 10]
+    requests, seen = load.requests_of(12, texts, ["what ?", "the box"], (4, 2)), []
+    assert sorted(request.tokens for request in requests) == sorted([4, 8, 16, 32] * 3)
+    for kept in (True, False):
+        seen.append(load.Seen())
+        server = load.Server("", Endpoint(f"{served.url}/v1", KEYS[0]), "tiny", True, kept)
+        assert (load.run(server, requests, texts, 12, seen[-1]) > 0) == kept
+    assert [len(each.first) for each in seen] == [12, 12] and seen[0].tokens == seen[1].tokens > 12
+    assert seen[0].came_back > 0 and served.engine.open == 0 and len(served.engine.preparer.store) == 0
+    server = load.Server("", Endpoint(f"{served.url}/v1", KEYS[0]), "other", True)
+    load.run(server, requests[:2], texts, 2, seen[1])
+    assert seen[1].row("a")[1] == "12 of 14" and seen[1].lost == 2

@@ -3,7 +3,8 @@
 import http.client
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,6 +12,7 @@ from comi_jax.errors import ConfigError, UserError
 
 CONNECT = 10.0  # seconds
 SILENCE = 60.0  # seconds without a byte after which an endpoint is given up
+NONE: Mapping[str, str] = MappingProxyType({})
 LARGEST = 1 << 20  # bytes of a line of a stream or of an error
 
 
@@ -25,16 +27,18 @@ class DecoderError(UserError):
 class Endpoint:
     """The connections to an endpoint, one per request."""
 
-    def __init__(self, url: str, key: str = ""):
-        """``url``: up to and with /v1. Raises ConfigError for what is no such URL."""
+    def __init__(self, url: str, key: str = "", flag: str = "--decoder", silence: float = SILENCE):
+        """``url``: up to and with /v1, given as ``flag``. Raises ConfigError for what is no such URL. ``silence``:
+        seconds without a byte after which it is given up."""
         parts = urlsplit(url if "://" in url else "")
         try:
             port = parts.port
         except ValueError:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
-            raise ConfigError(f"--decoder={url} is no URL; give one as http://host:8000/v1")
+            raise ConfigError(f"{flag}={url} is no URL; give one as http://host:8000/v1")
         path = parts.path.rstrip("/")
+        self._silence = silence
         self._path = path if path.endswith("/v1") else f"{path}/v1"
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.connect = lambda: kind(str(parts.hostname), port, timeout=CONNECT)
@@ -44,14 +48,22 @@ class Endpoint:
         """Connect. Raises DecoderError."""
         try:
             connection.connect()
-            connection.sock.settimeout(SILENCE)
+            connection.sock.settimeout(self._silence)
         except OSError as error:
             raise DecoderError(f"the decoder's endpoint cannot be reached ({type(error).__name__})", False) from None
 
-    def open(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None = None) -> Any:
-        """The response on a connection, whose status is 200. Raises DecoderError."""
+    def open(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] = NONE,
+    ) -> Any:
+        """The response on a connection, whose status is 200. The body is JSON, unless ``headers`` say what it is.
+        Raises DecoderError."""
         try:
-            connection.request(method, f"{self._path}{path}", body, self._headers)
+            connection.request(method, f"{self._path}{path}", body, {**self._headers, **headers})
             response = connection.getresponse()
             if response.status == 200:
                 return response
