@@ -13,11 +13,12 @@ Spans = Sequence[tuple[SupportsIndex, SupportsIndex]]
 ADVICE = "give pairs of whole numbers, the first character of a span and the one behind it"
 
 
-def listed_spans(spans: Any) -> list[Any]:
-    """``spans``, an array or anything that holds spans, as a list; None holds none. Raises ConfigError for the rest."""
+def listed_spans(spans: Any) -> list[tuple[Any, Any]]:
+    """``spans``, an array or anything that holds pairs, as a list of pairs; None holds none. Raises ConfigError for the
+    rest."""
     try:
-        return [] if spans is None else list(spans)
-    except TypeError:
+        return [] if spans is None else [(start, end) for start, end in spans]
+    except (TypeError, ValueError):
         raise ConfigError(f"keep is {spans!r:.80}; {ADVICE}") from None
 
 
