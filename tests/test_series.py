@@ -163,6 +163,13 @@ def test_a_folder_with_other_settings_is_refused_before_anything_is_trained(worl
         run(world, tmp_path / "out", *WORDS)
 
 
+def test_a_context_too_long_for_one_system_is_refused_before_anything_is_trained(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(series, "run", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match="error: ICAE: record 1: .* memory tokens, more than icae.memory_tokens, 1"):
+        run(world, tmp_path / "out", "--systems=comi,icae", "icae.memory_tokens=1")
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

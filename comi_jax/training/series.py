@@ -7,20 +7,24 @@ over, one that was stopped or killed is resumed.
 
 import dataclasses
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 
 from comi_jax import config
 from comi_jax.config import Config
+from comi_jax.data.encode import LengthError, check_positions
 from comi_jax.errors import ConfigError
 from comi_jax.overrides import load, override
 from comi_jax.runs.description import Run, check_folder
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import newest
+from comi_jax.training.dataset import read_examples
 from comi_jax.training.run import check, devices, run
 from comi_jax.weights.starting_model import StartingModel
 
@@ -113,6 +117,22 @@ def members(name: str, overrides: Sequence[str], systems: Sequence[str], seeds: 
     return found
 
 
+def check_lengths(runs: Sequence[Member]) -> None:
+    """Raises LengthError for a training context that a system of ``runs`` cannot take; all of one seed read the same
+    examples, which are tokenised for it once more."""
+    of_seeds: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="comi_jax-") as scratch:
+        for member in runs:
+            own, start = member.config, StartingModel.open(member.config)
+            if member.seed not in of_seeds:
+                place = Path(scratch) / str(member.seed)
+                of_seeds[member.seed] = read_examples(own, start.tokenizer, member.folder, Console(quiet=True), place)
+            try:
+                check_positions(of_seeds[member.seed], start.backbone, own, min(own.compression.rates))
+            except LengthError as error:
+                raise LengthError(f"{member.title}: {error}") from None
+
+
 def _settings(own: Config) -> Config:
     """``own`` without its folder."""
     return dataclasses.replace(own, train=dataclasses.replace(own.train, output=""))
@@ -129,6 +149,7 @@ def train(runs: Sequence[Member], console: Console) -> bool:
         devices(own)
         check_folder(member.folder, own)
     left = list({str(m.folder): m for m in runs if not m.finished}.values())
+    check_lengths(left)
     for member in {str(m.folder): m for m in runs if m.finished}.values():
         console.print(f"{member.title}, seed {member.seed}: trained already, in {member.folder}", highlight=False)
     for number, member in enumerate(left, start=1):
