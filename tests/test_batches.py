@@ -78,7 +78,12 @@ def test_one_token_too_many_is_refused_with_all_that_is_needed_to_mend_it(settin
     with pytest.raises(LengthError) as refused:
         encode.encode(records, TOKENIZER, Data(**tight))
     message = str(refused.value)
-    for word in ("1 of 2 records", "record 2", "14, 7 and 2 tokens", f"data.{setting} ({tight[setting]}", "truncate"):
+    part = {
+        "max_context": "14 tokens of context",
+        "max_query": "7 tokens of question",
+        "max_answer": "2 tokens of answer",
+    }
+    for word in ("1 of 2 records", "record 2", part[setting], f"data.{setting} ({tight[setting]}", "truncate"):
         assert word in message
 
 

@@ -268,7 +268,7 @@ def test_a_server_chooses_as_the_library_does(model):
         asked = api.ask_of(request, settings, Generation())
         made, want = finished(preparer.ask(asked)), model.prompt_embeddings(document, question, rate="auto")
         np.testing.assert_array_equal(made.prompt, want.vectors)
-        account = Reply(True, "tiny", asked, Job(asked, lambda _: None), made).account("stop")
+        account = Reply(True, "tiny", asked, Job(asked, lambda _: None, long=False), made).account("stop")
         assert account["asked_rate"] == "auto" and account["memory_vectors"] == want.memory_vectors
         seen.add(account["chosen_rate"])
         with pytest.raises(ApiError, match='"auto" needs a calibration, which python -m comi_jax.calibrate makes'):

@@ -18,7 +18,7 @@ from comi_jax import plan
 from comi_jax.config import Compression, Config, Data, Mesh, Model, Optimizer, Train
 from comi_jax.devices import chips, sharding, topology
 from comi_jax.errors import ConfigError
-from comi_jax.model import architecture, flops
+from comi_jax.model import architecture, attention_blocked, flops
 from comi_jax.model.architecture import Architecture
 from comi_jax.overrides import load
 from comi_jax.params import flatten
@@ -193,7 +193,9 @@ def compiled_step(mesh, batch_size):
 
 @pytest.fixture(scope="module")
 def step_text():
-    return compiled_step(Mesh(data=1, fsdp=2, context=2), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_blocked, "BLOCK_ROWS", 256)  # a block of scores is as long as these short rows else
+        return compiled_step(Mesh(data=1, fsdp=2, context=2), 2)
 
 
 def test_no_whole_stack_of_weights_is_gathered(step_text):
