@@ -1,8 +1,8 @@
 """The training runs of a comparison: every system with every seed, in a folder of its own.
 
 Each is the run that ``python -m comi_jax.train`` with the same settings makes, without its closing table: the
-comparison answers its own questions. One that reached its last step is taken
-over, one that was stopped or killed is resumed.
+comparison answers its own questions. One that reached its last step is taken over, one that was stopped or killed is
+resumed.
 """
 
 import dataclasses
