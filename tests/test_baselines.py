@@ -147,8 +147,9 @@ def test_memory_and_logits_are_those_of_a_plain_computation(system, batch):
     logits = answer_logits(params, arch, memory, batch)
     for i, ((context, query, answer), rate) in enumerate(rows_of(batch)):
         expected = plain_memory(params, arch, context, rate)
-        assert memory.length[i] == len(expected)
-        np.testing.assert_allclose(memory.vectors[i, : len(expected)], expected, rtol=1e-4, atol=1e-4)
+        assert memory.entries[i] == len(expected)
+        if memory.before is None:  # else the logits tell
+            np.testing.assert_allclose(memory.vectors[i, : len(expected)], expected, rtol=1e-4, atol=1e-4)
         parts = [expected, np.asarray(params["decoder"]["embed"])[query]]
         if system == "icae":
             parts.insert(1, np.asarray(params["tasks"]["answering"])[None])
@@ -187,7 +188,7 @@ def test_padding_and_companions_change_nothing(system, batch):
     def run(params, batch):
         memory = memory_of(params, arch, batch)
         losses = reconstruction(params, arch, batch).loss if system != "full_prompt" else 0.0
-        return memory.length, answer_logits(params, arch, memory, batch), losses
+        return memory.entries, answer_logits(params, arch, memory, batch), losses
 
     def padded(name):
         ids, length = np.array(getattr(batch, name)), getattr(batch, f"{name}_length")
@@ -203,6 +204,22 @@ def test_padding_and_companions_change_nothing(system, batch):
     order = {4: [0, 3, 2, 1], 8: [0, 1, 6, 7, 4, 5, 2, 3]}  # of contexts, and of the questions about them
     strangers = other.replace(**{name: value[order[len(value)]] for name, value in vars(other).items()})
     np.testing.assert_allclose(run(params, strangers)[1][0], logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", (0, 2))
+def test_a_shared_full_prompt_has_the_loss_and_gradients_of_as_many_contexts(rank, batch):
+    arch, batch = arch_of("full_prompt", rank), shared(batch)
+    alone = batch.replace(**{n: np.repeat(getattr(batch, n), 2, axis=0) for n in ("context", "context_length")})
+
+    @jax.jit
+    def loss_and_gradients(params, batch):
+        return jax.value_and_grad(lambda p: comi.loss(p, arch, batch, MIN_RATE).loss)(params)
+
+    params = params_of(arch)
+    (loss, grads), (loss_alone, grads_alone) = (loss_and_gradients(params, rows) for rows in (batch, alone))
+    assert float(loss) == pytest.approx(float(loss_alone), rel=1e-6)
+    for (path, got), want in zip(flatten(grads).items(), flatten(grads_alone).values(), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want), path
 
 
 @pytest.mark.parametrize("system", ("gmsa", "icae"))
@@ -298,7 +315,7 @@ def test_the_decoder_is_trained_as_comis_is(system):
 )
 def test_a_step_is_the_same_on_one_device_and_on_four(system, stage, batch):
     arch, update = arch_of(system, rank=0), optax.trace(1.0)  # whose state is the gradient
-    params = params_of(arch)
+    params, batch = params_of(arch), shared(batch) if system == "full_prompt" else batch
     alone, metrics = step(arch, params, batch, mesh_of(1), update, stage)
     spread, metrics_4 = step(arch, params, batch, mesh_of(4, fsdp=2, tensor=2), update, stage)
     for name, value in metrics.items():
@@ -405,6 +422,9 @@ def test_flop_of_systems_differ_by_what_they_compute():
         whole = flops.train_step(arch[system], lengths, "autoencoding")
         assert whole > flops.train_step(arch[system], lengths)
         assert flops.shared(arch[system], lengths, 4, "autoencoding").total == pytest.approx(whole / 4)
+    full, alone = arch["full_prompt"], flops.Lengths(context=48, query=0, answer=0, rate=4)
+    saved = flops.train_step(full, lengths) - flops.shared(full, lengths, 4).total
+    assert saved == pytest.approx(3 / 4 * flops.train_step(full, alone))
 
 
 @pytest.mark.parametrize("system", RIVALS)

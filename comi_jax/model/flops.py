@@ -1,6 +1,7 @@
 """Model FLOP of whole passes, from the costs of the parts (``costs``).
 
 The systems count themselves (``systems``); what is done with a context once, whoever asks, is the part "encoder".
+The full prompt has no such part, but training reads a shared context once there too.
 """
 
 import dataclasses
@@ -38,9 +39,14 @@ def shared(arch: Architecture, lengths: Lengths, share: int, stage: Stage = "ans
     if stage == "autoencoding":
         whole = sum(parts.values(), Cost(0.0))
         return Cost(whole.forward / share, whole.backward / share)
-    context = by_part(arch, dataclasses.replace(lengths, query=0, answer=0))["encoder"]
-    again = 1 / share - 1
+    context, again = of_context(arch, lengths), 1 / share - 1
     return sum(parts.values(), Cost(context.forward * again, context.backward * again))
+
+
+def of_context(arch: Architecture, lengths: Lengths) -> Cost:
+    """FLOP that training spends once on a context that several examples share."""
+    parts = by_part(arch, dataclasses.replace(lengths, query=0, answer=0))
+    return parts["decoder" if arch.system == "full_prompt" else "encoder"]
 
 
 def compress(arch: Architecture, lengths: Lengths) -> float:

@@ -70,10 +70,9 @@ def _example_flops(
 ) -> float:
     if not answer or (encoded and stage == "autoencoding"):  # a context is reconstructed once
         return 0.0
-    whole = flops.train_step(arch, flops.Lengths(context, query, answer, rate), stage)
-    if not encoded:
-        return whole
-    return whole - flops.by_part(arch, flops.Lengths(context, 0, 0, rate))["encoder"].total
+    lengths = flops.Lengths(context, query, answer, rate)
+    whole = flops.train_step(arch, lengths, stage)
+    return whole - flops.of_context(arch, lengths).total if encoded else whole
 
 
 class Meter:
