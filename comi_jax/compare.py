@@ -78,6 +78,10 @@ def parser() -> cli.Parser:
     made.add_argument("--table", default="1", help="; ".join(f"{name}: {text}" for name, text in TABLES.items()))
     made.add_argument("--rates", type=numbers, help="context tokens per KV entry")
     made.add_argument("--seeds", type=cli.at_least(1), default=1, help="seeds that each system is trained with")
+    made.add_argument(
+        "--start-from", type=cli.path, default="", metavar="DIR",
+        help="with --config: the output of an earlier comparison; each system goes on from its own run there",
+    )  # fmt: skip
     made.add_argument("--data", nargs="+", help="as data.eval (default: that of the first checkpoint or of the config)")
     made.add_argument("--limit", type=cli.at_least(1), help="use only the first LIMIT records (table 4: of each entry)")
     made.add_argument("--bins", type=numbers, help="of tables 3 and 9: rising context lengths in tokens")
@@ -139,7 +143,10 @@ def config_of(given: Any) -> Config:
     if bool(given.checkpoint) == bool(given.config):
         raise ConfigError("pass either --config=NAME, to train the systems, or --checkpoint=DIR, for trained ones")
     if given.config:
-        return load(given.config, given.overrides)
+        more = [f"model.path={series.language_model(given.start_from)}"] if given.start_from else []
+        return load(given.config, [*given.overrides, *more])
+    if given.start_from:
+        raise ConfigError(f"--start-from={given.start_from} is for training; pass --config=NAME, not --checkpoint")
     if given.overrides:
         raise ConfigError(f"{given.overrides[0]}: settings come from the checkpoints; pass --config to give some")
     if given.seeds > 1:
@@ -151,6 +158,7 @@ def command_of(given: Any, output: Folder, row: Row) -> str:
     """The command that makes ``row`` alone, or takes over what of it is there."""
     words = ["--checkpoint", *given.checkpoint] if given.checkpoint else [f"--config={given.config}", *given.overrides]
     words += [f"--seeds={given.seeds}"] if given.seeds > 1 else []
+    words += [f"--start-from={given.start_from}"] if given.start_from else []
     words += [f"--output={output}"] if given.config and given.output else []  # where its runs are
     words += ["--data", *given.data] if given.data else []
     words += [f"--limit={given.limit}"] if given.limit else []
@@ -192,7 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
             starting_model(config)  # refused before anything is trained
         default = Path(given.checkpoint[0]) / "comparison" if given.checkpoint else Path(f"runs/compare_{given.config}")
         output = Folder(given.output or default)
-        runs = series.members(given.config, given.overrides, trained, given.seeds, output) if trained else []
+        runs = []
+        if trained:
+            runs = series.members(given.config, given.overrides, trained, given.seeds, output, given.start_from)
         until_end.enter_context(lock.held(output, console.print))
         compilations.keep()
         records = held_out(given, config, console)
@@ -222,7 +232,7 @@ def time_systems(
     records: list[Record], output: Folder, console: Console,
 ) -> None:  # fmt: skip
     """Table 3; one that was measured by the same command on such a machine is shown again."""
-    words = ("checkpoint", "config", "overrides", "data", "limit", "bins", "new_tokens", "repeat")
+    words = ("checkpoint", "config", "overrides", "start_from", "data", "limit", "bins", "new_tokens", "repeat")
     about = {name: getattr(given, name) for name in words}
     about |= {"systems": [*(run.name for run in runs), *untrained], "rates": rates, "machine": timing.machine()}
     about |= {"records": fingerprint_of(records), "version": __version__, "weights": []}

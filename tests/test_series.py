@@ -118,6 +118,30 @@ def test_every_run_has_its_settings_and_its_folder():
     assert found["alpha_learned"].config.compression.learn_mig
 
 
+def test_each_system_goes_on_from_its_own_earlier_run(world, made, tmp_path):
+    """With its seed; the untrained ones have the language model that those runs started from."""
+    earlier, _, _ = made
+    output = tmp_path / "out"
+    words = settings(world)
+    words = [word for word in words if not word.startswith("model.path=")]
+    command = ["--config=qwen2", f"--output={output}", f"--start-from={earlier}", *WORDS, *words]
+    compare.main([*command, "train.steps=1", "optimizer.learning_rate=1e-30"])
+    found = json.loads((output / "results.json").read_text())
+    rows = {row["name"]: row for row in found["rows"] if row["rate"] == 2}
+    for seed in (0, 1):  # whose weights so small a rate leaves as they were
+        np.testing.assert_array_equal(*(read(place, f"comi_seed{seed}", 2) for place in (output, earlier)))
+    np.testing.assert_array_equal(*(read(place, "truncation_tail", 2) for place in (output, earlier)))
+    assert f"--start-from={earlier}" in rows["comi"]["command"]
+    commands = found["about"]["trained_by"]
+    assert all(f"model.path={earlier}/runs/comi_seed{seed}" in commands[seed] for seed in (0, 1))
+    with pytest.raises(SystemExit, match="COMI, seed 2, would start from .*comi_seed2, which is no finished run; tra"):
+        compare.main([*command, "--seeds=3"])
+    with pytest.raises(SystemExit, match="a comparison sets model.path itself; leave it out and pass --start-from"):
+        compare.main([*command, "model.path=tiny"])
+    with pytest.raises(SystemExit, match="has no runs; pass --start-from the output of a comparison"):
+        compare.main([*command, f"--start-from={tmp_path}"])
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

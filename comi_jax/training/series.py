@@ -21,7 +21,7 @@ from comi_jax.config import Config
 from comi_jax.data.encode import LengthError, check_positions
 from comi_jax.errors import ConfigError
 from comi_jax.overrides import load, override
-from comi_jax.runs.description import Run, check_folder
+from comi_jax.runs.description import Run, check_folder, is_run, read_run
 from comi_jax.runs.folder import Folder
 from comi_jax.runs.selection import newest
 from comi_jax.training.dataset import read_examples
@@ -95,13 +95,17 @@ class Member:
         return newest(self.folder) == self.config.train.steps
 
 
-def members(name: str, overrides: Sequence[str], systems: Sequence[str], seeds: int, output: Folder) -> list[Member]:
+def members(
+    name: str, overrides: Sequence[str], systems: Sequence[str], seeds: int, output: Folder, earlier: str = ""
+) -> list[Member]:
     """The runs of ``systems`` (of TRAINED), each with ``seeds`` seeds from train.seed on, with the config ``name`` and
-    ``overrides``. Systems with equal settings share a run. Raises ConfigError for settings that a system cannot have,
-    or that are the comparison's own."""
+    ``overrides``. Systems with equal settings share a run. With the output of an ``earlier`` comparison, each goes on
+    from its own run there. Raises ConfigError for settings that a system cannot have, or that are the comparison's own,
+    and for a run that is not there."""
+    own = OWN | ({"model.path": "--start-from"} if earlier else {})
     for word in overrides:
-        if (path := word.partition("=")[0]) in OWN:
-            raise ConfigError(f"{word}: a comparison sets {path} itself; leave it out and pass {OWN[path]}")
+        if (path := word.partition("=")[0]) in own:
+            raise ConfigError(f"{word}: a comparison sets {path} itself; leave it out and pass {own[path]}")
     base = load(name, overrides)
     found: list[Member] = []
     for system in systems:
@@ -110,11 +114,37 @@ def members(name: str, overrides: Sequence[str], systems: Sequence[str], seeds: 
             if not base.train.checkpoint_every:
                 words.append(f"train.checkpoint_every={max(base.train.steps // SAVES, 1)}")
             made = override(base, words)
-            same = [m.folder for m in found if _settings(m.config) == _settings(made)]
-            place = same[0] if same else Folder(output.path / "runs" / f"{system}_seed{seed}")
+            same = next((m for m in found if _settings(m.config) == _settings(made)), None)
+            if earlier:
+                words.append(f"model.path={same.config.model.path if same else _finished(earlier, system, seed)}")
+            place = same.folder if same else _place(output, system, seed)
             words.append(f"train.output={place}")
-            found.append(Member(system, override(made, [words[-1]]), tuple(words)))
+            found.append(Member(system, override(base, words), tuple(words)))
     return found
+
+
+def _place(output: Folder, system: str, seed: int) -> Folder:
+    return Folder(output.path / "runs" / f"{system}_seed{seed}")
+
+
+def _finished(earlier: str, system: str, seed: int) -> Folder:
+    """The run of ``system`` with ``seed`` in the output of an ``earlier`` comparison. Raises ConfigError if it has
+    none, or one that is not at its end."""
+    place = _place(Folder(earlier), system, seed)
+    if not is_run(place) or newest(place) != read_run(place).config.train.steps:
+        raise ConfigError(
+            f"{TRAINED[system].title}, seed {seed}, would start from {place}, which is no finished run; train it "
+            f"first, with the command that made {earlier} and --systems={system}"
+        )
+    return place
+
+
+def language_model(earlier: str) -> str:
+    """The model.path that the runs of an ``earlier`` comparison started from. Raises ConfigError if it has no runs."""
+    places = [place for place in sorted(Folder(earlier).path.glob("runs/*")) if is_run(place)]
+    if not places:
+        raise ConfigError(f"{earlier} has no runs; pass --start-from the output of a comparison with --config=NAME")
+    return read_run(places[0]).config.model.path
 
 
 def check_lengths(runs: Sequence[Member]) -> None:
@@ -134,8 +164,9 @@ def check_lengths(runs: Sequence[Member]) -> None:
 
 
 def _settings(own: Config) -> Config:
-    """``own`` without its folder."""
-    return dataclasses.replace(own, train=dataclasses.replace(own.train, output=""))
+    """``own`` without its folder, and without the model that it starts from."""
+    train, model = dataclasses.replace(own.train, output=""), dataclasses.replace(own.model, path="")
+    return dataclasses.replace(own, train=train, model=model)
 
 
 def train(runs: Sequence[Member], console: Console) -> bool:
