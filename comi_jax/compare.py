@@ -88,6 +88,10 @@ def parser() -> cli.Parser:
     made.add_argument("--new-tokens", type=cli.at_least(2), default=32, help="of table 3: tokens of an answer")
     made.add_argument("--repeat", type=cli.at_least(5), default=5, help="of table 3: how often each stage is timed")
     made.add_argument("--output", type=cli.path, help="folder (default: CHECKPOINT/comparison, or runs/compare_CONFIG)")
+    made.add_argument(
+        "--tuned-decoder", action="store_true",
+        help="also evaluate the untrained systems with the decoder of the tuned full prompt",
+    )  # fmt: skip
     made.add_argument("--batch-size", type=cli.at_least(1), default=16)
     made.add_argument("--llmlingua2", metavar="PYTHON [MODEL]", help="Python of an environment that has llmlingua")
     made.add_argument("overrides", nargs="*", metavar="path=value", help="settings, e.g. train.steps=100")
@@ -132,6 +136,10 @@ def names_of(given: Any) -> tuple[list[str], list[str]]:
         raise ConfigError(f"{wrong[0]} is not COMI without a step; table 2 has {', '.join(SYSTEMS_OF['2'])}")
     if given.table == "2" and given.config:
         names = list(dict.fromkeys(["comi", *names]))  # what the others are compared with, and switched off on
+    if given.tuned_decoder and given.table in ("2", "3"):
+        raise ConfigError(f"--tuned-decoder is for tables of untrained systems' accuracy, not for table {given.table}")
+    if given.tuned_decoder and given.config and "full_prompt" not in names:
+        raise ConfigError(contenders.NO_TUNED)
     if given.config and not names:
         raise ConfigError(f"--systems={given.systems} leaves nothing to compare; name some systems")
     return [name for name in names if name in series.TRAINED], [name for name in names if name in SYSTEMS]
@@ -166,8 +174,11 @@ def command_of(given: Any, output: Folder, row: Row) -> str:
     words += [f"--bins={','.join(map(str, given.bins))}"] if given.bins else []
     words += [f"--llmlingua2={given.llmlingua2}"] if row.name == "llmlingua2" else []
     name = "comi" if row.name.endswith(comparison_ablations.OFF) else row.name
-    alone = name in SYSTEMS or (given.config and name in series.TRAINED)
-    words += [f"--systems={name if alone else 'none'}"]
+    names = [name] if name in SYSTEMS or (given.config and name in series.TRAINED) else []
+    if name.endswith(contenders.TUNED):
+        words += ["--tuned-decoder"]
+        names = ["full_prompt"] * bool(given.config) + [name.removesuffix(contenders.TUNED)]
+    words += [f"--systems={','.join(names) or 'none'}"]
     words += [f"--rates={row.rate}"] if row.rate else []
     return shlex.join(["python", "-m", "comi_jax.compare", *words])
 
@@ -217,7 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
         places: list[Any] = [(folder, None) for folder in given.checkpoint] or [(str(run.folder), run) for run in runs]
         systems = contenders.of_runs(places, given.batch_size, mesh, given.table == "2")
         texts = output.path / "llmlingua2.jsonl"
-        systems += contenders.untrained(untrained, config, given.batch_size, mesh, texts)
+        tuned = contenders.tuned_decoders(places) if given.tuned_decoder else []
+        systems += contenders.untrained(untrained, config, given.batch_size, mesh, texts, tuned)
         for system in systems:
             if system.name == "llmlingua2" and given.llmlingua2:
                 contenders.compress_texts(system, given.llmlingua2, rates, every, texts)

@@ -142,6 +142,25 @@ def test_each_system_goes_on_from_its_own_earlier_run(world, made, tmp_path):
         compare.main([*command, f"--start-from={tmp_path}"])
 
 
+def test_untrained_systems_have_the_decoder_of_the_tuned_full_prompt_too(world, tmp_path):
+    """With its adapters: where nothing is left out, they answer as the tuned full prompt does."""
+    output, words = tmp_path / "out", ("--systems=full_prompt,truncation_head", "--tuned-decoder", "--rates=1")
+    found = run(world, output, *words, "lora.rank=2", "optimizer.learning_rate=0.1")
+
+    def answers(name):
+        lines = (output / "predictions" / f"{name}.jsonl").read_text().splitlines()
+        return [json.loads(line)["prediction"] for line in lines]
+
+    assert answers("truncation_head_tuned_seed0_1x") == answers("full_prompt_seed0") != answers("truncation_head_1x")
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["truncation_head_tuned"]["title"] == "Truncation, head, tuned decoder"
+    assert "--tuned-decoder --systems=full_prompt,truncation_head" in rows["truncation_head_tuned"]["command"]
+    with pytest.raises(SystemExit, match="add full_prompt to --systems, or its run to --checkpoint"):
+        run(world, output, "--systems=truncation_head", "--tuned-decoder")
+    with pytest.raises(SystemExit, match="--tuned-decoder is for tables of untrained systems' accuracy, not for tab"):
+        run(world, output, "--systems=comi", "--tuned-decoder", "--table=2")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

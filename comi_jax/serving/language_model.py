@@ -1,4 +1,4 @@
-"""A causal language model in use, untouched: the decoder of the systems that need no training."""
+"""A causal language model in use: the decoder of the systems that need no training."""
 
 import functools
 import os
@@ -17,13 +17,17 @@ from comi_jax.backbone import Backbone
 from comi_jax.config import Compression, Config, Generation
 from comi_jax.devices import sharding
 from comi_jax.errors import ConfigError
-from comi_jax.model import architecture, generate
+from comi_jax.model import architecture, generate, lora
 from comi_jax.model import backbone as lm
 from comi_jax.model.architecture import Architecture
 from comi_jax.model.cache import KVCache
 from comi_jax.params import Tree, unflatten
+from comi_jax.runs.folder import Folder
+from comi_jax.runs.selection import existing
+from comi_jax.runs.stored_weights import load_params, weights_of
 from comi_jax.weights import hf
 from comi_jax.weights.starting_model import StartingModel
+from comi_jax.weights.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,21 @@ class LanguageModel:
         specs = {"decoder": architecture.specs(arch)["decoder"]}
         placed = sharding.parameters(specs, mesh) if mesh else {}
         flat = hf.load_parts(start.folder, start.backbone, specs, lambda path: (arch.dtype, placed.get(path)))
-        shards = sharding.row_shards(mesh) if mesh else 1
-        batch_size = -(-batch_size // shards) * shards
-        return cls(unflatten(flat), arch, start.tokenizer, start.stop, _hash(start.folder), batch_size)
+        size = _whole_shards(batch_size, mesh)
+        return cls(unflatten(flat), arch, start.tokenizer, start.stop, _hash(start.folder), size)
+
+    @classmethod
+    def of_run(cls, folder: str, *, batch_size: int = 16, mesh: Mesh | None = None) -> "LanguageModel":
+        """The decoder of the run in ``folder``, its adapters merged. Raises CheckpointError if it has no checkpoint."""
+        run, params = load_params(folder, mesh=mesh)
+        decoder = params["decoder"]
+        if run.config.lora.rank:
+            decoder = {**decoder, "layers": lora.merge(decoder["layers"], params["lora"], run.config.lora)}
+        arch = of_backbone(
+            run.backbone, run.config.model.dtype, attention=run.config.model.attention or None, mesh=mesh
+        )
+        tokenizer, weights = load_tokenizer(Folder(folder).tokenizer), weights_of(folder, existing(folder))
+        return cls({"decoder": decoder}, arch, tokenizer, run.stop, weights, _whole_shards(batch_size, mesh))
 
     @property
     def backbone(self) -> Backbone:
@@ -76,6 +92,12 @@ def starting_model(config: Config) -> StartingModel:
             "language model that it was trained from"
         )
     return start
+
+
+def _whole_shards(batch_size: int, mesh: Mesh | None) -> int:
+    """``batch_size`` rounded up to a multiple of the row shards of ``mesh``."""
+    shards = sharding.row_shards(mesh) if mesh else 1
+    return -(-batch_size // shards) * shards
 
 
 def of_backbone(

@@ -21,6 +21,12 @@ from comi_jax.serving.compressor import Comi
 from comi_jax.serving.language_model import LanguageModel
 from comi_jax.training.series import ABLATIONS, Member
 
+TUNED = "_tuned"  # after the name of an untrained system whose decoder is that of a tuned full prompt
+NO_TUNED = (
+    "--tuned-decoder takes the decoder of the tuned full prompt; add full_prompt to --systems, or its run to "
+    "--checkpoint"
+)
+
 
 def of_run(
     folder: str, batch_size: int, mesh: Any, member: Member | None = None, *, name: str = "", title: str = "",
@@ -57,25 +63,47 @@ def of_runs(places: Sequence[tuple[str, Member | None]], batch_size: int, mesh: 
     ]  # fmt: skip
 
 
-def untrained(names: Sequence[str], config: Config, batch_size: int, mesh: Any, texts: Path) -> list[Contender]:
-    """The systems ``names`` of ``evaluation.systems``, with the language model of ``config`` as their decoder.
-    ``texts``: what LLMLingua-2 compressed before."""
+def tuned_decoders(places: Sequence[tuple[str, Member | None]]) -> list[tuple[str, int | None]]:
+    """The folders and seeds of the tuned full prompts among the runs. Raises ConfigError if there is none."""
+    found = [
+        (str(f), member.seed if member else None) for f, member in places if read_run(f).config.system == "full_prompt"
+    ]
+    if not found:
+        raise ConfigError(NO_TUNED)
+    return found
+
+
+def untrained(
+    names: Sequence[str], config: Config, batch_size: int, mesh: Any, texts: Path,
+    tuned: Sequence[tuple[str, int | None]] = (),
+) -> list[Contender]:  # fmt: skip
+    """The systems ``names`` of ``evaluation.systems``, with the language model of ``config`` as their decoder, then
+    with the decoders of the runs ``tuned``, as (folder, seed). ``texts``: what LLMLingua-2 compressed before."""
 
     @functools.lru_cache(maxsize=1)
-    def model() -> LanguageModel:
+    def model(folder: str) -> LanguageModel:
+        if folder:
+            return LanguageModel.of_run(folder, batch_size=batch_size, mesh=mesh)
         return LanguageModel.open(config, batch_size=batch_size, mesh=mesh)
 
-    def answerer(name: str, rate: int | None) -> SystemAnswerer:
+    def answerer(name: str, folder: str, rate: int | None) -> SystemAnswerer:
         system = SYSTEMS[name].system
         if name == "llmlingua2" and texts.is_file():
             system = llmlingua2.LLMLingua2.open(texts)
-        return SystemAnswerer(name, system, model(), config.data, config.generation, rate)
+        return SystemAnswerer(name, system, model(folder), config.data, config.generation, rate)
 
-    def open_(name: str):
-        return functools.partial(answerer, name)
+    def open_(name: str, folder: str):
+        return functools.partial(answerer, name, folder)
 
-    rows = ((name, SYSTEMS[name]) for name in names)
-    return [Contender(name, row.title, functools.partial(open_, name), row.system.needs_budget) for name, row in rows]
+    def contender(name: str, folder: str = "", seed: int | None = None) -> Contender:
+        title, system = SYSTEMS[name]
+        opening, end = functools.partial(open_, name, folder), TUNED if folder else ""
+        title += ", tuned decoder" if folder else ""
+        return Contender(name + end, title, opening, system.needs_budget, seed=seed, folder=folder)
+
+    found = [contender(name) for name in names]
+    # The original prompt on a tuned decoder is the tuned full prompt itself.
+    return found + [contender(name, *run) for name in names if name != "original" for run in tuned]
 
 
 def compress_texts(asked: Contender, command: str, rates: Sequence[int], records: list[Record], texts: Path) -> None:
