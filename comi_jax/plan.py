@@ -123,15 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
             programs = [train_step(config, backbone, where, stage) for stage in stages]
         show(programs, where, config, console)
         report = to_json(programs, where, config)
-        if given.serve and config.system == "comi":
+        if given.serve:
             ways = serving_counts.ways(config, backbone)
             console.print(counted(ways, where.chip, config))
             report["ways"] = [dataclasses.asdict(way) for way in ways]
-        elif given.serve:
-            console.print(
-                f"The ways to answer questions about one text are counted for COMI, not for system={config.system}.",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
         if given.json:
             text = json.dumps(report, indent=2)
             Path(given.json).write_text(text + "\n", encoding="utf-8")

@@ -129,13 +129,14 @@ def test_the_plan_of_serving(model, tmp_path):
     printed, (compress, answer) = run(model, tmp_path, "--serve", "--batch-size=2")
     assert compress["fits"] and answer["fits"] and compress["waste"] > 1 and not compress["sent"]
     assert all(way in printed for way in ("re-read", "prefix cache", "COMI, kept, rate 2", "COMI, kept, rate 4"))
-    assert len(json.loads((tmp_path / "plan.json").read_text())["ways"]) == 6
+    assert len(json.loads((tmp_path / "plan.json").read_text())["ways"]) == 2 + 2 * (2 + 3)
 
 
-def test_the_plan_of_serving_another_system_counts_no_ways_of_comi(model, tmp_path):
-    printed, (compress, answer) = run(model, tmp_path, "--serve", "system=full_prompt")
-    assert "counted for COMI, not for system=full_prompt" in printed and "COMI, kept" not in printed
-    assert compress["fits"] and answer["fits"] and "ways" not in json.loads((tmp_path / "plan.json").read_text())
+@pytest.mark.parametrize("system, kept", [("full_prompt", ""), ("gmsa", "GMSA, kept, rate 2")])
+def test_the_plan_of_serving_another_system_counts_its_own_ways(system, kept, model, tmp_path):
+    printed, (compress, answer) = run(model, tmp_path, "--serve", f"system={system}")
+    assert kept in printed and "COMI" not in printed and compress["fits"] and answer["fits"]
+    assert len(json.loads((tmp_path / "plan.json").read_text())["ways"]) == 2 + 2 * (2 * bool(kept) + 3)
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "h100:12", "h100:0", "tpu"])
