@@ -19,6 +19,7 @@ from comi_jax.devices import chips
 from comi_jax.errors import ConfigError
 
 BLOCKED = ("grain", "datasets", "tensorboardX", "pyarrow", "safetensors", "xxhash", "filelock", "torch", "matplotlib")
+BLOCKED += ("jaxtyping", "beartype", "transformers")
 IMPORTS = f"""
 import sys
 class Blocked:

@@ -5,7 +5,7 @@ own copy and matmul rates of the same minutes allow for the bytes and FLOP that 
 bound, which is from the compiled program and the chip's data sheet. Random weights; one device.
 
 The measurements run in a process of their own, which is ended when the minutes are over. If one takes it down, the
-others go on in another process. Needs jax, flax, optax, numpy and jaxtyping.
+others go on in another process. Needs jax, flax, optax and numpy.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comi_jax import cli
+from comi_jax.benchmarks.accelerator import annotations as annotations  # before what is annotated
 from comi_jax.errors import ConfigError
 from comi_jax.training import estimate
 
