@@ -77,12 +77,15 @@ def counted(ways: list[Way], chip: Chip, config: Config) -> Table:
         title=f"Questions of {data.max_query} tokens about {data.max_context:,}, counted, at least, on one {chip.name}",
     )  # fmt: skip
     for way in ways:
-        passes = (
-            f"{value:,.2f}" for p in (way.first, way.further) for value in (p.flop / 1e12, 1000 * p.seconds(chip))
-        )
-        tokens = (f"{1000 * way.token[batch].seconds(chip):,.2f}" for batch in BATCHES)
+        passes = (_digits(x) for p in (way.first, way.further) for x in (p.flop / 1e12, 1000 * p.seconds(chip)))
+        tokens = (_digits(1000 * way.token[batch].seconds(chip)) for batch in BATCHES)
         rows.add_row(way.name, *passes, *tokens, f"{way.kept / 1e6:,.1f} MB" if way.kept else "-")
     return rows
+
+
+def _digits(value: float) -> str:
+    """At least two digits of ``value``, however small."""
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def to_json(programs: list[Program], where: topology.Topology, config: Config) -> dict[str, Any]:
