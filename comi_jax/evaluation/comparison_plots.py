@@ -33,16 +33,12 @@ def costs(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against the FLOP until the first token of an answer, encoder included, and against the bytes of the KV
     entries that stand for the context, as a PNG. A system that reads no context is a level."""
     figure = _panels(rows, [(_flop, SHOWN["em"], "em"), (_bytes, SHOWN["em"], "em")], levels=False)
-    from matplotlib.ticker import EngFormatter, LogLocator
-
     figure.axes[0].set(xlabel="FLOP from context and question to the first token")
     figure.axes[1].set(xlabel="bytes of KV entries kept for the context")
     for axes in figure.axes:
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.5, high * 1.5)  # so that systems of nearly equal cost leave room for two labels
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.minorticks_off()
+        mark(axes.xaxis)
     save(figure, path)
 
 
@@ -56,6 +52,15 @@ def _flop(row: Row) -> float:
 
 def _bytes(row: Row) -> float:
     return row.result["account"]["kv_bytes"]
+
+
+def mark(axis: Any) -> None:
+    """Label a logarithmic ``axis`` at 1, 2, 5, 10, ..., as k, M and G where numbers are large."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(EngFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from comi_jax.evaluation.comparison_plots import new_figure, save
+from comi_jax.evaluation.comparison_plots import mark, new_figure, save
 from comi_jax.evaluation.diagnostics import Table
 from comi_jax.evaluation.latency import STAGES, SUMS, Timed
 from comi_jax.evaluation.paper_figures import NOT_COMPARABLE, beside
@@ -97,6 +97,7 @@ def plot(
     lines.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="milliseconds, medians with their range")
     lines.set_xticks(sizes, [str(size) for size in sizes])
     lines.minorticks_off()
+    mark(lines.yaxis)
     if sizes:
         lines.legend(fontsize="small")
     for axes in (bars, lines):
