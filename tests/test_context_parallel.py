@@ -12,6 +12,7 @@ import pytest
 
 from comi_jax.config import Compression
 from comi_jax.model import compress as c
+from comi_jax.model import mig
 from comi_jax.model.context_parallel import Split
 
 LENGTH, WIDTH, SLOTS = 64, 6, 32
@@ -128,6 +129,29 @@ def test_questions_about_one_split_sequence_are_those_of_a_whole_one():
     apart = gradient(states, query, 2, None)
     for mesh in (None, mesh_of((1, 1, 1, 4)), mesh_of((2, 1, 1, 2))):
         for ours, want in zip(jax.tree.leaves(gradient(states, query, 1, mesh)), jax.tree.leaves(apart), strict=True):
+            np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (1, 2, 1, 2), (2, 1, 2, 1)])
+def test_kept_tokens_and_known_norms_of_a_split_sequence_are_those_of_a_whole_one(sizes):
+    """Four rows, and one row that is asked four times, which no axis of rows divides; 61 tokens, of which some are
+    kept across the borders of devices."""
+    states, query = inputs(8, 61)
+    lengths = jnp.asarray(LENGTHS).clip(max=61)
+    kept = jnp.asarray(np.random.default_rng(9).random((4, 61)) < 0.3) & (jnp.arange(61)[None] < lengths[:, None])
+
+    @functools.partial(jax.jit, static_argnames="mesh")
+    def apart(states, lengths, kept, mesh):
+        return c.compress(
+            states, query, lengths, jnp.asarray(RATES), scalars(), Compression(rates=(2, 32)), 61,
+            norms=mig.norms(states), kept=kept, mesh=mesh,
+        )  # fmt: skip
+
+    for rows in (4, 1):
+        arguments = states[:rows], lengths[:rows], kept if rows == 4 else kept & (jnp.arange(61)[None] < 60)
+        alone, split = (apart(*arguments, mesh) for mesh in (None, mesh_of(sizes)))
+        assert alone.aux.group_sizes.sum() > 60
+        for ours, want in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-5)
 
 

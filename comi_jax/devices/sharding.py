@@ -75,15 +75,20 @@ def partition_spec(spec: ParamSpec, mesh: jax.sharding.Mesh) -> PartitionSpec:
     Raises ValueError if two dimensions use the same mesh axis."""
     dimensions: list[tuple[str, ...]] = []
     for size, logical in zip(spec.shape, spec.axes, strict=True):
-        axes: tuple[str, ...] = ()
-        for axis in RULES[logical]:
-            if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
-                axes = (*axes, axis)
-        dimensions.append(axes)
+        dimensions.append(dividing(size, mesh, RULES[logical]))
     used = [axis for axes in dimensions for axis in axes]
     if len(used) != len(set(used)):
         raise ValueError(f"a mesh axis is used twice by the axes {spec.axes}: {dimensions}")
     return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in dimensions))
+
+
+def dividing(size: int, mesh: jax.sharding.Mesh, among: Sequence[str] = AXES) -> tuple[str, ...]:
+    """Those of the mesh axes ``among`` that a dimension of ``size`` is split over: all that divide it, in order."""
+    axes: tuple[str, ...] = ()
+    for axis in among:
+        if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
+            axes = (*axes, axis)
+    return axes
 
 
 def parameters(specs: Tree, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:

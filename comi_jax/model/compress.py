@@ -85,7 +85,7 @@ def compress(
     is M, at least max_groups(S, smallest rate); ``kernels`` is one of kernels.dispatch.NAMES, or None. Each row has its
     own rate. A row of length 0 gives no memory. B / C queries in a row are about one row of states. ``norms`` of the
     states, if computed already. ``kept`` tokens become vectors of their own, and ``rates`` is that of the others: see
-    ``set_apart``. Both are for one device.
+    ``set_apart``.
 
     With a ``mesh`` of several devices, each computes its own rows (axes data and fsdp; rows that do not divide are
     replicated) and its own shard of every row's tokens (axis context; see ``context_parallel``).
@@ -94,23 +94,23 @@ def compress(
     length = states.shape[1]
     if mesh is None or mesh.size == 1:
         return run(states, query, lengths, rates, scalars, norms=norms, kept=kept)
-    if kept is not None:
-        raise ValueError("compress: kept tokens are for one device; pass no mesh")
     shards = mesh.shape["context"]
     split = Split("context", shards, mesh.axis_names) if shards > 1 else WHOLE
-    states = jnp.pad(states, ((0, 0), (0, -length % shards), (0, 0)))
+    more = ((0, 0), (0, -length % shards))
+    states = jnp.pad(states, (*more, (0, 0)))
+    norms, kept = jax.tree.map(lambda x: jnp.pad(x, more), (norms, kept))
     rows = row_axes(states.shape[0], mesh)
     by_row, by_token = PartitionSpec(rows), PartitionSpec(rows, "context" if shards > 1 else None)
     names = (field.name for field in dataclasses.fields(Aux))
     places: dict[str, Any] = {name: by_token if name in PER_TOKEN else by_row for name in names}
-    run = jax.shard_map(
-        functools.partial(run, sequence=split),
+    on_each = jax.shard_map(
+        lambda *own: run(*own[:5], norms=own[5], kept=own[6], sequence=split),
         mesh=mesh,
-        in_specs=(by_token, by_row, by_row, by_row, PartitionSpec()),
+        in_specs=(by_token, by_row, by_row, by_row, PartitionSpec(), by_token, by_row),
         out_specs=Compressed(**{"memory": by_row, "mask": by_row, "aux": Aux(**places)}),
         check_vma=False,
     )
-    out = run(states, query, lengths, rates, scalars)
+    out = on_each(states, query, lengths, rates, scalars, norms, kept)
     if states.shape[1] == length:
         return out
     aux = dataclasses.replace(out.aux, **{name: getattr(out.aux, name)[:, :length] for name in PER_TOKEN})
@@ -127,11 +127,12 @@ def compress_rows(
     settings: Compression,
     slots: int,
     norms: mig.Norms | None = None,
-    kept: Bool[Array, "B S"] | None = None,
+    kept: Bool[Array, "B T"] | None = None,
     kernels: str | None = None,
     sequence: Whole | Split = WHOLE,
 ) -> Compressed:
-    """Section 4 of the paper on one device: ``compress`` of the device's own rows and tokens (``sequence``)."""
+    """Section 4 of the paper on one device: ``compress`` of the device's own rows and tokens (``sequence``). ``kept``
+    covers all T tokens of a row."""
     # Padding may hold infinities, whose gradient would be 0 * inf = NaN, so it is zeroed; the merge ignores it.
     position = sequence.position(states.shape[1])
     real = (position[None, :] < lengths[:, None])[:, :, None]
@@ -173,7 +174,7 @@ def coarse_sizes(
     slots: int,
     kernels: str | None = None,
     sequence: Whole | Split = WHOLE,
-    kept: Bool[Array, "B S"] | None = None,
+    kept: Bool[Array, "B T"] | None = None,
 ) -> tuple[Int[Array, "B M"], Float[Array, "B M"], Representatives]:
     """Group sizes by the MIG of one representative per group of ``rates`` consecutive tokens, (4) to (6); also the
     shares (5) and the representatives. Of the tokens that are not ``kept``, as if there were no others."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypedDict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,7 +28,7 @@ from comi_jax.serving.documents import Document
 from comi_jax.serving.encoding import Model, check_origins, document_of
 from comi_jax.serving.generation import Options
 from comi_jax.serving.rates import AUTO, Rate
-from comi_jax.serving.segments import Contents, Kept, Segment, restored
+from comi_jax.serving.segments import Contents, Kept, Segment, at_hand, restored
 from comi_jax.serving.spans import Spans, checked_spans, kept_tokens, listed_spans, rate_of_others
 
 
@@ -235,17 +234,22 @@ def examine(model: Model, question: Question) -> list[Aux]:
 
 def _remember(model: Model, question: Question, segment: Segment, apart: np.ndarray | None) -> Memory:
     query, length = rates.padded_query(question.query)
-    width, rate = segment.kept.states.values.shape[0], question.rate
+    kept, width, rate = at_hand(segment.kept, model.architecture.runtime.mesh), _width(segment), question.rate
     if apart is not None:
         rate, apart = rate_of_others(apart, rate), np.pad(apart, (0, width - len(apart)))[None]
     tokens, at_rate = np.array([[segment.tokens]], np.int32), np.array([rate], np.int32)
     return remember_segment(
-        model.params, segment.kept, tokens, query, length, at_rate, apart, model.architecture, question.rate
+        model.params, kept, tokens, query, length, at_rate, apart, model.architecture, question.rate
     )
 
 
+def _width(segment: Segment) -> int:
+    """The tokens of a segment with its padding."""
+    return segment.kept.states.values.shape[0]
+
+
 def _padded(segment: Segment) -> np.ndarray:
-    ids = np.zeros((1, segment.kept.states.values.shape[0]), np.int32)
+    ids = np.zeros((1, _width(segment)), np.int32)
     ids[0, : segment.tokens] = segment.ids
     return ids
 
@@ -263,7 +267,8 @@ def batches(model: Model, questions: Sequence[Question]) -> Iterator[tuple[list[
         for first in range(0, len(members), model.batch_size):
             rows = members[first : first + model.batch_size]
             memories = [memory(model, questions[i]) for i in rows]
-            yield rows, *_collate(model.batch_size, slots, width, memories, [questions[i].query for i in rows])
+            made = _collate(model.batch_size, slots, width, memories, [questions[i].query for i in rows])
+            yield rows, *batching.put(made, model.architecture.runtime.mesh)
 
 
 def _collate(
@@ -276,7 +281,6 @@ def _collate(
         for target, values in ((vectors, memories[source]), (query, queries[source])):
             target[row, : len(values)] = values
         lengths[:, row] = len(memories[source]), len(queries[source])
-    length, query_length = jnp.asarray(lengths)
-    nothing = jnp.zeros(size, jnp.int32)
-    batch = Batch(nothing[:, None], nothing, jnp.asarray(query), query_length, nothing[:, None], nothing, nothing)
-    return Memory(jnp.asarray(vectors), length, ()), batch
+    nothing = np.zeros(size, np.int32)
+    batch = Batch(nothing[:, None], nothing, query, lengths[1], nothing[:, None], nothing, nothing)
+    return Memory(vectors, lengths[0], ()), batch

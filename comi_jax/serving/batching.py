@@ -92,7 +92,12 @@ def batches(
         rows = order[first : first + batch_size]
         full = rows + rows[:1] * (size - len(rows))
         batch = collate([dataclasses.replace(examples[i], rate=rate) for i in full], shapes)
-        yield rows, sharding.put_batch(batch, mesh) if mesh else jax.tree.map(jnp.asarray, batch)
+        yield rows, put(batch, mesh)
+
+
+def put(batch: Any, mesh: Mesh | None) -> Any:
+    """``batch`` on its devices: its rows split over ``mesh``, or on the default device."""
+    return sharding.put_batch(batch, mesh) if mesh else jax.tree.map(jnp.asarray, batch)
 
 
 def listed(name: str, given: Any) -> list[Any]:

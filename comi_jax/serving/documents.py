@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from comi_jax.serving import document_files
 from comi_jax.serving.segments import Contents, DocumentError, Origin, Segment
 
@@ -19,9 +21,10 @@ Admit = Callable[[int], contextlib.AbstractContextManager]  # room for so many m
 class Document:
     """An encoded text. ``Comi.encode`` makes it, ``Comi.answer`` and ``Comi.compress`` ask it."""
 
-    def __init__(self, contents: Contents, encode: Encode | None = None):
-        """``encode``: how text is appended; None: it cannot be."""
-        self.contents, self._encode = contents, encode
+    def __init__(self, contents: Contents, encode: Encode | None = None, mesh: Mesh | None = None):
+        """``encode``: how text is appended; None: it cannot be. ``mesh``: the devices of the model that asks it, which
+        share its tokens; None: one device."""
+        self.contents, self._encode, self._mesh = contents, encode, mesh
         self.admit: Admit | None = None  # of the store that holds it
         self._lock = threading.RLock()
 
@@ -61,7 +64,7 @@ class Document:
             segments, truncated = self._encode(text, self.contents.characters, self.tokens)
             with self.admit(sum(segment.nbytes for segment in segments)) if self.admit else contextlib.nullcontext():
                 if self.on_device:
-                    segments = [segment.to_device() for segment in segments]
+                    segments = [segment.to_device(self._mesh) for segment in segments]
                 before = self.contents
                 self.contents = Contents(
                     before.origin,
@@ -71,8 +74,8 @@ class Document:
                 )
 
     def to_device(self) -> "Document":
-        """Move its arrays to the device. Returns the document."""
-        segments = tuple(segment.to_device() for segment in self.segments)
+        """Move its arrays to the device, or to the devices of its model. Returns the document."""
+        segments = tuple(segment.to_device(self._mesh) for segment in self.segments)
         self.contents = dataclasses.replace(self.contents, segments=segments)
         return self
 

@@ -87,7 +87,7 @@ def encoded_in_steps(
     one_of("place", place, PLACES)
     if model.architecture.system != "comi":
         raise ConfigError(f"documents are COMI's; the system of this run is {model.architecture.system}")
-    check_one_device(model)
+    check_one_process(model)
     ids, characters, truncated = _tokens(model, text, name, 0)
     segments = []
     for segment in _segments(model, ids, characters, dtype, keep_kv, place):
@@ -103,12 +103,12 @@ def adopt(model: Model, contents: Contents) -> Document:
     dtype, keep_kv = str(first.states.values.dtype), first.keys is not None
 
     def encode(text: str, before: int, tokens: int) -> tuple[list[Segment], bool]:
-        check_one_device(model)
+        check_one_process(model)
         ids, characters, truncated = _tokens(model, text, "the appended text", tokens)
         characters = None if characters is None else characters + np.int32(before)
         return list(_segments(model, ids, characters, dtype, keep_kv, "host")), truncated
 
-    return Document(contents, encode)
+    return Document(contents, encode, model.architecture.runtime.mesh)
 
 
 def _tokens(model: Model, text: str, name: str, before: int) -> tuple[np.ndarray, np.ndarray | None, bool]:
@@ -153,20 +153,21 @@ def _segments(
         yield segment.to_host() if place == "host" else segment
 
 
-def check_one_device(model: Model) -> None:
-    """Raise ConfigError for a model on several devices: a document's programs are those of one segment or question,
-    which leaves nothing to split over rows."""
+def check_one_process(model: Model) -> None:
+    """Raise ConfigError for a model on the devices of several processes, each of which would have to encode and ask the
+    same documents in the same order."""
     mesh = model.architecture.runtime.mesh
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None and mesh.is_multi_process:
         raise ConfigError(
-            f"documents are encoded and asked on one device, and the model is on {mesh.size}; load it without a mesh"
+            "documents are encoded and asked by one process, and the model is on devices of several; load it in each "
+            "process with a mesh of its own devices, jax.local_devices()"
         )
 
 
 def check_origins(model: Model, documents: Sequence[Any]) -> None:
     """Raise DocumentError unless all ``documents`` are documents that ``model`` can use, and ConfigError if it is on
-    several devices."""
-    check_one_device(model)
+    the devices of several processes."""
+    check_one_process(model)
     for document in documents:
         if not isinstance(document, Document):
             raise ConfigError(f"a document is expected, not a {type(document).__name__}; encode the text first")

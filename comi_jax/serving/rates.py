@@ -18,7 +18,7 @@ from comi_jax.model.compress import Aux
 from comi_jax.serving import auto_rate, batching
 from comi_jax.serving.encoding import Model, finished
 from comi_jax.serving.examined import joined, without_padding
-from comi_jax.serving.segments import Contents, Kept, Segment, restored
+from comi_jax.serving.segments import Contents, Kept, Segment, at_hand, restored
 
 AUTO = "auto"
 Rate = SupportsIndex | str  # a whole number or AUTO
@@ -99,7 +99,8 @@ def examined(model: Model, segment: Segment, query: Int[np.ndarray, " Q"], rates
     """The ``Aux`` of one segment at each of ``rates``, in host memory, without the batch axis and with padding."""
     padded, length = padded_query(query)
     tokens = np.array([[segment.tokens]], np.int32)
-    found = examine_segment(model.params, segment.kept, tokens, padded, length, model.architecture, rates)
+    kept = at_hand(segment.kept, model.architecture.runtime.mesh)
+    found = examine_segment(model.params, kept, tokens, padded, length, model.architecture, rates)
     return [jax.tree.map(lambda x: np.asarray(x)[0], aux) for aux in found]
 
 

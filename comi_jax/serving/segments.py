@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from comi_jax.devices import sharding
 from comi_jax.errors import UserError
 from comi_jax.model import encoder, mig
 from comi_jax.model.architecture import Architecture
@@ -106,26 +108,55 @@ class Segment:
     def on_device(self) -> bool:
         return all(isinstance(x, jax.Array) for x in jax.tree.leaves(self.kept))
 
-    def to_device(self) -> "Segment":
-        return dataclasses.replace(self, kept=jax.tree.map(jnp.array, self.kept))
+    def to_device(self, mesh: Mesh | None = None) -> "Segment":
+        """A copy on the devices of ``mesh`` (None: on one), see ``shardings``."""
+        if mesh is None:
+            return dataclasses.replace(self, kept=jax.tree.map(jnp.array, self.kept))
+        return dataclasses.replace(self, kept=jax.device_put(self.kept, shardings(self.kept, mesh), may_alias=False))
 
     def to_host(self) -> "Segment":
         return dataclasses.replace(self, kept=jax.tree.map(np.array, self.kept))
+
+
+def shardings(kept: Kept, mesh: Mesh) -> Kept:
+    """The sharding of each array: its tokens are split over all devices, or over the mesh axes that divide them."""
+
+    def split(arrays: Any, axis: int) -> Any:
+        def of(x: Any) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*[None] * axis, sharding.dividing(x.shape[axis], mesh)))
+
+        return jax.tree.map(of, arrays)
+
+    return Kept(split(kept.states, 0), split(kept.keys, 1), split(kept.values, 1), split(kept.norms, 0))
+
+
+def at_hand(kept: Kept, mesh: Mesh | None) -> Kept:
+    """``kept`` as the programs of a model on ``mesh`` (None: on one device) take it. What is there is not copied."""
+    if mesh is not None:
+        return jax.device_put(kept, shardings(kept, mesh))
+
+    def of(x: Any) -> Any:
+        return np.asarray(x) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 else x
+
+    return jax.tree.map(of, kept)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype", "keep_kv"))
 def read_segment(
     params: Any, ids: Int[Array, "1 S"], length: Int[Array, " 1"], arch: Architecture, dtype: str, keep_kv: bool
 ) -> Kept:
-    """Encode one segment. One segment a program: what a document is does not depend on its companions."""
+    """Encode one segment. One segment a program: what a document is does not depend on its companions. On several
+    devices, each keeps its share of the tokens, see ``shardings``."""
     (part,) = encoder.encode(params, arch, ids, length).segments
     real = jnp.arange(ids.shape[1])[:, None] < length[:, None]
     states = Stored.of(jnp.where(real, part.states[0], 0), dtype)
     norms = mig.norms(states.restored(arch.dtype))
-    if not keep_kv or part.cache is None:
-        return Kept(states, None, None, norms)
-    keys, values = (jnp.where(real[None, :, :, None], x[:, 0], 0) for x in (part.cache.k, part.cache.v))
-    return Kept(states, Stored.of(keys, dtype), Stored.of(values, dtype), norms)
+    kept = Kept(states, None, None, norms)
+    if keep_kv and part.cache is not None:
+        keys, values = (jnp.where(real[None, :, :, None], x[:, 0], 0) for x in (part.cache.k, part.cache.v))
+        kept = Kept(states, Stored.of(keys, dtype), Stored.of(values, dtype), norms)
+    mesh = arch.runtime.mesh
+    return kept if mesh is None else jax.lax.with_sharding_constraint(kept, shardings(kept, mesh))
 
 
 def restored(kept: Kept, length: Int[Array, "1 1"], arch: Architecture) -> encoder.EncodedSegments:
