@@ -109,6 +109,11 @@ def embed_tokens(
     return _constrain(x, token_sharding(x, runtime))
 
 
+def next_logits(params: Tree, states: Float[Array, "B D"], runtime: Runtime) -> Float[Array, "B V"]:
+    """``logits`` while answers are decoded, see ``whole_rows``."""
+    return _constrain(logits(params, states), whole_rows(runtime))
+
+
 def logits(params: Tree, states: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
     """Logits of the next token, in float32 at least. Call it only on the few positions that need them."""
     dtype = np.promote_types(states.dtype, jnp.float32)
@@ -147,6 +152,8 @@ def forward(
 
     weight_shardings = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
     activations = token_sharding(x, runtime) if cache is None and context is None else None
+    if start is not None and length == 1:
+        activations = whole_rows(runtime)
 
     marks = lora is not None and lora.marked is not None
 
@@ -188,6 +195,19 @@ def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding 
     return NamedSharding(runtime.mesh, PartitionSpec(sharding.row_axes(x.shape[0], runtime.mesh), "context"))
 
 
+def whole_rows(runtime: Runtime, heads: int = 1) -> NamedSharding | None:
+    """The sharding of a token of each row while answers are decoded: every device has all rows and, of arrays with so
+    many kv ``heads``, its own ones.
+
+    Each device then multiplies them with its own shard of the weights, and a few vectors are summed. Left to XLA, rows
+    would be split as they are in attention, and each device would gather all weights for every token.
+    """
+    if runtime.mesh is None:
+        return None
+    split = "tensor" if heads > 1 and heads % runtime.mesh.shape["tensor"] == 0 else None
+    return NamedSharding(runtime.mesh, PartitionSpec(None, None, split) if split else PartitionSpec())
+
+
 def split_columns(x: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
     """``x`` for a gather along its tokens: where rows are split over devices, each has some columns of every token.
 
@@ -222,7 +242,8 @@ def block(
     keys and values of the tokens that ``lora`` marks."""
     w = {name: value.astype(x.dtype) for name, value in weights.items()}
     with jax.named_scope("attention_block"):
-        q, k, v = attention_inputs(w, x, rope, backbone, lora)
+        by_heads = whole_rows(runtime, backbone.num_key_value_heads) if start is not None and x.shape[1] == 1 else None
+        q, k, v = (_constrain(out, by_heads) for out in attention_inputs(w, x, rope, backbone, lora))
         if lora is not None and lora.marked is not None:
             cache = keep(lora.marked, k, v, backbone)
         elif cache is not None:
@@ -232,6 +253,7 @@ def block(
         named = runtime.attention if start is None or runtime.attention in TAKE_START else None
         if context is None:
             out = attention(q, k, v, start=start, implementation=named, mesh=runtime.mesh)
+            out = _constrain(out, by_heads)
         else:
             named = runtime.attention if runtime.attention in TAKE_START else None
             out = attention_after(q, k, v, *context, implementation=named, mesh=runtime.mesh)

@@ -84,7 +84,7 @@ def begin(
         logprobs=jnp.zeros((batch, room), jnp.float32),
         count=jnp.zeros((batch,), jnp.int32),
     )
-    return _choose(decoder, last, begun, rules, stop, sampled)
+    return _choose(lm.next_logits(decoder, last, arch.runtime), begun, rules, stop, sampled)
 
 
 def proceed(
@@ -110,20 +110,21 @@ def proceed(
         states, cache = lm.forward(
             decoder, x, arch.backbone, cache=decoding.cache, start=at, lora=lora, runtime=arch.runtime
         )
-        return _choose(decoder, states[:, 0], dataclasses.replace(decoding, cache=cache), rules, stop, sampled)
+        logits = lm.next_logits(decoder, states[:, 0], arch.runtime)
+        return _choose(logits, dataclasses.replace(decoding, cache=cache), rules, stop, sampled)
 
     with jax.named_scope("decode"):
         return jax.lax.while_loop(unfinished, one_token, decoding)
 
 
 def _choose(
-    decoder: Tree, states: Float[Array, "B D"], decoding: Decoding, rules: Rules, stop: tuple[int, ...], sampled: bool
+    logits: Float[Array, "B V"], decoding: Decoding, rules: Rules, stop: tuple[int, ...], sampled: bool
 ) -> Decoding:
-    """``decoding`` with the token that follows ``states`` in each row that is not done."""
+    """``decoding`` with a token chosen by ``logits`` in each row that is not done."""
     step, done = decoding.step, decoding.done
-    rows, stops = jnp.arange(states.shape[0]), jnp.array(stop, jnp.int32)
+    rows, stops = jnp.arange(logits.shape[0]), jnp.array(stop, jnp.int32)
     places = jnp.broadcast_to(step, rows.shape)
-    token, logprob = sampling.choose(lm.logits(decoder, states), decoding.seen, places, rules, sampled)
+    token, logprob = sampling.choose(logits, decoding.seen, places, rules, sampled)
     return dataclasses.replace(
         decoding,
         step=step + 1,

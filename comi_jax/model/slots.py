@@ -11,8 +11,10 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from comi_jax.devices import sharding
 from comi_jax.model import backbone as lm
 from comi_jax.model import sampling
 from comi_jax.model.architecture import Architecture
@@ -58,6 +60,21 @@ def empty_slots(arch: Architecture, slots: int, length: int) -> Slots:
     )
 
 
+def shardings(slots: Slots, mesh: Mesh) -> Slots:
+    """The sharding of each array on ``mesh``: the cache as attention splits it, by slots and by heads where they
+    divide; all else whole on every device."""
+    whole, (_, rows, _, heads, _) = NamedSharding(mesh, PartitionSpec()), slots.cache.k.shape
+    by_heads = "tensor" if heads % mesh.shape["tensor"] == 0 else None
+    cache = NamedSharding(mesh, PartitionSpec(None, sharding.row_axes(rows, mesh), None, by_heads))
+    return dataclasses.replace(jax.tree.map(lambda _: whole, slots), cache=KVCache(cache, cache))
+
+
+def in_place(slots: Slots, arch: Architecture) -> Slots:
+    """``slots`` with its ``shardings``, which every program takes and gives, so that each is compiled once."""
+    mesh = arch.runtime.mesh
+    return slots if mesh is None else jax.lax.with_sharding_constraint(slots, shardings(slots, mesh))
+
+
 def prefill_into_slot(
     params: Tree,
     arch: Architecture,
@@ -82,7 +99,9 @@ def prefill_into_slot(
         )
         last = jnp.take_along_axis(states, (prompt_length - 1)[:, None, None], axis=1)[:, 0]
     nothing = jnp.zeros((1, arch.backbone.vocab_size), bool)
-    token, logprob = sampling.choose(lm.logits(decoder, last), nothing, jnp.zeros((1,), jnp.int32), rules, sampled=True)
+    token, logprob = sampling.choose(
+        lm.next_logits(decoder, last, arch.runtime), nothing, jnp.zeros((1,), jnp.int32), rules, sampled=True
+    )
 
     def put(whole, row):
         return jax.lax.dynamic_update_slice(whole, row, (slot, *(0,) * (whole.ndim - 1)))
@@ -115,7 +134,9 @@ def decode_step(params: Tree, arch: Architecture, slots: Slots, live: Bool[Array
         # A slot that is not live draws nothing, so that a forgotten temperature costs no sort of the vocabulary.
         drawing = jnp.where(live, slots.rules.temperature, 0.0)
         rules = dataclasses.replace(slots.rules, temperature=drawing)
-        token, logprob = sampling.choose(lm.logits(decoder, states[:, 0]), slots.seen, slots.step, rules, sampled=True)
+        token, logprob = sampling.choose(
+            lm.next_logits(decoder, states[:, 0], arch.runtime), slots.seen, slots.step, rules, sampled=True
+        )
     rows, one = jnp.arange(live.shape[0]), live.astype(jnp.int32)
     return Slots(
         cache=cache,

@@ -131,9 +131,10 @@ def shardings(kept: Kept, mesh: Mesh) -> Kept:
 
 
 def at_hand(kept: Kept, mesh: Mesh | None) -> Kept:
-    """``kept`` as the programs of a model on ``mesh`` (None: on one device) take it. What is there is not copied."""
+    """``kept`` as the programs of a question take it: whole on every device of ``mesh``, gathered from the devices that
+    share its tokens; with None, where it is, unless that is several devices."""
     if mesh is not None:
-        return jax.device_put(kept, shardings(kept, mesh))
+        return jax.device_put(jax.device_put(kept, shardings(kept, mesh)), NamedSharding(mesh, PartitionSpec()))
 
     def of(x: Any) -> Any:
         return np.asarray(x) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 else x
@@ -155,8 +156,11 @@ def read_segment(
     if keep_kv and part.cache is not None:
         keys, values = (jnp.where(real[None, :, :, None], x[:, 0], 0) for x in (part.cache.k, part.cache.v))
         kept = Kept(states, Stored.of(keys, dtype), Stored.of(values, dtype), norms)
-    mesh = arch.runtime.mesh
-    return kept if mesh is None else jax.lax.with_sharding_constraint(kept, shardings(kept, mesh))
+    if (mesh := arch.runtime.mesh) is None:
+        return kept
+    # First as a whole: else XLA would split the encoder's tokens too, and each device gather all of its weights.
+    kept = jax.lax.with_sharding_constraint(kept, NamedSharding(mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(kept, shardings(kept, mesh))
 
 
 def restored(kept: Kept, length: Int[Array, "1 1"], arch: Architecture) -> encoder.EncodedSegments:

@@ -231,7 +231,9 @@ class SlotDecoder:
             self._held[handle.slot], handle.slot = None, None
 
 
-_empty = jax.jit(slots.empty_slots, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(arch: Architecture, count: int, length: int) -> slots.Slots:
+    return slots.in_place(slots.empty_slots(arch, count, length), arch)
 
 
 @functools.partial(jax.jit, static_argnames="arch", donate_argnames="state")
@@ -245,9 +247,11 @@ def _prefill(
     arch: Architecture,
     before: ContextKV | None,
 ) -> tuple[slots.Slots, slots.Chosen]:
-    return slots.prefill_into_slot(params, arch, state, slot, prompt, length, rules, before)
+    state, chosen = slots.prefill_into_slot(params, arch, state, slot, prompt, length, rules, before)
+    return slots.in_place(state, arch), chosen
 
 
 @functools.partial(jax.jit, static_argnames="arch", donate_argnames="state")
 def _step(params: Any, state: slots.Slots, live: Any, arch: Architecture) -> tuple[slots.Slots, slots.Chosen]:
-    return slots.decode_step(params, arch, state, live)
+    state, chosen = slots.decode_step(params, arch, state, live)
+    return slots.in_place(state, arch), chosen
