@@ -164,6 +164,58 @@ def test_without_keys_and_values_a_question_is_encoded_alone(model, documents):
     assert np.abs(memory - model.compress(documents[0], QUESTIONS[0]).vectors).max() > 1e-4
 
 
+# --- several devices --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{"fsdp": 2, "tensor": 2}]
+    + [pytest.param(axes, marks=pytest.mark.slow) for axes in ({"data": 2, "fsdp": 2}, {"fsdp": 2, "context": 2})],
+    ids=str,
+)
+def split(world, request):
+    return Comi.load(world.run, batch_size=2, mesh=sharding.make_mesh(Mesh(**{"data": 1} | request.param)))
+
+
+def test_a_document_on_several_devices_is_that_of_one(model, split, documents, memories):
+    document = split.encode(TEXTS[2])
+    assert document.origin == documents[2].origin and document.nbytes == documents[2].nbytes
+    for a, b in zip(leaves(document), leaves(documents[2]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+        assert [4 * shard.data.nbytes for shard in a.addressable_shards] == [b.nbytes] * 4  # each has its share
+    amounts = {}, {"rate": 1}, {"max_slots": 7}, {"rate": 4, "keep": [(4, 7)]}
+    for amount in amounts:
+        ours, want = (m.compress(d, QUESTIONS[2], **amount).vectors for m, d in ((split, document), (model, documents[2])))
+        np.testing.assert_allclose(ours, want, atol=1e-5)
+    assert split.answer([document] * 3, QUESTIONS[:3]) == model.answer([documents[2]] * 3, QUESTIONS[:3])
+    stream = split.stream(document, QUESTIONS[0])
+    assert "".join(stream) == model.answer(documents[2], QUESTIONS[0]).text
+    together = split.compress([document] * 2, [QUESTIONS[2], QUESTIONS[0]])
+    np.testing.assert_array_equal(together[0].vectors, split.compress(document, QUESTIONS[2]).vectors)
+    document.append(TEXTS[1])
+    np.testing.assert_allclose(
+        split.compress(document, QUESTIONS[1]).vectors[len(memories[2]) :], memories[1], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_document_goes_from_one_device_to_several_and_back(model, split, documents, tmp_path, dtype):
+    """As a file, through host memory, and as it is; what was never moved has the same bits."""
+    ours, theirs = split.encode(TEXTS[0], dtype=dtype), model.encode(TEXTS[0], dtype=dtype)
+    want = model.compress(theirs, QUESTIONS[0]).vectors
+    for document, reader, name in ((ours, model, "a"), (theirs, split, "b")):
+        document.save(tmp_path / name)
+        loaded = Document.load(tmp_path / name, reader)
+        for one in (document, loaded, Document.load(tmp_path / name), loaded.to_device()):
+            np.testing.assert_allclose(reader.compress(one, QUESTIONS[0]).vectors, want, atol=1e-3)
+    assert all(len(x.sharding.device_set) == 4 for x in leaves(loaded))
+    exact = split.compress(ours, QUESTIONS[0]).vectors
+    for one in (split.encode(TEXTS[0], dtype=dtype, place="host"), split.encode(TEXTS[0], dtype=dtype).to_host()):
+        assert not one.on_device
+        np.testing.assert_array_equal(split.compress(one, QUESTIONS[0]).vectors, exact)
+        np.testing.assert_array_equal(split.compress(one.to_device(), QUESTIONS[0]).vectors, exact)
+
+
 # --- how much ---------------------------------------------------------------------------------------------------------
 
 
@@ -356,11 +408,11 @@ def test_a_document_that_was_loaded_without_a_model_takes_no_text(model, documen
         Document.load(tmp_path / "a.comi").append("a box")
 
 
-def test_documents_are_for_one_device(world, model, documents, tmp_path):
-    """Also those that one device has encoded; texts are answered on several as on one."""
-    split = Comi.load(world.run, batch_size=2, mesh=sharding.make_mesh(Mesh(data=1, fsdp=4)))
+def test_documents_are_for_one_process(split, documents, tmp_path, monkeypatch):
+    """Also those that another one has encoded."""
     documents[0].save(tmp_path / "a.comi")
     loaded = Document.load(tmp_path / "a.comi", split)
+    monkeypatch.setattr(jax.sharding.Mesh, "is_multi_process", True)
     for refused in (
         lambda: split.encode(TEXTS[0]),
         lambda: loaded.append(TEXTS[1]),
@@ -368,12 +420,9 @@ def test_documents_are_for_one_device(world, model, documents, tmp_path):
         lambda: split.compress(loaded, QUESTIONS[0]),
         lambda: next(split.stream(loaded, QUESTIONS[0])),
         lambda: split.answer(TEXTS[0], QUESTIONS[0], max_slots=4),
-        lambda: split.answer(TEXTS[0], QUESTIONS[0], keep=[(0, 3)]),
-        lambda: split.answer(TEXTS[0], QUESTIONS[0], rate="auto"),
     ):
-        with pytest.raises(ConfigError, match="one device, and the model is on 4; load it without a mesh"):
+        with pytest.raises(ConfigError, match=r"by one process, and the model is on devices of several; .*local_dev"):
             refused()
-    assert [a.text for a in split.answer(TEXTS, QUESTIONS)] == [a.text for a in model.answer(TEXTS, QUESTIONS)]
 
 
 def test_what_is_no_text_no_span_and_no_rate_is_refused(model):

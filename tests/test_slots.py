@@ -10,11 +10,15 @@ import pytest
 import test_detokenizer
 import tiny_models
 
-from comi_jax.config import Generation
+from comi_jax.config import Generation, Mesh
 from comi_jax.data.encode import LengthError
+from comi_jax.devices import sharding
 from comi_jax.errors import ConfigError
 from comi_jax.model import architecture, generate, sampling
+from comi_jax.params import unflatten
+from comi_jax.planning import hlo
 from comi_jax.serving import batching
+from comi_jax.serving import slots as serving_slots
 from comi_jax.serving.slots import BusyError, SlotDecoder
 
 ARCH = tiny_models.architecture("qwen3", lora=2)
@@ -212,6 +216,29 @@ def test_a_cache_is_never_there_twice(params, prompts):
     begun = begin(params, ARCH, prompts[0][None], length, rules, (END,), 9)
     batching.proceed(params, begun, rules, np.zeros(1, bool), np.int32(9), ARCH, (END,), False)
     assert begun.cache.k.is_deleted() and begun.cache.v.is_deleted()
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
+def test_slots_on_several_devices_answer_as_on_one(params, prompts, alone, axes):
+    """Each program is compiled once, the cache is split, and no device gathers the weights for a token."""
+    mesh = sharding.make_mesh(Mesh(data=1, **axes))
+    arch, specs = ARCH.on(mesh), architecture.specs(ARCH)
+    places = unflatten(sharding.parameters({name: specs[name] for name in params}, mesh))
+    split = jax.device_put(params, places)
+    loop = SlotDecoder(split, arch, (END,), TOKENIZER, Generation(), slots=4, length=LENGTH)
+    loop.compile()
+    programs = [serving_slots._prefill._cache_size(), serving_slots._step._cache_size()]
+    handles = [loop.submit(*question) for question in zip(prompts, OPTIONS, strict=True)]
+    finish(loop)
+    for handle, (tokens, text, logprobs, reason) in zip(handles, alone, strict=True):
+        assert (handle.tokens, handle.text, handle.finish_reason) == (tokens, text, reason)
+        np.testing.assert_allclose(handle.logprobs, logprobs, atol=1e-4)
+    assert [serving_slots._prefill._cache_size(), serving_slots._step._cache_size()] == programs
+    cache = loop._state.cache.k
+    assert 4 * cache.addressable_shards[0].data.nbytes == cache.nbytes
+    step = serving_slots._step.lower(split, loop._state, np.zeros(4, bool), arch).compile()
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert sum(hlo.count(step.as_text()).sent.values()) < weights / 4
 
 
 @pytest.mark.parametrize(
