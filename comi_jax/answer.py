@@ -19,7 +19,7 @@ from rich.console import Console
 
 from comi_jax import cli
 from comi_jax.data.records import Record
-from comi_jax.devices import compilations
+from comi_jax.devices import compilations, sharding
 from comi_jax.errors import ConfigError, UserError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving import explanation
@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         text = Record(tuple(cli.read_text(path) for path in cli.files(options.context)), "", ()).context_text()
         step = choose_step(options.checkpoint, options.step)
         rows = BATCH if options.questions else 1
-        model = Comi.load(options.checkpoint, overrides=options.set, step=step, batch_size=rows)
+        mesh = sharding.make_mesh(options.mesh) if options.mesh else None
+        model = Comi.load(options.checkpoint, overrides=options.set, step=step, batch_size=rows, mesh=mesh)
         asked = Session(model, text, options, step)
         if options.questions:
             asked.file(questions)
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="path=value",
         help="override a setting, e.g. data.on_long=truncate",
     )
+    cli.add_mesh(parser)
     return parser
 
 

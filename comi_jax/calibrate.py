@@ -22,7 +22,7 @@ from comi_jax import cli
 from comi_jax.config import MEASURES
 from comi_jax.data.fingerprint import fingerprint_of
 from comi_jax.data.records import Record
-from comi_jax.devices import compilations
+from comi_jax.devices import compilations, sharding
 from comi_jax.errors import ConfigError
 from comi_jax.evaluation import calibration, calibration_plot
 from comi_jax.evaluation.answerers import ComiAnswerer
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--skip-bad-records", action="store_true")
     add("--set", action="append", default=[], metavar="path=value",
         help="override a setting, e.g. data.on_long=truncate")  # fmt: skip
+    cli.add_mesh(made)
     return made
 
 
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         compilations.keep()
         step = choose_step(given.checkpoint, given.step)
         place = Folder(given.checkpoint).calibration(step)
-        model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step)
+        mesh = sharding.make_mesh(given.mesh) if given.mesh else None
+        model = Comi.load(given.checkpoint, batch_size=given.batch_size, overrides=given.set, step=step, mesh=mesh)
         check(model, f"{given.checkpoint} at step {step}")
         until_end.enter_context(lock.held(place.parent, console.print))
         records, skipped = read_records(model, given, console)

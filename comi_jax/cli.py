@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from comi_jax.config import Mesh
 from comi_jax.errors import ConfigError, UserError
 
 
@@ -93,6 +94,25 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the option of the commands that ask documents: on one device, or on those of a mesh."""
+    text = "split the model over all devices, e.g. fsdp=8 or tensor=4,fsdp=2 (default: it is on one device)"
+    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N", help=text)
+
+
+def _mesh(text: str) -> Mesh:
+    """An argparse type: the axes of a mesh; those that are not named have one device."""
+    axes = {"data": 1}
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if axis not in Mesh.__dataclass_fields__ or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not an axis ({', '.join(Mesh.__dataclass_fields__)}) and its number of devices, as fsdp=8"
+            )
+        axes[axis] = int(size)
+    return Mesh(**axes)
 
 
 def files(given: Sequence[str]) -> Iterator[str]:

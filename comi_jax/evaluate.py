@@ -79,12 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows = {"closed book" if closed else model.run.config.title: result}
         save_table(rows, output.results)
         if given.explain_worst:
-            # A document is encoded on one device, so a model that is on several is loaded once more, on one.
-            single = model if mesh is None else Comi.load(given.checkpoint, overrides=given.set, step=step)
             found = worst.worst(output.predictions, given.explain_worst)
             account = {"config": model.run.config.name, "checkpoint": given.checkpoint, "step": step}
             pages = worst.write_pages(
-                single, records, found, output.explanations, rate=given.rate, decoding=decoding, account=account
+                model, records, found, output.explanations, rate=given.rate, decoding=decoding, account=account
             )
             console.print(f"what was kept for the {len(pages)} worst answers: {output.explanations}", highlight=False)
     print_table(rows, console, tuple(result["metrics"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comi_jax import cli
 from comi_jax.data.records import Record
-from comi_jax.devices import compilations
+from comi_jax.devices import compilations, sharding
 from comi_jax.errors import ConfigError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving import explanation, explanation_picture
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, help="on generated tokens; 1 is off, the release used 1.3")
     add("--set", action="append", default=[], metavar="path=value",
         help="override a setting, e.g. data.max_context=8192")  # fmt: skip
+    cli.add_mesh(made)
     return made
 
 
@@ -77,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         compilations.keep()
         text = Record(tuple(cli.read_text(path) for path in cli.files(given.context)), "", ()).context_text()
         step = choose_step(given.checkpoint, given.step)
-        model = Comi.load(given.checkpoint, overrides=given.set, step=step)
+        mesh = sharding.make_mesh(given.mesh) if given.mesh else None
+        model = Comi.load(given.checkpoint, overrides=given.set, step=step, mesh=mesh)
         options: Options = {
             "max_new_tokens": given.max_new_tokens,
             "repetition_penalty": given.repetition_penalty,

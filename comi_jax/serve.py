@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comi_jax import cli
-from comi_jax.devices import compilations
+from comi_jax.devices import compilations, sharding
 from comi_jax.errors import ConfigError
 from comi_jax.runs.selection import choose_step
 from comi_jax.serving.compressor import Comi
@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
         compilations.keep()
         keys = keys_of(options)
         step = choose_step(options.checkpoint, options.step)
-        model = Comi.load(options.checkpoint, overrides=options.set, step=step)
+        mesh = sharding.make_mesh(options.mesh) if options.mesh else None
+        model = Comi.load(options.checkpoint, overrides=options.set, step=step, mesh=mesh)
         settings = settings_of(options, model)
         start_log()
         if not settings.auto:
@@ -46,6 +47,7 @@ def parser() -> cli.Parser:
     made.add_argument("--checkpoint", type=cli.path, required=True, help="folder of a training run")
     made.add_argument("--step", default="newest", help='step of the checkpoint, "best" or "newest" (default)')
     made.add_argument("--set", action="append", default=[], metavar="path=value", help="override a setting")
+    cli.add_mesh(made)
     made.add_argument("--name", help="name of the model in requests (default: that of the folder)")
     made.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: this machine only)")
     made.add_argument("--port", type=cli.at_least(0), default=8000)

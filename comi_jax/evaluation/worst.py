@@ -42,8 +42,7 @@ def write_pages(
     account: dict[str, Any],
 ) -> list[Path]:
     """A page, ``record_N.html`` with N counted from 1, for each of ``rows``, predictions of ``records``. Those of an
-    earlier evaluation are removed from ``folder``. ``model`` is on one device; see explanation.as_json for
-    ``account``."""
+    earlier evaluation are removed from ``folder``. See explanation.as_json for ``account``."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("record_*.html"):
         old.unlink()
