@@ -185,7 +185,9 @@ def test_a_document_on_several_devices_is_that_of_one(model, split, documents, m
         assert [4 * shard.data.nbytes for shard in a.addressable_shards] == [b.nbytes] * 4  # each has its share
     amounts = {}, {"rate": 1}, {"max_slots": 7}, {"rate": 4, "keep": [(4, 7)]}
     for amount in amounts:
-        ours, want = (m.compress(d, QUESTIONS[2], **amount).vectors for m, d in ((split, document), (model, documents[2])))
+        ours, want = (
+            m.compress(d, QUESTIONS[2], **amount).vectors for m, d in ((split, document), (model, documents[2]))
+        )
         np.testing.assert_allclose(ours, want, atol=1e-5)
     assert split.answer([document] * 3, QUESTIONS[:3]) == model.answer([documents[2]] * 3, QUESTIONS[:3])
     stream = split.stream(document, QUESTIONS[0])
