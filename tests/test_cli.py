@@ -1,5 +1,6 @@
 """What all commands share: text in any encoding, pipes that close, paths from the home folder, one sentence."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -91,3 +92,23 @@ def test_every_path_option_of_a_command_is_a_path():
                 )
         assert "argparse.ArgumentParser(" not in file.read_text(encoding="utf-8")
     assert not plain
+
+
+@pytest.mark.parametrize(
+    "text, axes",
+    [("fsdp=8", (1, 8, 1, 1)), ("tensor=4,fsdp=2", (1, 2, 4, 1)), ("data=2,context=4", (2, 1, 1, 4))]
+    + [(text, None) for text in ("", "8", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=8,", "rows=2", "fsdp=two")],
+)
+def test_a_mesh_is_its_axes(text, axes, capsys):
+    parser = cli.Parser(prog="x")
+    cli.add_mesh(parser)
+    if axes is None:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--mesh={text}"])
+        assert (
+            "is not an axis (data, fsdp, tensor, context) and its number of devices, as fsdp=8"
+            in capsys.readouterr().err
+        )
+    else:
+        assert dataclasses.astuple(parser.parse_args([f"--mesh={text}"]).mesh) == axes
+        assert parser.parse_args([]).mesh is None

@@ -1,12 +1,15 @@
 """The server over real HTTP: OpenAI's own client, contexts and options."""
 
 import base64
+import logging
 
+import jax
 import openai
 import pytest
 import server_fixtures
 from server_fixtures import (
     CHAT,
+    FILES,
     QUESTION,
     TEXT,
     chat,
@@ -19,6 +22,11 @@ from server_fixtures import (
     wait_for,
 )
 
+from comi_jax.config import Mesh
+from comi_jax.devices import sharding
+from comi_jax.model import architecture
+from comi_jax.params import unflatten
+from comi_jax.serving.compressor import Comi
 from comi_jax.serving.contexts import joined
 from comi_jax.serving.documents import Document
 
@@ -206,3 +214,20 @@ def test_an_answer_that_ends_at_once_says_so(http, served, model):
     finally:
         decoder._stop = stop
     assert got["choices"][0]["finish_reason"] == "stop" and got["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_a_server_on_several_devices_answers_as_on_one(model, axes, caplog):
+    """Texts, stored files and both together; after the start, nothing is compiled."""
+    mesh = sharding.make_mesh(Mesh(data=1, **axes))
+    places = unflatten(sharding.parameters(architecture.specs(model.run.architecture), mesh))
+    split = Comi(model.run, jax.device_put(model.params, places), model.tokenizer, batch_size=1, mesh=mesh)
+    document = model.encode(TEXT)
+    with serving(split) as it, it.client() as http, jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        file = http.post(FILES, files={"file": ("a.txt", TEXT.encode())}, data={"purpose": "user_data"}).json()["id"]
+        for asked in (chat(max_tokens=9), chat(messages=user(file_part(file), text_part(QUESTION)), max_tokens=9)):
+            got = http.post(CHAT, json=asked).json()["choices"][0]["message"]["content"]
+            assert got == model.answer(document, QUESTION, max_new_tokens=9).text
+        assert http.post(CHAT, json=chat(keep=[[4, 7]], rate=2)).status_code == 200
+    assert not [record for record in caplog.records if "Compiling jit" in record.getMessage()]
