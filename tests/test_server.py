@@ -223,11 +223,10 @@ def test_a_server_on_several_devices_answers_as_on_one(model, axes, caplog):
     mesh = sharding.make_mesh(Mesh(data=1, **axes))
     places = unflatten(sharding.parameters(architecture.specs(model.run.architecture), mesh))
     split = Comi(model.run, jax.device_put(model.params, places), model.tokenizer, batch_size=1, mesh=mesh)
-    document = model.encode(TEXT)
+    want = model.answer(model.encode(TEXT), QUESTION, max_new_tokens=9).text
     with serving(split) as it, it.client() as http, jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
         file = http.post(FILES, files={"file": ("a.txt", TEXT.encode())}, data={"purpose": "user_data"}).json()["id"]
         for asked in (chat(max_tokens=9), chat(messages=user(file_part(file), text_part(QUESTION)), max_tokens=9)):
-            got = http.post(CHAT, json=asked).json()["choices"][0]["message"]["content"]
-            assert got == model.answer(document, QUESTION, max_new_tokens=9).text
+            assert http.post(CHAT, json=asked).json()["choices"][0]["message"]["content"] == want
         assert http.post(CHAT, json=chat(keep=[[4, 7]], rate=2)).status_code == 200
     assert not [record for record in caplog.records if "Compiling jit" in record.getMessage()]
