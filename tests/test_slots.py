@@ -225,12 +225,13 @@ def test_slots_on_several_devices_answer_as_on_one(params, prompts, alone, axes)
     arch, specs = ARCH.on(mesh), architecture.specs(ARCH)
     places = unflatten(sharding.parameters({name: specs[name] for name in params}, mesh))
     split = jax.device_put(params, places)
-    loop = SlotDecoder(split, arch, (END,), TOKENIZER, Generation(), slots=4, length=LENGTH)
+    loop = SlotDecoder(split, arch, (END,), TOKENIZER, Generation(), slots=4, length=24)
     loop.compile()
     programs = [serving_slots._prefill._cache_size(), serving_slots._step._cache_size()]
-    handles = [loop.submit(*question) for question in zip(prompts, OPTIONS, strict=True)]
+    asked = (0, 1, 3)
+    handles = [loop.submit(prompts[i], OPTIONS[i]) for i in asked]
     finish(loop)
-    for handle, (tokens, text, logprobs, reason) in zip(handles, alone, strict=True):
+    for handle, (tokens, text, logprobs, reason) in zip(handles, (alone[i] for i in asked), strict=True):
         assert (handle.tokens, handle.text, handle.finish_reason) == (tokens, text, reason)
         np.testing.assert_allclose(handle.logprobs, logprobs, atol=1e-4)
     assert [serving_slots._prefill._cache_size(), serving_slots._step._cache_size()] == programs
