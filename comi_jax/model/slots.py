@@ -65,8 +65,9 @@ def shardings(slots: Slots, mesh: Mesh) -> Slots:
     divide; all else whole on every device."""
     whole, (_, rows, _, heads, _) = NamedSharding(mesh, PartitionSpec()), slots.cache.k.shape
     by_heads = "tensor" if heads % mesh.shape["tensor"] == 0 else None
-    cache = NamedSharding(mesh, PartitionSpec(None, sharding.row_axes(rows, mesh), None, by_heads))
-    return dataclasses.replace(jax.tree.map(lambda _: whole, slots), cache=KVCache(cache, cache))
+    split = NamedSharding(mesh, PartitionSpec(None, sharding.row_axes(rows, mesh), None, by_heads))
+    cache = jax.tree.map(lambda _: split, slots.cache)
+    return dataclasses.replace(jax.tree.map(lambda _: whole, slots), cache=cache)
 
 
 def in_place(slots: Slots, arch: Architecture) -> Slots:

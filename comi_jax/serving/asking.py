@@ -274,13 +274,15 @@ def batches(model: Model, questions: Sequence[Question]) -> Iterator[tuple[list[
 def _collate(
     size: int, slots: int, width: int, memories: list[np.ndarray], queries: list[np.ndarray]
 ) -> tuple[Memory, Batch]:
-    vectors = np.zeros((size, slots, memories[0].shape[1]), memories[0].dtype)
-    query, lengths = np.zeros((size, width), np.int32), np.zeros((2, size), np.int32)
+    """As NumPy arrays, until they are put on devices."""
+    vectors: Any = np.zeros((size, slots, memories[0].shape[1]), memories[0].dtype)
+    query: Any = np.zeros((size, width), np.int32)
+    lengths: Any = np.zeros((2, size), np.int32)
     for row in range(size):
         source = row if row < len(memories) else 0  # filler rows end when the first one does
         for target, values in ((vectors, memories[source]), (query, queries[source])):
             target[row, : len(values)] = values
         lengths[:, row] = len(memories[source]), len(queries[source])
-    nothing = np.zeros(size, np.int32)
+    nothing: Any = np.zeros(size, np.int32)
     batch = Batch(nothing[:, None], nothing, query, lengths[1], nothing[:, None], nothing, nothing)
     return Memory(vectors, lengths[0], ()), batch
