@@ -7,9 +7,10 @@ Hardware: 2 CPU cores. It starts from the run of the tiny config, as retrieval f
 scratch. A rate is drawn for each question. The questions are about one fact; `data.train=synthetic-documents` (and
 `data.eval`) makes half of them two-hop.
 
-Expected: em 0.76 at 8x in the closing table, 0.80 at 16x, 0.75 at 32x, on 512 questions about people that occur in no
-training text; longer runs have not been tried. The second command took 8 minutes of processor time, 25 minutes on a
-busy machine (docs/results.md, with what each step of COMI does for it).
+Expected: em 0.64 to 0.80 in the closing table, much the same at 8x, 16x and 32x, on 512 questions about people that
+occur in no training text. Which of these depends on the run of the tiny config that it starts from; longer runs have
+not been tried. The second command takes 8 minutes of one core (docs/results.md, with other systems beside it:
+`python -m comi_jax.compare --config=small --start-from=DIR`).
 """
 
 from comi_jax.config import Beacon, Compression, Config, Data, Generation, Model, Optimizer, Train
