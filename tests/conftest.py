@@ -1,9 +1,7 @@
 """Every test runs on four fake CPU devices (COMI_TEST_DEVICES), with JAX's silent conveniences turned into errors."""
 
-import gc
 import os
 import socket
-from pathlib import Path
 
 from xla_flags import FLAGS
 
@@ -21,19 +19,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Linux gives a process 65,530 mappings of memory (vm.max_map_count), each compiled program takes several, and the
-# compiler crashes where none is left: the whole suite in one process would need more.
-MAPPINGS = 20_000
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_mappings():
-    """Once a process has many mappings, the programs that a test module compiled are dropped at its end."""
+    """The whole suite in one process would need more mappings of memory than there are."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    from comi_jax.devices import compilations  # not before jaxtyping's hook is in place
+
+    compilations.drop_if_many()
 
 
 # The files that take longest, by which pytest-xdist's workers begin: one that got such a file last would end minutes

@@ -63,3 +63,13 @@ def test_a_second_process_compiles_nothing(tmp_path):
     ]
     (first, missed), (second, hit) = (done.stdout.split() for done in said)
     assert (first, missed, hit) == (second, "False", "True") and not said[1].stderr
+
+
+def test_programs_are_dropped_where_there_are_many(monkeypatch):
+    double = jax.jit(lambda x: 2 * x)
+    double(1.0)
+    compilations.drop_if_many()
+    assert double._cache_size() == 1
+    monkeypatch.setattr(compilations, "MAPPINGS", 1)
+    compilations.drop_if_many()
+    assert double._cache_size() == 0 and double(1.0) == 2.0

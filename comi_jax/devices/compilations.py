@@ -1,9 +1,11 @@
-"""Compiled programs kept on disk, so that a command starts fast from its second call on.
+"""Compiled programs: kept on disk, so that a command starts fast from its second call on, and dropped where there are
+too many in a process.
 
 They are in ``$XDG_CACHE_HOME/comi_jax`` (by default ~/.cache/comi_jax), or in the folder that COMI_CACHE names;
 COMI_CACHE=off keeps nothing. The folder may be removed at any time.
 """
 
+import gc
 import hashlib
 import os
 import platform
@@ -14,6 +16,7 @@ import jax
 VARIABLE, OFF = "COMI_CACHE", "off"
 LARGEST = 2 * 2**30  # bytes that JAX's cache may take; the programs used longest ago are removed first
 WORTH_KEEPING = 0.2  # seconds of compilation
+MAPPINGS = 20_000  # mappings of memory, about a third of what Linux gives a process (vm.max_map_count)
 
 
 def folder() -> Path | None:
@@ -39,6 +42,16 @@ def keep() -> None:
     jax.config.update("jax_compilation_cache_dir", str(path / f"jax-{_processor()}"))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+
+
+def drop_if_many() -> None:
+    """Drop all programs that this process has compiled once it has more than MAPPINGS mappings of memory: each program
+    takes several, and the compiler ends the process where none is left. For loops over data whose every length is a
+    program."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _processor() -> str:

@@ -20,7 +20,7 @@ from comi_jax.config import MEASURES
 from comi_jax.data.encode import Example, LengthReport
 from comi_jax.data.fingerprint import fingerprint_of
 from comi_jax.data.records import Record
-from comi_jax.devices import distributed
+from comi_jax.devices import compilations, distributed
 from comi_jax.evaluation import metrics
 from comi_jax.serving.answers import Answer
 
@@ -85,6 +85,7 @@ def evaluate(
                     lines.write(json.dumps(found[row]) + "\n")
             if lines:
                 lines.flush()
+            compilations.drop_if_many()
     if not writes:
         return {}
     predictions = [found[row] for row in range(len(records))]
