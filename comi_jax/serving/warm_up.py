@@ -51,9 +51,7 @@ def run(comi: Comi, settings: Settings, enough: Callable[[], bool]) -> None:
     for width in segments:
         ids, arch = np.zeros(width, np.int32), comi.architecture
         kept = read_segment(comi.params, ids[None], np.full(1, width, np.int32), arch, arch.dtype, True)
-        segment = Segment(ids, None, kept).to_device(
-            arch.runtime.mesh
-        )  # as the store does, by a copying program of each shape
+        segment = Segment(ids, None, kept).to_device(arch.runtime.mesh)  # a program of each shape, as in the store
         contents, compared = Contents(comi.origin, (segment,), 0, False), examined_rates(comi, settings)
         for question in questions if compared else ():
             if enough():
