@@ -218,10 +218,14 @@ def test_a_cache_is_never_there_twice(params, prompts):
     assert begun.cache.k.is_deleted() and begun.cache.v.is_deleted()
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 4}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{"fsdp": 4}, *(pytest.param({name: 2, "fsdp": 2}, marks=pytest.mark.slow) for name in ("tensor", "data"))],
+    ids=str,
+)
 def test_slots_on_several_devices_answer_as_on_one(params, prompts, alone, axes):
     """Each program is compiled once, the cache is split, and no device gathers the weights for a token."""
-    mesh = sharding.make_mesh(Mesh(data=1, **axes))
+    mesh = sharding.make_mesh(Mesh(**{"data": 1} | axes))
     arch, specs = ARCH.on(mesh), architecture.specs(ARCH)
     places = unflatten(sharding.parameters({name: specs[name] for name in params}, mesh))
     split = jax.device_put(params, places)

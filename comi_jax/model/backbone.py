@@ -110,8 +110,8 @@ def embed_tokens(
 
 
 def next_logits(params: Tree, states: Float[Array, "B D"], runtime: Runtime) -> Float[Array, "B V"]:
-    """``logits`` while answers are decoded, see ``whole_rows``."""
-    return _constrain(logits(params, states), whole_rows(runtime))
+    """``logits`` while answers are decoded, see ``decoded_rows``."""
+    return _constrain(logits(params, states), decoded_rows(runtime, states.shape[0]))
 
 
 def logits(params: Tree, states: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
@@ -153,7 +153,7 @@ def forward(
     weight_shardings = {} if runtime.mesh is None else layer_shardings(backbone, runtime.mesh)
     activations = token_sharding(x, runtime) if cache is None and context is None else None
     if start is not None and length == 1:
-        activations = whole_rows(runtime)
+        activations = decoded_rows(runtime, batch)
 
     marks = lora is not None and lora.marked is not None
 
@@ -195,17 +195,19 @@ def token_sharding(x: Float[Array, "B T D"], runtime: Runtime) -> NamedSharding 
     return NamedSharding(runtime.mesh, PartitionSpec(sharding.row_axes(x.shape[0], runtime.mesh), "context"))
 
 
-def whole_rows(runtime: Runtime, heads: int = 1) -> NamedSharding | None:
-    """The sharding of a token of each row while answers are decoded: every device has all rows and, of arrays with so
-    many kv ``heads``, its own ones.
+def decoded_rows(runtime: Runtime, rows: int, heads: int = 1) -> NamedSharding | None:
+    """The sharding of a token of each of ``rows`` while answers are decoded: as the weights are whole along the axis
+    data, rows are split over it if they divide; every device of the other axes has all of these rows and, of arrays
+    with so many kv ``heads``, its own ones.
 
     Each device then multiplies them with its own shard of the weights, and a few vectors are summed. Left to XLA, rows
-    would be split as they are in attention, and each device would gather all weights for every token.
+    would be split over fsdp too, as they are in attention, and each device would gather all weights for every token.
     """
     if runtime.mesh is None:
         return None
+    data = "data" if rows % runtime.mesh.shape["data"] == 0 else None
     split = "tensor" if heads > 1 and heads % runtime.mesh.shape["tensor"] == 0 else None
-    return NamedSharding(runtime.mesh, PartitionSpec(None, None, split) if split else PartitionSpec())
+    return NamedSharding(runtime.mesh, PartitionSpec(data, None, split) if split else PartitionSpec(data))
 
 
 def split_columns(x: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
@@ -242,7 +244,8 @@ def block(
     keys and values of the tokens that ``lora`` marks."""
     w = {name: value.astype(x.dtype) for name, value in weights.items()}
     with jax.named_scope("attention_block"):
-        by_heads = whole_rows(runtime, backbone.num_key_value_heads) if start is not None and x.shape[1] == 1 else None
+        decoding, heads = start is not None and x.shape[1] == 1, backbone.num_key_value_heads
+        by_heads = decoded_rows(runtime, x.shape[0], heads) if decoding else None
         q, k, v = (_constrain(out, by_heads) for out in attention_inputs(w, x, rope, backbone, lora))
         if lora is not None and lora.marked is not None:
             cache = keep(lora.marked, k, v, backbone)
